@@ -1,0 +1,70 @@
+"""framestep: streaming video models with their memory as explicit state, from a checkpoint to a camera.
+
+    session = framestep.load("streamformer.bundle")
+    with session.open_stream() as stream:
+        for frame in framestep.open_source("clip.mp4", rate=session.rate):
+            result = stream.step(frame.rgb)
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .runtime.errors import FramestepError
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Sequence
+
+    from .runtime.session import Session
+    from .runtime.sources import Frame, Source
+
+__version__ = "0.1.0"
+__all__ = ["FramestepError", "load", "open_source"]
+
+
+def load(
+    path: str | os.PathLike[str],
+    engine: str = "auto",
+    device: str = "auto",
+    streams: int = 1,
+    outputs: Sequence[str] | None = None,
+    threads: int | None = None,
+) -> Session:
+    """Load a bundle.
+
+    Args:
+        path: the bundle's folder.
+        engine: "auto" or "onnxruntime".
+        device: "auto", "cpu" or "cuda".
+        streams: number of streams that can be open at once; each takes `framestep inspect`'s bytes per stream.
+        outputs: what to fetch for each frame, such as ("pooled", "scores"); what is not named is not computed where it
+            has a graph of its own. Default: features and pooled, and scores where the bundle has labels.
+        threads: threads of the engine; default: every core that this process may use.
+
+    Raises:
+        FramestepError: the bundle is damaged, or the engine or device cannot be used here.
+    """
+    from .runtime.bundle import Bundle
+    from .runtime.session import Session
+
+    return Session(Bundle.open(path), engine, device, streams, outputs, threads)
+
+
+def open_source(spec: str | int | os.PathLike[str], **options: Any) -> Source:
+    """Open a camera, video file, folder of images, network stream or `synthetic`; see `runtime.sources.open_source`."""
+    from .runtime.sources import open_source
+
+    return open_source(spec, **options)
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("Session", "Stream", "Result", "NonFiniteOutputError"):
+        from .runtime import session
+
+        return getattr(session, name)
+    if name == "Frame":
+        from .runtime.sources import Frame
+
+        return Frame
+    raise AttributeError(f"module 'framestep' has no attribute '{name}'")

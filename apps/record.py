@@ -1,0 +1,326 @@
+"""The files that a run writes: JSON lines, an annotated video, arrays.
+
+Each writer fails before the first frame if its file cannot be written, and with an OutputError that names the file if
+the disk refuses later. `close()` after a failure still finishes the file with what was written until then.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import IO, Any
+
+import cv2
+import numpy as np
+
+from ..runtime.errors import OutputError
+
+DISK_RESERVE = 64 * 1024 * 1024  # bytes left free, so that a recording can still be finished
+FRAMES_BETWEEN_DISK_CHECKS = 16
+FRAMES_WITHOUT_GROWTH = 600  # the encoder buffers some 32 KiB; a static scene at 640 px fills it well before this
+FRAMES_TO_MEASURE_RATE = 12
+SECONDS_TO_MEASURE_RATE = 1.0
+LONGEST_REPEAT_S = 2.0
+
+
+def check_writable(path: Path, option: str) -> None:
+    """Raises OutputError, naming `option` and `path`, unless a file can be written at `path`. Changes nothing."""
+    folder = path.parent
+    if path.is_dir():
+        raise OutputError(f"{option} {path}: is a folder; name a file")
+    if not folder.is_dir():
+        what = "is not a folder" if folder.exists() else "does not exist"
+        raise OutputError(f"{option} {path}: cannot be written: folder {folder} {what}")
+    if path.exists():
+        if not os.access(path, os.W_OK):
+            raise OutputError(f"{option} {path}: cannot be written: no permission to write this file")
+        return
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OutputError(f"{option} {path}: cannot be written: {_reason(error)}") from error
+
+
+class JsonLines:
+    """One JSON object a line, each line complete on disk as soon as it is written."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._line_start = 0
+        try:
+            self._file: IO[bytes] | None = path.open("wb", buffering=0)
+        except OSError as error:
+            raise _unwritable(path, error) from error
+
+    def write(self, record: dict[str, Any]) -> None:
+        if self._file is None:
+            raise OutputError(f"{self.path}: already closed")
+        line = json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        try:
+            _write_all(self._file, line)
+        except OSError as error:
+            self._cut_unfinished_line()
+            raise _unwritable(self.path, error) from error
+        self._line_start += len(line)
+
+    def close(self) -> None:
+        if self._file is None:
+            return
+        file, self._file = self._file, None
+        try:
+            file.close()
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
+
+    def _cut_unfinished_line(self) -> None:
+        if self._file is not None and self.path.is_file():
+            self._file.truncate(self._line_start)
+
+
+class VideoRecorder:
+    """An mp4 (MPEG-4 part 2). It appears under its name when it is complete; until then it is `.NAME.partial.mp4`.
+
+    With `fps` every frame is written once. Without, the rate is measured on the first frames, and frames are then
+    repeated or skipped so that the recording runs at the pace of their timestamps. The first frame sets the size;
+    frames of another size are fitted into it.
+    """
+
+    def __init__(self, path: Path, fps: float | None) -> None:
+        self.path = path
+        self._partial = path.with_name(f".{path.stem}.partial.mp4")
+        self._fps = fps
+        self._follows_clock = fps is None
+        self._early: list[tuple[np.ndarray, float]] = []
+        self._writer: cv2.VideoWriter | None = None
+        self._size = (0, 0)
+        self._first_timestamp = 0.0
+        self._frames = 0
+        self._appended = 0
+        self._grown_bytes = 0
+        self._grown_at = 0
+        self._try_encoder()
+
+    def write(self, bgr: np.ndarray, timestamp: float) -> None:
+        """Appends `bgr`, uint8 [height, width, 3], shown at `timestamp` seconds."""
+        if self._fps is None:
+            self._early.append((bgr, timestamp))
+            elapsed = timestamp - self._early[0][1]
+            if len(self._early) < 2 or (
+                len(self._early) < FRAMES_TO_MEASURE_RATE and elapsed < SECONDS_TO_MEASURE_RATE
+            ):
+                return
+            self._flush_early()
+        else:
+            self._append(bgr, timestamp)
+
+    def close(self) -> None:
+        """Finishes the file. Without any frame there is no file. Raises OutputError if it cannot be read back."""
+        if self._early:
+            self._flush_early()
+        if self._writer is None:
+            return
+        self._writer.release()
+        self._writer = None
+        readable = cv2.VideoCapture(str(self._partial))
+        frames = int(readable.get(cv2.CAP_PROP_FRAME_COUNT)) if readable.isOpened() else 0
+        readable.release()
+        if frames != self._frames:
+            self._partial.unlink(missing_ok=True)
+            raise OutputError(
+                f"{self.path}: the recording could not be finished ({frames} of {self._frames} frames can be read "
+                f"back) and was removed; is the disk full?"
+            )
+        try:
+            self._partial.replace(self.path)
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
+
+    def _try_encoder(self) -> None:
+        """Fails now rather than at the first frame."""
+        writer = self._encoder(30.0, (64, 64))
+        writer.write(np.zeros((64, 64, 3), np.uint8))
+        writer.release()
+        size = self._partial.stat().st_size if self._partial.exists() else 0
+        self._partial.unlink(missing_ok=True)
+        if not size:
+            raise OutputError(f"{self.path}: cannot be written: no video can be recorded in {self.path.parent}")
+
+    def _encoder(self, fps: float, size: tuple[int, int]) -> cv2.VideoWriter:
+        writer = cv2.VideoWriter(str(self._partial), cv2.VideoWriter.fourcc(*"mp4v"), fps, size)
+        if not writer.isOpened():
+            raise OutputError(
+                f"{self.path}: cannot be written: OpenCV's encoder (mp4v) did not open {self._partial}"
+            )
+        return writer
+
+    def _flush_early(self) -> None:
+        early, self._early = self._early, []
+        elapsed = early[-1][1] - early[0][1]
+        self._fps = min(max((len(early) - 1) / elapsed, 0.1), 240.0) if elapsed > 0 else 30.0
+        for bgr, timestamp in early:
+            self._append(bgr, timestamp)
+
+    def _append(self, bgr: np.ndarray, timestamp: float) -> None:
+        assert self._fps is not None
+        if self._writer is None:
+            self._size = (bgr.shape[1], bgr.shape[0])
+            self._first_timestamp = timestamp
+            self._writer = self._encoder(self._fps, self._size)
+        if self._appended % FRAMES_BETWEEN_DISK_CHECKS == 0:
+            self._check_disk()
+        self._appended += 1
+        fitted = _fitted(bgr, self._size)
+        for _ in range(self._repeats(timestamp)):
+            self._writer.write(fitted)
+            self._frames += 1
+
+    def _repeats(self, timestamp: float) -> int:
+        """How often a frame is written. The n-th frame of the file is shown n / fps after the first."""
+        if not self._follows_clock:
+            return 1
+        assert self._fps is not None
+        due = round((timestamp - self._first_timestamp) * self._fps) + 1
+        missing = due - self._frames
+        longest = max(1, round(LONGEST_REPEAT_S * self._fps))
+        if missing > longest:  # the source was away: do not fill the disk with a still picture
+            self._first_timestamp += (missing - longest) / self._fps
+        return min(max(missing, 0), longest)
+
+    def _check_disk(self) -> None:
+        # OpenCV's writer swallows the error of a full disk: look before it comes to that.
+        free = shutil.disk_usage(self.path.parent).free
+        if free < DISK_RESERVE:
+            raise _disk_full(self.path, free, f"recording stopped after {self._frames} frames")
+        size = self._partial.stat().st_size if self._partial.exists() else 0
+        if size > self._grown_bytes:
+            self._grown_bytes, self._grown_at = size, self._frames
+        elif self._frames - self._grown_at > FRAMES_WITHOUT_GROWTH:
+            raise OutputError(f"{self.path}: the recording no longer grows; is the disk full, or a quota reached?")
+
+
+class ArrayRecorder:
+    """Arrays of every frame, stacked along a first axis T into one .npz file.
+
+    Frames go to unnamed temporary files beside the result, so memory does not grow; `close` packs them. Packing needs
+    room for the largest array once more: that much is kept free.
+    """
+
+    def __init__(self, path: Path, constants: dict[str, np.ndarray]) -> None:
+        self.path = path
+        self.frames = 0
+        self._constants = constants
+        self._columns: dict[str, _Column] = {}
+
+    def write(self, arrays: dict[str, np.ndarray]) -> None:
+        """Appends one frame. Names, shapes and dtypes are those of the first call."""
+        if self.frames % FRAMES_BETWEEN_DISK_CHECKS == 0:
+            self._check_disk()
+        try:
+            if not self._columns:
+                self._columns = {name: _Column(array, self.path.parent) for name, array in arrays.items()}
+            for name, column in self._columns.items():
+                column.append(arrays[name])
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
+        self.frames += 1
+
+    def close(self) -> None:
+        """Writes the .npz: under its name only when complete."""
+        columns, self._columns = self._columns, {}
+        partial = self.path.with_name(f".{self.path.name}.partial")
+        try:
+            with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+                for name, constant in self._constants.items():
+                    with archive.open(f"{name}.npy", "w") as member:
+                        np.lib.format.write_array(member, constant, allow_pickle=False)
+                for name, column in sorted(columns.items(), key=lambda item: -item[1].row_bytes):
+                    with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                        column.move_to(member, self.frames)
+            partial.replace(self.path)
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
+        finally:
+            partial.unlink(missing_ok=True)
+            for column in columns.values():
+                column.close()
+
+    def _check_disk(self) -> None:
+        packing = max((column.row_bytes * self.frames for column in self._columns.values()), default=0)
+        free = shutil.disk_usage(self.path.parent).free
+        if free - packing < DISK_RESERVE:
+            raise _disk_full(self.path, free, f"saving features stopped after {self.frames} frames")
+
+
+class _Column:
+    """One array's frames, raw, in an unnamed file."""
+
+    def __init__(self, first: np.ndarray, folder: Path) -> None:
+        self._shape = first.shape
+        self._dtype = first.dtype
+        self.row_bytes = first.nbytes
+        self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 (lives as long as the recorder)
+
+    def append(self, array: np.ndarray) -> None:
+        if array.shape != self._shape or array.dtype != self._dtype:
+            raise ValueError(f"expected {self._dtype} {self._shape}, found {array.dtype} {array.shape}")
+        _write_all(self._file, np.ascontiguousarray(array).tobytes())
+
+    def move_to(self, member: IO[bytes], frames: int) -> None:
+        header = {
+            "descr": np.lib.format.dtype_to_descr(self._dtype),
+            "fortran_order": False,
+            "shape": (frames, *self._shape),
+        }
+        np.lib.format.write_array_header_2_0(member, header)
+        self._file.seek(0)
+        left = frames * self.row_bytes  # a frame that failed halfway is left out
+        while left:
+            chunk = self._file.read(min(left, 1 << 20))
+            if not chunk:
+                raise OSError("temporary file of features was cut short")
+            member.write(chunk)
+            left -= len(chunk)
+        self.close()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _write_all(file: IO[bytes], data: bytes) -> None:
+    """Writes to an unbuffered file, which may take a part before it fails."""
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]
+
+
+def _fitted(bgr: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """`bgr` scaled into `size` (width, height), with black bars where the aspect differs."""
+    width, height = size
+    if bgr.shape[:2] == (height, width):
+        return bgr
+    scale = min(width / bgr.shape[1], height / bgr.shape[0])
+    inner = (max(1, round(bgr.shape[1] * scale)), max(1, round(bgr.shape[0] * scale)))
+    canvas = np.zeros((height, width, 3), np.uint8)
+    left, top = (width - inner[0]) // 2, (height - inner[1]) // 2
+    canvas[top : top + inner[1], left : left + inner[0]] = cv2.resize(bgr, inner, interpolation=cv2.INTER_AREA)
+    return canvas
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error)
+
+
+def _unwritable(path: Path, error: OSError) -> OutputError:
+    return OutputError(f"{path}: cannot be written: {_reason(error)}")
+
+
+def _disk_full(path: Path, free: int, consequence: str) -> OutputError:
+    return OutputError(
+        f"{path}: disk nearly full ({free >> 20} MiB left, {DISK_RESERVE >> 20} MiB are kept free): {consequence}; "
+        f"make room or write elsewhere"
+    )

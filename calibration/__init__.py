@@ -1,0 +1,1 @@
+"""Calibration: bundle and sample video to a quantized bundle."""

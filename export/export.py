@@ -1,0 +1,201 @@
+"""Checkpoint in, bundle out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .. import __version__
+from ..runtime.bundle import (
+    FORMAT,
+    VERSION,
+    Bundle,
+    BundleWriter,
+    FrameSpec,
+    Manifest,
+    Origin,
+    Scoring,
+)
+from ..runtime.errors import CheckpointError, FramestepError
+from .checkpoint import Checkpoint
+from .graph import GraphBuilder, WeightFile
+from .labelling import LabelOptions, write_labels
+from .streamformer_graph import (
+    has_own_projections,
+    write_backbone,
+    write_label_graph,
+    write_patch_label_graph,
+)
+
+AGREEMENT = 2e-4  # largest difference between PyTorch and the bundle that is accepted
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How a checkpoint becomes a bundle.
+
+    Attributes:
+        window: frames that one frame attends to, itself included; None for the checkpoint's `num_frames`.
+        image_size: height and width in pixels; None for the checkpoint's.
+        rate: frames a second that the model is to see; None for every frame.
+        resize: how frames of another size are brought to it: "crop", "stretch" or "letterbox".
+        head: task head whose scale, bias and projections the scores take.
+    """
+
+    window: int | None = None
+    image_size: tuple[int, int] | None = None
+    rate: float | None = None
+    resize: str = "crop"
+    head: str | None = None
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export gave.
+
+    Attributes:
+        difference: largest absolute difference between PyTorch and the bundle over the replayed frames.
+        frames: frames replayed.
+    """
+
+    path: Path
+    difference: float
+    frames: int
+
+
+def export_streamformer(
+    checkpoint: Checkpoint,
+    path: Path,
+    options: ExportOptions,
+    labels: LabelOptions | None = None,
+    replace: bool = False,
+) -> ExportReport:
+    """Write a bundle, replay frames through PyTorch and through the bundle, and keep it only if they agree.
+
+    Raises:
+        CheckpointError: options that do not fit the checkpoint.
+        OutputError: the bundle cannot be written.
+        FramestepError: the bundle disagrees with PyTorch.
+    """
+    model = checkpoint.model
+    config = model.config
+    window = config.num_frames if options.window is None else options.window
+    image_size = options.image_size or config.image_size
+    _check_options(checkpoint, options, window, image_size)
+    grid = (image_size[0] // config.patch_size, image_size[1] // config.patch_size)
+    head = checkpoint.heads[options.head] if options.head else None
+    with BundleWriter(path, replace) as writer:
+        folder = writer.folder
+        backbone_weights, label_weights = WeightFile(folder / "backbone.bin"), WeightFile(folder / "label.bin")
+        builder = GraphBuilder("backbone", backbone_weights)
+        backbone, states = write_backbone(model, window, image_size, builder, "backbone.onnx")
+        builder.save(folder / "backbone.onnx")
+        builder = GraphBuilder("label", label_weights)
+        label = write_label_graph(config, builder, "label.onnx")
+        builder.save(folder / "label.onnx")
+        builder = GraphBuilder("patch_label", label_weights, shared=[backbone_weights])
+        own = head if head is not None and has_own_projections(head) else None
+        patch_label = write_patch_label_graph(model, own, grid, builder, "patch_label.onnx")
+        builder.save(folder / "patch_label.onnx")
+        backbone_weights.close()
+        label_weights.close()
+        manifest = Manifest(
+            format=FORMAT,
+            version=VERSION,
+            family="streamformer",
+            precision="fp32",
+            frame=FrameSpec(*image_size, options.resize),
+            graphs={"backbone": backbone, "label": label, "patch_label": patch_label},
+            states=tuple(states),
+            origin=Origin(checkpoint.origin, __version__, config.num_frames),
+            rate=options.rate,
+            grid=grid,
+            scoring=_head_scoring(options.head, head),
+        )
+        if labels is not None:
+            manifest = write_labels(folder, manifest, labels)
+        writer.finish(manifest)
+        difference, frames = replay(checkpoint, Bundle.open(folder, verify=False), window)
+        if not difference <= AGREEMENT:
+            raise FramestepError(
+                f"{path}: not kept, the bundle differs from PyTorch by {difference:.2e} over {frames} frames"
+                f" (at most {AGREEMENT:.0e} is accepted)"
+            )
+    return ExportReport(path, difference, frames)
+
+
+def replay(checkpoint: Checkpoint, bundle: Bundle, window: int) -> tuple[float, int]:
+    """Step random frames through PyTorch, with a growing cache, and through the bundle.
+
+    The ring fills up and wraps where the window is at most 22 frames.
+
+    Returns:
+        The largest absolute difference of features and pooled, and the number of frames.
+    """
+    from ..runtime.session import Session
+
+    frame = bundle.manifest.frame
+    frames = min(window + 2, 24)
+    generator = np.random.default_rng(0)
+    largest = 0.0
+    model = _at_size(checkpoint, (frame.height, frame.width))
+    cache = None
+    with Session(bundle, outputs=("features", "pooled")) as session, torch.inference_mode():
+        stream = session.open_stream()
+        for index in range(frames):
+            rgb = generator.integers(0, 256, (frame.height, frame.width, 3), np.uint8)
+            result = stream.step(rgb)
+            features, pooled, cache = model(torch.from_numpy(rgb)[None, None], cache, window, index)
+            for name, expected in (("features", features[0, 0]), ("pooled", pooled[0, 0])):
+                largest = max(largest, float(np.abs(result[name] - expected.numpy()).max()))
+    return largest, frames
+
+
+def _at_size(checkpoint: Checkpoint, image_size: tuple[int, int]) -> torch.nn.Module:
+    """The PyTorch model for another image size."""
+    from dataclasses import replace
+
+    from .streamformer import StreamFormer
+    from .streamformer_graph import interpolate_positions
+
+    model = checkpoint.model
+    if image_size == model.config.image_size:
+        return model
+    weights = model.state_dict()
+    rank = max((v.shape[0] for k, v in weights.items() if k.endswith("_lora_a.weight")), default=0)
+    with torch.device("meta"):
+        resized = StreamFormer(replace(model.config, image_size=image_size), rank)
+    positions = weights["embeddings.position_embeddings"][0]
+    weights["embeddings.position_embeddings"] = interpolate_positions(positions, resized.config.grid)[None]
+    resized.load_state_dict(weights, assign=True)
+    return resized.eval()
+
+
+def _check_options(
+    checkpoint: Checkpoint, options: ExportOptions, window: int, image_size: Sequence[int]
+) -> None:
+    patch = checkpoint.model.config.patch_size
+    if window < 1:
+        raise CheckpointError(f"--window: expected at least 1 frame, found {window}")
+    if any(size < patch or size % patch for size in image_size):
+        raise CheckpointError(
+            f"--image-size: expected multiples of the patch size {patch}, found {image_size[0]}x{image_size[1]}"
+        )
+    if options.rate is not None and not 0 < options.rate < float("inf"):
+        raise CheckpointError(f"--rate: expected frames a second above 0, found {options.rate}")
+    if options.head is not None and options.head not in checkpoint.heads:
+        known = ", ".join(checkpoint.heads) or "none (only training checkpoints carry task heads)"
+        raise CheckpointError(f"--head: '{options.head}' is not in the checkpoint; it has {known}")
+
+
+def _head_scoring(name: str | None, head: dict[str, torch.Tensor] | None) -> Scoring | None:
+    if name is None or head is None:
+        return None
+    missing = [key for key in ("logit_scale", "logit_bias") if key not in head]
+    if missing:
+        raise CheckpointError(f"--head: '{name}' has no {' and no '.join(missing)}; it cannot score labels")
+    return Scoring(float(head["logit_scale"]), float(head["logit_bias"]), name, calibrated=True)

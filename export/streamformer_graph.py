@@ -1,0 +1,332 @@
+"""StreamFormer as step graphs: folding its weights, and writing the graphs.
+
+What is folded, and into what:
+- LoRA updates into their base weight;
+- pixel mean, standard deviation and the division by 255 into the patch embedding;
+- the patch embedding's bias into the position embedding;
+- the attention scale into the query projection;
+- temporal output projection, temporal dense layer and tanh gate into one matrix;
+- the pooling head's query (a constant, for its probe is one) into the graph as such.
+
+Sizes in shape comments: S streams, N patches, H heads, W window, D hidden, d head_dim, C labels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..runtime.bundle import STREAMS, Graph, Port, State, StateUse
+from ..runtime.errors import CheckpointError
+from .checkpoint import HEAD_PROJECTIONS
+from .graph import GraphBuilder, WeightFile
+from .streamformer import Attention, Layer, StreamFormer, StreamFormerConfig
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Linear:
+    """y = x @ weight + bias"""
+
+    weight: Array  # [in, out]
+    bias: Array | None  # [out]
+
+
+@dataclass(frozen=True)
+class Projections:
+    """Query (scaled by head_dim ** -0.5), key, value, and what follows the attention."""
+
+    query: Linear
+    key: Linear
+    value: Linear
+    output: Linear
+
+
+def fold_attention(attention: Attention) -> Projections:
+    """Fold LoRA and the attention scale of one attention."""
+    qkv, dense = attention.attention.qkv, attention.output.dense
+    weight, out_weight = qkv.weight, dense.weight
+    if attention.lora_rank:
+        weight = weight + attention.attention.qkv_lora_b.weight @ attention.attention.qkv_lora_a.weight
+        out_weight = out_weight + attention.output.dense_lora_b.weight @ attention.output.dense_lora_a.weight
+    head_dim = weight.shape[1] // attention.heads
+    q, k, v = weight.chunk(3)
+    bq, bk, bv = (None, None, None) if qkv.bias is None else qkv.bias.chunk(3)
+    scale = head_dim**-0.5
+    return Projections(
+        _linear(q * scale, None if bq is None else bq * scale),
+        _linear(k, bk),
+        _linear(v, bv),
+        _linear(out_weight, dense.bias),
+    )
+
+
+def fold_temporal(layer: Layer) -> Projections:
+    """Fold the temporal attention with the dense layer and gate that follow: tanh(g) * (W_dense (W_out x + b_out) + b_dense)."""
+    folded = fold_attention(layer.temporal_attention)
+    gate = layer.temporal_attention_gating.tanh()
+    dense, out = layer.temporal_dense, layer.temporal_attention.output.dense
+    output = _linear(gate * (dense.weight @ out.weight), gate * (dense.weight @ out.bias + dense.bias))
+    return Projections(folded.query, folded.key, folded.value, output)
+
+
+def fold_patch_embedding(model: StreamFormer, grid: tuple[int, int]) -> Linear:
+    """The patch embedding for pixels 0..255 in the order row, column, channel; its bias is [N, D], with the position embedding."""
+    projection = model.embeddings.patch_embeddings.projection
+    # (p / 255 - 0.5) / 0.5 = p * 2 / 255 - 1
+    weight = projection.weight.permute(2, 3, 1, 0).flatten(0, 2)  # [P * P * 3, D]
+    positions = interpolate_positions(model.embeddings.position_embeddings[0], grid)  # [N, D]
+    bias = positions + (projection.bias - weight.sum(0))
+    return Linear(_array(weight * (2 / 255)), _array(bias))
+
+
+def interpolate_positions(positions: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Position embeddings [M * M, D] for another grid: bicubic with antialiasing, as the reference.
+
+    For grids that are not square the reference passes width before height, which transposes the positions; here rows
+    are rows.
+    """
+    side = round(positions.shape[0] ** 0.5)
+    if grid == (side, side):
+        return positions
+    if side * side != positions.shape[0]:
+        raise CheckpointError(
+            f"position_embeddings: {positions.shape[0]} positions are no square grid; they cannot be"
+            f" interpolated to {grid[0]}x{grid[1]} patches"
+        )
+    image = positions.unflatten(0, (side, side)).permute(2, 0, 1)[None]  # [1, D, side, side]
+    image = F.interpolate(image, size=grid, mode="bicubic", antialias=True)
+    return image[0].permute(1, 2, 0).flatten(0, 1)
+
+
+def write_backbone(
+    model: StreamFormer, window: int, image_size: tuple[int, int], builder: GraphBuilder, file: str
+) -> tuple[Graph, list[State]]:
+    """Write the backbone's step graph.
+
+    Args:
+        model: the checkpoint.
+        window: frames that one frame attends to, itself included; the ring's capacity.
+        image_size: height and width of the input, multiples of the patch size.
+        builder: takes the nodes.
+        file: name of the graph's file, for the manifest.
+    """
+    config = model.config
+    height, width = image_size
+    P, D, H, d = config.patch_size, config.hidden_size, config.num_attention_heads, config.head_dim
+    grid = (height // P, width // P)
+    N = grid[0] * grid[1]
+    g = builder
+    with torch.no_grad():
+        frame = g.input("frame", "uint8", [STREAMS, height, width, 3])
+        position = g.input("position", "int64", [STREAMS])
+
+        g.scope("embeddings")
+        patch = fold_patch_embedding(model, grid)
+        x = g.node("Cast", frame, to=1)
+        x = g.node("Reshape", x, g.constant([-1, grid[0], P, grid[1], P, 3]))
+        x = g.node("Transpose", x, perm=[0, 1, 3, 2, 4, 5])  # [S, rows, columns, P, P, 3]
+        x = g.node("Reshape", x, g.constant([-1, N, P * P * 3]))
+        x = g.linear(x, "patch_embedding", patch.weight, patch.bias)  # [S, N, D]
+        last = g.constant([config.num_frames - 1])
+        times = _array(model.embeddings.time_embeddings[0])
+        time = g.node("Gather", g.weight("time_embedding", times), g.node("Min", position, last), axis=0)  # [S, D]
+        x = g.node("Add", x, g.node("Unsqueeze", time, g.constant([1])))
+
+        g.scope("ring")
+        slot = g.node("Mod", position, g.constant([window]), name="write_index")  # [S]
+        slots = g.weight("ring_slots", np.arange(window, dtype=np.int64).reshape(1, 1, 1, window))
+        age = g.node("Unsqueeze", position, g.constant([1, 2, 3]))  # [S, 1, 1, 1]
+        # until the ring has filled up once, only the slots up to the current one hold frames
+        mask = g.node("LessOrEqual", slots, age, name="slot_mask")  # [S, 1, 1, W]
+
+        states, uses = [], []
+        for index, layer in enumerate(model.encoder.layer):
+            g.scope(f"layer{index}")
+            name = f"layer{index}"
+            temporal = fold_temporal(layer)
+            h = _norm(g, x, f"{name}.temporal_norm", layer.temporal_layernorm)
+            # [S, N, H * d] is [S, N * H, 1, d] without a copy: every patch and head is a head of its own over time
+            rows = g.constant([0, N * H, 1, d])
+            q = g.node("Reshape", _apply(g, h, f"{name}.temporal.query", temporal.query), rows)
+            ring = {}
+            for part, linear in (("key", temporal.key), ("value", temporal.value)):
+                new = g.node("Reshape", _apply(g, h, f"{name}.temporal.{part}", linear), rows)
+                state = f"{name}.{part}"
+                past = g.input(f"{state}.past", "float32", [STREAMS, N * H, window, d])
+                updated = g.node("TensorScatter", past, new, slot, name=f"{part}_update", axis=2, mode="linear")
+                ring[part] = g.output(updated, f"{state}.present", "float32", [STREAMS, N * H, window, d])
+                states.append(State(state, "ring", (STREAMS, N * H, window, d), 2, window, 1, "float32"))
+                uses.append(StateUse(state, f"{state}.past", f"{state}.present"))
+            h = g.node("Attention", q, ring["key"], ring["value"], mask, name="temporal_attention", scale=1.0)
+            h = g.node("Reshape", h, g.constant([0, N, D]))
+            x = g.node("Add", x, _apply(g, h, f"{name}.temporal.output", temporal.output))
+
+            spatial = fold_attention(layer.attention)
+            h = _norm(g, x, f"{name}.spatial_norm", layer.layernorm_before)
+            h = _attention(g, h, f"{name}.spatial", spatial, H)
+            x = g.node("Add", x, _apply(g, h, f"{name}.spatial.output", spatial.output))
+
+            h = _norm(g, x, f"{name}.mlp_norm", layer.layernorm_after)
+            h = _mlp(g, h, f"{name}.mlp", layer.intermediate.dense, layer.output.dense, config)
+            x = g.node("Add", x, h)
+
+        g.scope("pooling")
+        features = _norm(g, x, "post_norm", model.post_layernorm)
+        features = g.output(features, "features", "float32", [STREAMS, N, D])
+        pooled = _pool(g, features, position, model)
+        g.output(pooled, "pooled", "float32", [STREAMS, D])
+    graph = Graph(
+        file,
+        (
+            Port("frame", "frame", "uint8", (STREAMS, height, width, 3)),
+            Port("position", "position", "int64", (STREAMS,)),
+        ),
+        (
+            Port("features", "output", "float32", (STREAMS, N, D)),
+            Port("pooled", "output", "float32", (STREAMS, D)),
+        ),
+        tuple(uses),
+    )
+    return graph, states
+
+
+def write_label_graph(config: StreamFormerConfig, builder: GraphBuilder, file: str) -> Graph:
+    """Scores of a frame: sigmoid(exp(logit_scale) * dot(pooled / |pooled|, t) + logit_bias) for each label's t."""
+    D = config.hidden_size
+    g = builder
+    pooled = g.input("pooled", "float32", [STREAMS, D])
+    scores = _score(g, pooled, "text_embeddings", D)  # [S, C]
+    g.output(scores, "scores", "float32", [STREAMS, "C"])
+    ports = (Port("pooled", "output", "float32", (STREAMS, D)), *_label_ports("text_embeddings", D))
+    return Graph(file, ports, (Port("scores", "output", "float32", (STREAMS, "C")),))
+
+
+def write_patch_label_graph(
+    model: StreamFormer, head: dict[str, Tensor] | None, grid: tuple[int, int], builder: GraphBuilder, file: str
+) -> Graph:
+    """Scores of every patch, projected as the reference's segmentation heads do.
+
+    A patch goes through the pooling attention's value and output projections, then its layer norm and MLP residually.
+
+    Args:
+        head: weights of a task head that has its own projections; otherwise the pooling head's are taken.
+    """
+    config = model.config
+    D, N = config.hidden_size, grid[0] * grid[1]
+    g = builder
+    with torch.no_grad():
+        features = g.input("features", "float32", [STREAMS, N, D])
+        pooling = model.head
+        if head is None:
+            _, _, value = _in_projections(pooling.attention)
+            output = _linear(pooling.attention.out_proj.weight, pooling.attention.out_proj.bias)
+            norm, fc1, fc2, prefix = pooling.layernorm, pooling.mlp.fc1, pooling.mlp.fc2, "pooling"
+        else:
+            value = _linear(head["w_v.weight"], head["w_v.bias"])
+            output = _linear(head["v_proj.weight"], head["v_proj.bias"])
+            norm = nn.LayerNorm(D, eps=config.layer_norm_eps)
+            norm.load_state_dict(_under(head, "head_layernorm."))
+            fc1, fc2 = nn.Linear(D, config.intermediate_size), nn.Linear(config.intermediate_size, D)
+            fc1.load_state_dict(_under(head, "head_mlp.fc1."))
+            fc2.load_state_dict(_under(head, "head_mlp.fc2."))
+            prefix = "head"
+        x = _apply(g, features, f"{prefix}.value", value)
+        x = _apply(g, x, f"{prefix}.output", output)
+        h = _norm(g, x, f"{prefix}.norm", norm)
+        x = g.node("Add", x, _mlp(g, h, f"{prefix}.mlp", fc1, fc2, config))
+        scores = _score(g, x, "patch_text_embeddings", D)  # [S, N, C]
+        scores = g.node("Transpose", scores, perm=[0, 2, 1])
+        scores = g.node("Reshape", scores, g.constant([0, -1, *grid]))
+        g.output(scores, "patch_scores", "float32", [STREAMS, "C", *grid])
+    ports = (Port("features", "output", "float32", (STREAMS, N, D)), *_label_ports("patch_text_embeddings", D))
+    return Graph(file, ports, (Port("patch_scores", "output", "float32", (STREAMS, "C", *grid)),))
+
+
+def has_own_projections(head: dict[str, Tensor]) -> bool:
+    """Whether a task head brings the projections of its patches along."""
+    return all(name in head for name in HEAD_PROJECTIONS)
+
+
+def _score(g: GraphBuilder, x: str, embeddings: str, hidden: int) -> str:
+    text = g.input(embeddings, "float32", ["C", hidden])
+    scale = g.input("logit_scale", "float32", [])
+    bias = g.input("logit_bias", "float32", [])
+    length = g.node("ReduceL2", x, g.constant([-1]), keepdims=1)
+    cosine = g.node("MatMul", g.node("Div", x, length), g.node("Transpose", text, perm=[1, 0]))
+    return g.node("Sigmoid", g.node("Add", g.node("Mul", cosine, g.node("Exp", scale)), bias))
+
+
+def _label_ports(embeddings: str, hidden: int) -> tuple[Port, ...]:
+    return (
+        Port(embeddings, embeddings, "float32", ("C", hidden)),
+        Port("logit_scale", "logit_scale", "float32", ()),
+        Port("logit_bias", "logit_bias", "float32", ()),
+    )
+
+
+def _pool(g: GraphBuilder, features: str, position: str, model: StreamFormer) -> str:
+    """Attention pooling of features [S, N, D] -> [S, D]"""
+    config, head = model.config, model.head
+    D, H = config.hidden_size, config.num_attention_heads
+    query, key, value = _in_projections(head.attention)
+    assert query.bias is not None
+    probe = _array(head.probe[0]) @ query.weight + query.bias  # [1, D]
+    streams = g.node("Concat", g.node("Shape", position), g.constant([1, D]), axis=0)
+    q = g.node("Expand", g.weight("pooling.query", probe[None]), streams)  # [S, 1, D]
+    k = _apply(g, features, "pooling.key", key)
+    v = _apply(g, features, "pooling.value", value)
+    x = g.node("Attention", q, k, v, name="attention", q_num_heads=H, kv_num_heads=H, scale=1.0)
+    x = _apply(g, x, "pooling.output", _linear(head.attention.out_proj.weight, head.attention.out_proj.bias))
+    h = _norm(g, x, "pooling.norm", head.layernorm)
+    x = g.node("Add", x, _mlp(g, h, "pooling.mlp", head.mlp.fc1, head.mlp.fc2, config))
+    return g.node("Squeeze", x, g.constant([1]))
+
+
+def _in_projections(attention: nn.MultiheadAttention) -> tuple[Linear, Linear, Linear]:
+    """Query (scaled), key and value of PyTorch's own attention."""
+    q, k, v = attention.in_proj_weight.chunk(3)
+    bq, bk, bv = attention.in_proj_bias.chunk(3)
+    scale = (attention.embed_dim // attention.num_heads) ** -0.5
+    return _linear(q * scale, bq * scale), _linear(k, bk), _linear(v, bv)
+
+
+def _attention(g: GraphBuilder, x: str, name: str, projections: Projections, heads: int) -> str:
+    """Attention among the rows of x [S, N, D], before its output projection."""
+    q = _apply(g, x, f"{name}.query", projections.query)
+    k = _apply(g, x, f"{name}.key", projections.key)
+    v = _apply(g, x, f"{name}.value", projections.value)
+    return g.node(
+        "Attention", q, k, v, name="spatial_attention", q_num_heads=heads, kv_num_heads=heads, scale=1.0
+    )
+
+
+def _mlp(g: GraphBuilder, x: str, name: str, fc1: nn.Linear, fc2: nn.Linear, config: StreamFormerConfig) -> str:
+    h = _apply(g, x, f"{name}.fc1", _linear(fc1.weight, fc1.bias))
+    return _apply(g, g.activation(h, config.hidden_act), f"{name}.fc2", _linear(fc2.weight, fc2.bias))
+
+
+def _apply(g: GraphBuilder, x: str, name: str, linear: Linear) -> str:
+    return g.linear(x, name, linear.weight, linear.bias)
+
+
+def _norm(g: GraphBuilder, x: str, name: str, norm: nn.LayerNorm) -> str:
+    return g.layer_norm(x, name, _array(norm.weight), _array(norm.bias), norm.eps)
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> Linear:
+    """From PyTorch's [out, in]."""
+    return Linear(_array(weight.T), None if bias is None else _array(bias))
+
+
+def _array(tensor: Tensor) -> Array:
+    return np.ascontiguousarray(tensor.detach().to(torch.float32).numpy())
+
+
+def _under(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value.float() for key, value in weights.items() if key.startswith(prefix)}

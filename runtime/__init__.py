@@ -1,0 +1,1 @@
+"""Runtime: bundle and frames to results."""

@@ -1,0 +1,367 @@
+"""Sessions and streams: the model and its memory.
+
+A `Session` holds the model and room for a number of streams; a `Stream` is one camera's place in it, with its own clock.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from . import state_file
+from .bundle import LABEL_ROLES, Bundle, FrameSpec, Manifest, graphs_for
+from .engines import choose_engine, make_engine
+from .errors import BundleError, EngineError, FramestepError, StateError
+from .labels import label_inputs, read_label_embeddings
+from .preprocess import Preprocess, check_frame
+
+Array = npt.NDArray[Any]
+
+
+class NonFiniteOutputError(FramestepError):
+    """A step gave NaN or infinity. The state of those streams was zeroed and their clocks set to 0.
+
+    Attributes:
+        streams: the streams concerned.
+        results: what the other streams of the same step got.
+    """
+
+    def __init__(self, streams: tuple[Stream, ...], outputs: tuple[str, ...], results: dict[Stream, Result]) -> None:
+        slots = ", ".join(str(stream.slot) for stream in streams)
+        super().__init__(
+            f"stream {slots}: the model gave NaN or infinity in {', '.join(outputs)};"
+            " its memory was zeroed and it starts again at position 0"
+        )
+        self.streams = streams
+        self.results = results
+
+
+class Result(Mapping[str, Array]):
+    """The outputs for one frame, by name. The arrays are copies and yours to keep.
+
+    Attributes:
+        position: index of the frame since the stream's reset.
+        latency_ms: from the call of `step` to this result, in milliseconds.
+    """
+
+    __slots__ = ("_outputs", "latency_ms", "position")
+
+    def __init__(self, outputs: dict[str, Array], position: int, latency_ms: float) -> None:
+        self._outputs = outputs
+        self.position = position
+        self.latency_ms = latency_ms
+
+    def __getitem__(self, name: str) -> Array:
+        return self._outputs[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._outputs)
+
+    def __len__(self) -> int:
+        return len(self._outputs)
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in self._outputs.items())
+        return f"Result(position={self.position}, latency_ms={self.latency_ms:.1f}, {shapes})"
+
+
+class Session:
+    """A model on an engine, with room for `streams` streams. Safe to call from several threads; steps run one at a time.
+
+    Use `framestep.load`.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        engine: str = "auto",
+        device: str = "auto",
+        streams: int = 1,
+        outputs: Sequence[str] | None = None,
+        threads: int | None = None,
+    ) -> None:
+        if streams < 1:
+            raise EngineError(f"streams: expected at least 1, found {streams}")
+        if threads is not None and threads < 1:
+            raise EngineError(f"threads: expected at least 1, found {threads}")
+        self.bundle = bundle
+        manifest = bundle.manifest
+        self.available_outputs = _available_outputs(manifest)
+        self.labels: tuple[str, ...] = manifest.labels.names if manifest.labels else ()
+        self.background: str | None = manifest.labels.background if manifest.labels else None
+        self.outputs = tuple(outputs) if outputs is not None else _default_outputs(manifest)
+        _check_outputs(self.outputs, self.available_outputs, manifest, bundle)
+        self.preprocess = Preprocess(manifest.frame)
+        self.streams = streams
+        choice = choose_engine(manifest, engine, device)
+        self.engine_choice = choice.reason
+        self._engine = make_engine(
+            choice,
+            bundle,
+            graphs_for(manifest, self.outputs),
+            self.outputs,
+            streams,
+            threads or len(os.sched_getaffinity(0)),
+        )
+        self._lock = threading.RLock()
+        self._slots: list[Stream | None] = [None] * streams
+        self._closed = False
+        self._text_encoder: Any = None
+        if manifest.labels is not None and manifest.scoring is not None:
+            embeddings = read_label_embeddings(bundle.file(manifest.labels.file), len(manifest.labels.names))
+            self._engine.set_constants(label_inputs(manifest.scoring, *embeddings))
+
+    @property
+    def rate(self) -> float | None:
+        """Frames a second that the model is to see; None for every frame."""
+        return self.bundle.manifest.rate
+
+    @property
+    def frame(self) -> FrameSpec:
+        """Size of the model's input, and how frames are brought to it."""
+        return self.bundle.manifest.frame
+
+    def open_stream(self) -> Stream:
+        """Take a free place.
+
+        Raises:
+            EngineError: every place is taken.
+        """
+        with self._lock:
+            self._check_open()
+            for slot, stream in enumerate(self._slots):
+                if stream is None:
+                    self._engine.positions[slot] = 0
+                    opened = self._slots[slot] = Stream(self, slot)
+                    return opened
+        raise EngineError(f"all {self.streams} streams of this session are open; load it with more streams")
+
+    def step(self, frames: Mapping[Stream, Array]) -> dict[Stream, Result]:
+        """Advance several streams by one frame each, in one run of the model.
+
+        Args:
+            frames: uint8 [height, width, 3] RGB of any size, for each stream to advance.
+
+        Raises:
+            FrameError: a frame is of another kind; no stream has advanced.
+            NonFiniteOutputError: see there.
+        """
+        start = time.perf_counter()
+        with self._lock:
+            self._check_open()
+            for stream, rgb in frames.items():
+                stream._check_owner(self)
+                check_frame(rgb)
+            if not frames:
+                return {}
+            for stream, rgb in frames.items():
+                self.preprocess(rgb, self._engine.frames[stream.slot])
+            slots = [stream.slot for stream in frames]
+            self._engine.run(min(slots), max(slots) + 1)
+            return self._collect(list(frames), start)
+
+    def warm_up(self, steps: int = 2) -> None:
+        """Run steps on empty slots, so that the first frame takes no longer than the others."""
+        with self._lock:
+            self._check_open()
+            for _ in range(steps):
+                self._engine.run(0, self.streams)
+
+    def set_labels(
+        self, labels: Sequence[str], templates: Sequence[str] | None = None, background: str | None = None
+    ) -> None:
+        """Ask for other labels from the next step on, by the bundle's text graph. The bundle is not changed.
+
+        Args:
+            labels: what to look for, in words.
+            templates: texts that a label stands for, `{}` being the label; default: the bundle's.
+            background: a label that competes in class maps but is not reported as an event.
+
+        Raises:
+            BundleError: the bundle has no text graph.
+        """
+        from .text import TextEncoder
+
+        text, scoring = self.bundle.manifest.text, self.bundle.manifest.scoring
+        if text is None or scoring is None:
+            raise BundleError(
+                f"{self.bundle.path}: has no text graph; export it with --text-graph, or use 'framestep label'"
+            )
+        names = tuple(labels)
+        if background is not None and background not in names:
+            names += (background,)
+        if not names or len(set(names)) != len(names):
+            raise BundleError(f"labels: expected at least one and none twice, found {list(names)}")
+        with self._lock:
+            self._check_open()
+            if self._text_encoder is None:
+                graph = self.bundle.manifest.graphs[text.graph]
+                self._text_encoder = TextEncoder(
+                    self.bundle.file(graph.file), self.bundle.file(text.tokenizer), text.length
+                )
+            embeddings = self._text_encoder.embed(names, tuple(templates or text.templates))
+            patch_embeddings = self._text_encoder.embed(names, text.patch_templates)
+            self._engine.set_constants(label_inputs(scoring, embeddings, patch_embeddings))
+            self.labels, self.background = names, background
+
+    def close(self) -> None:
+        """Free the memory. Open streams become unusable."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._engine.close()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _collect(self, streams: list[Stream], start: float) -> dict[Stream, Result]:
+        results: dict[Stream, Result] = {}
+        broken: list[Stream] = []
+        names: set[str] = set()
+        for stream in streams:
+            outputs = {name: array[stream.slot].copy() for name, array in self._engine.outputs.items()}
+            bad = [name for name, array in outputs.items() if not np.isfinite(array).all()]
+            if bad:
+                broken.append(stream)
+                names.update(bad)
+                self._engine.zero_states(stream.slot)  # a NaN in a hidden slot still counts: 0 * NaN is NaN
+                self._engine.positions[stream.slot] = 0
+                continue
+            position = int(self._engine.positions[stream.slot])
+            self._engine.positions[stream.slot] = position + 1
+            results[stream] = Result(outputs, position, (time.perf_counter() - start) * 1e3)
+        if broken:
+            raise NonFiniteOutputError(tuple(broken), tuple(sorted(names)), results)
+        return results
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineError("this session is closed")
+
+
+class Stream:
+    """One camera's place in a session. Use `Session.open_stream`."""
+
+    def __init__(self, session: Session, slot: int) -> None:
+        self._session = session
+        self.slot = slot
+        self._open = True
+
+    @property
+    def position(self) -> int:
+        """Frames since the last reset."""
+        self._check_owner(self._session)
+        return int(self._session._engine.positions[self.slot])
+
+    def step(self, rgb: Array) -> Result:
+        """Advance by one frame.
+
+        Args:
+            rgb: uint8 [height, width, 3], RGB, any size.
+        """
+        return self._session.step({self: rgb})[self]
+
+    def reset(self) -> None:
+        """Forget every frame so far."""
+        with self._session._lock:
+            self._check_owner(self._session)
+            self._session._engine.positions[self.slot] = 0
+
+    def save_state(self, path: str | os.PathLike[str]) -> None:
+        """Write this stream's memory and clock to a file.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
+        session = self._session
+        with session._lock:
+            self._check_owner(session)
+            tensors = {name: session._engine.read_state(name, self.slot) for name in session._engine.state_names()}
+            position = self.position
+        state_file.write_state(path, session.bundle.manifest.state_key(), position, tensors)
+
+    def load_state(self, path: str | os.PathLike[str]) -> None:
+        """Continue from a file that `save_state` wrote, with the same model.
+
+        Raises:
+            StateError: damaged, or of another model. The stream is unchanged then.
+        """
+        session = self._session
+        used = set(session._engine.state_names())
+        expected = {
+            state.name: (tuple(int(n) for n in state.shape[1:]), state.dtype)
+            for state in session.bundle.manifest.states
+            if state.name in used
+        }
+        position, tensors = state_file.read_state(path, session.bundle.manifest.state_key(), expected)
+        bad = [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]
+        if bad:
+            raise StateError(f"{path}: NaN or infinity in '{bad[0]}'")
+        with session._lock:
+            self._check_owner(session)
+            for name, tensor in tensors.items():
+                session._engine.write_state(name, self.slot, tensor)
+            session._engine.positions[self.slot] = position
+
+    def close(self) -> None:
+        """Give the place back."""
+        with self._session._lock:
+            if self._open:
+                self._open = False
+                self._session._slots[self.slot] = None
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _check_owner(self, session: Session) -> None:
+        if self._session is not session:
+            raise EngineError("this stream belongs to another session")
+        if not self._open:
+            raise EngineError("this stream is closed")
+        session._check_open()
+
+
+def _available_outputs(manifest: Manifest) -> tuple[str, ...]:
+    """Outputs that come from frames."""
+    fed = {"frame", "position", "output", *LABEL_ROLES}
+    return tuple(
+        port.name
+        for graph in manifest.graphs.values()
+        if all(item.role in fed for item in graph.inputs)
+        for port in graph.outputs
+    )
+
+
+def _default_outputs(manifest: Manifest) -> tuple[str, ...]:
+    names = ("features", "pooled", "scores") if manifest.labels else ("features", "pooled")
+    available = _available_outputs(manifest)
+    return tuple(name for name in names if name in available)
+
+
+def _check_outputs(outputs: Sequence[str], available: Sequence[str], manifest: Manifest, bundle: Bundle) -> None:
+    if not outputs:
+        raise EngineError(f"outputs: expected at least one of {', '.join(available)}")
+    for name in outputs:
+        if name not in available:
+            raise EngineError(f"outputs: '{name}' is unknown; this bundle has {', '.join(available)}")
+        if "scores" in name and manifest.labels is None and manifest.text is None:
+            raise EngineError(
+                f"outputs: '{name}' needs labels, and {bundle.path} has none; add them with 'framestep label'"
+            )
