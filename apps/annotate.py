@@ -1,7 +1,7 @@
 """Drawing results onto frames: labels with their scores, where in the frame a label is, and the latency.
 
-The picture grows at its lower edge by a strip with the latency, so nothing of the frame is covered by it. Frames
-narrower than 640 pixels are enlarged first; text is too coarse to read below that.
+The picture grows at its lower edge by a strip with the latency, so nothing of the frame is covered by it.
+Frames narrower than 640 pixels are enlarged first; text is too coarse to read below that.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ DISTINCT: tuple[Colour, ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """What is drawn onto one frame. `scores` [C] and `patch_scores` [C, grid_h, grid_w] are None where not computed."""
+    """What is drawn onto one frame. `scores` [C] and `patch_scores` [C, grid_h, grid_w] are None where not
+    computed.
+    """
 
     rgb: np.ndarray
     index: int
@@ -126,7 +128,9 @@ class Annotator:
             self._draw_labels(canvas, shown.scores, areas)
         return np.vstack([canvas, strip])
 
-    def _draw_heat_map(self, canvas: np.ndarray, region: tuple[int, int, int, int], scores: np.ndarray) -> None:
+    def _draw_heat_map(
+        self, canvas: np.ndarray, region: tuple[int, int, int, int], scores: np.ndarray
+    ) -> None:
         low, high = self._heat_range.follow(float(scores.min()), float(scores.max()))
         relative = np.clip((scores.astype(np.float32) - low) / (high - low), 0, 1)
         inside, part = _visible(canvas, region)
@@ -152,7 +156,9 @@ class Annotator:
         return np.bincount(classes.ravel(), minlength=len(self._labels)) / classes.size
 
     def _draw_labels(self, canvas: np.ndarray, scores: np.ndarray, areas: np.ndarray | None) -> None:
-        """A panel at the upper left. With more labels than fit: the largest areas, or else the highest scores."""
+        """A panel at the upper left. With more labels than fit: the largest areas, or else the highest
+        scores.
+        """
         height, width = canvas.shape[:2]
         unit = _unit(width)
         row, margin, bar = round(23 * unit), round(8 * unit), max(2, round(3 * unit))
@@ -167,7 +173,9 @@ class Annotator:
         value_width = _text_width("0.00", font) + margin
         wanted = max(_text_width(self._labels[i], font) for i in order) + value_width + 2 * margin
         swatch = 0 if areas is None else round(14 * unit)
-        panel_width = min(max(wanted + swatch, round(150 * unit)), max(round(0.45 * width), round(150 * unit)))
+        panel_width = min(
+            max(wanted + swatch, round(150 * unit)), max(round(0.45 * width), round(150 * unit))
+        )
         panel_height = count * row + margin + (2 * row if heat else 0)
         _panel(canvas, margin, margin, panel_width, panel_height)
         left, right = 2 * margin, panel_width
@@ -176,17 +184,28 @@ class Annotator:
             if swatch:
                 side = round(9 * unit)
                 outline = 1 if self._labels[i] == self._background else cv2.FILLED
-                cv2.rectangle(canvas, (left, baseline - side), (left + side, baseline), self._colours[i], outline)
+                cv2.rectangle(
+                    canvas, (left, baseline - side), (left + side, baseline), self._colours[i], outline
+                )
             label = _shortened(self._labels[i], font, right - left - swatch - value_width)
             score = float(scores[i])
             present = score >= self._on
             _text(canvas, label, left + swatch, baseline, font, WHITE)
-            _text(canvas, f"{score:.2f}", right - value_width + margin, baseline, font, WHITE if present else GREY)
+            _text(
+                canvas,
+                f"{score:.2f}",
+                right - value_width + margin,
+                baseline,
+                font,
+                WHITE if present else GREY,
+            )
             top = baseline + max(2, round(3 * unit))
             cv2.rectangle(canvas, (left, top), (right, top + bar - 1), TRACK, cv2.FILLED)
             end = left + round((right - left) * min(max(score, 0.0), 1.0))
             if end > left:
-                cv2.rectangle(canvas, (left, top), (end, top + bar - 1), LOUD if present else QUIET, cv2.FILLED)
+                cv2.rectangle(
+                    canvas, (left, top), (end, top + bar - 1), LOUD if present else QUIET, cv2.FILLED
+                )
         if heat:
             self._draw_heat_scale(canvas, left, right, margin + count * row, unit)
 
@@ -219,11 +238,19 @@ class Annotator:
         late = self._deadline_ms is not None and shown.latency_ms > self._deadline_ms
         first, second = round(23 * unit), round(43 * unit)
         _text(
-            strip, f"{_milliseconds(shown.latency_ms)} ms", margin, first, 0.62 * unit, LATE if late else WHITE
+            strip,
+            f"{_milliseconds(shown.latency_ms)} ms",
+            margin,
+            first,
+            0.62 * unit,
+            LATE if late else WHITE,
         )
         _text(strip, f"#{shown.index}   {_clock(shown.timestamp)}", margin, second, 0.42 * unit, GREY)
         small = 0.42 * unit
-        rows = ((f"p50  {_milliseconds(recent.p50)} ms", MEDIAN), (f"p99  {_milliseconds(recent.p99)} ms", TAIL))
+        rows = (
+            (f"p50  {_milliseconds(recent.p50)} ms", MEDIAN),
+            (f"p99  {_milliseconds(recent.p99)} ms", TAIL),
+        )
         column = _text_width("p99  8888.8 ms", small)
         for baseline, (text, colour) in zip((first, second), rows, strict=True):
             _text(strip, text, width - margin - column, baseline, small, colour)
@@ -295,7 +322,9 @@ def class_map(patch_scores: np.ndarray, height: int, width: int) -> tuple[np.nda
 
 
 class _SlowRange:
-    """The range of a heat map: widens at once, narrows slowly, so that colours do not flicker from frame to frame."""
+    """The range of a heat map: widens at once, narrows slowly, so that colours do not flicker from frame to
+    frame.
+    """
 
     narrowing = 0.03
     smallest = 1e-3
@@ -355,7 +384,9 @@ def _draw_region(canvas: np.ndarray, region: tuple[int, int, int, int]) -> None:
     """A thin frame about what the model sees, where that is not everything."""
     top, left, height, width = region
     if top > 0 or left > 0 or top + height < canvas.shape[0] or left + width < canvas.shape[1]:
-        cv2.rectangle(canvas, (left, top), (left + width - 1, top + height - 1), (225, 225, 225), 1, cv2.LINE_AA)
+        cv2.rectangle(
+            canvas, (left, top), (left + width - 1, top + height - 1), (225, 225, 225), 1, cv2.LINE_AA
+        )
 
 
 def _panel(canvas: np.ndarray, left: int, top: int, width: int, height: int) -> None:

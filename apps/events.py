@@ -37,8 +37,9 @@ class Event:
 class EventDetector:
     """Turns scores into events with hysteresis, as they come.
 
-    A segment of a label opens with the first frame that scores at least `on`, and closes with the first later frame
-    that scores less than `off` (`off <= on`), so that a score trembling about one threshold makes one segment.
+    A segment of a label opens with the first frame that scores at least `on`, and closes with the first later
+    frame that scores less than `off` (`off <= on`), so that a score trembling about one threshold makes one
+    segment.
     """
 
     def __init__(self, labels: Sequence[str], on: float, off: float) -> None:
@@ -78,6 +79,4 @@ def _extended(event: Event, score: float, timestamp: float, index: int) -> Event
     peak, peak_score, peak_index = event.peak, event.peak_score, event.peak_index
     if score > peak_score:
         peak, peak_score, peak_index = timestamp, score, index
-    return Event(
-        event.label, event.start, timestamp, peak, peak_score, event.start_index, index, peak_index
-    )
+    return Event(event.label, event.start, timestamp, peak, peak_score, event.start_index, index, peak_index)

@@ -12,6 +12,7 @@ SMALLEST_MS = 0.01
 LARGEST_MS = 1e7
 BIN_RATIO = 1.005  # neighbouring bin edges: a percentile is at most 0.25% off
 RECENT = 240
+QUANTILES = (0.50, 0.95, 0.99)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +31,9 @@ class Percentiles:
 class Latencies:
     """Latencies of an endless stream.
 
-    Percentiles over everything come from a histogram of fixed size with logarithmic bins (4,156 counters, at most
-    0.25% off; the maximum is exact). Percentiles over recent frames are exact, from the last `recent` values.
+    Percentiles over everything come from a histogram of fixed size with logarithmic bins (4,156 counters, at
+    most 0.25% off; the maximum is exact). Percentiles over recent frames are exact, from the last `recent`
+    values.
     """
 
     def __init__(self, recent: int = RECENT) -> None:
@@ -54,14 +56,14 @@ class Latencies:
         if not self.count:
             return Percentiles()
         cumulative = np.cumsum(self._counts)
-        return Percentiles(*(self._percentile(cumulative, q) for q in (0.50, 0.95, 0.99)), max=self._largest)
+        return Percentiles(*(self._percentile(cumulative, q) for q in QUANTILES), self._largest)
 
     def recent(self) -> Percentiles:
         """Percentiles over the most recent values."""
         if not self._recent:
             return Percentiles()
         ordered = sorted(self._recent)
-        return Percentiles(*(ordered[_rank(q, len(ordered))] for q in (0.50, 0.95, 0.99)), max=ordered[-1])
+        return Percentiles(*(ordered[_rank(q, len(ordered))] for q in QUANTILES), ordered[-1])
 
     def recent_values(self) -> list[float]:
         """The most recent values in milliseconds, oldest first."""

@@ -1,7 +1,8 @@
 """The files that a run writes: JSON lines, an annotated video, arrays.
 
-Each writer fails before the first frame if its file cannot be written, and with an OutputError that names the file if
-the disk refuses later. `close()` after a failure still finishes the file with what was written until then.
+Each writer fails before the first frame if its file cannot be written, and with an OutputError that names the
+file if the disk refuses later. `close()` after a failure still finishes the file with what was written until
+then.
 """
 
 from __future__ import annotations
@@ -21,14 +22,18 @@ from ..runtime.errors import OutputError
 
 DISK_RESERVE = 64 * 1024 * 1024  # bytes left free, so that a recording can still be finished
 FRAMES_BETWEEN_DISK_CHECKS = 16
-FRAMES_WITHOUT_GROWTH = 600  # the encoder buffers some 32 KiB; a static scene at 640 px fills it well before this
+FRAMES_WITHOUT_GROWTH = (
+    600  # the encoder buffers some 32 KiB; a static scene at 640 px fills it well before this
+)
 FRAMES_TO_MEASURE_RATE = 12
 SECONDS_TO_MEASURE_RATE = 1.0
 LONGEST_REPEAT_S = 2.0
 
 
 def check_writable(path: Path, option: str) -> None:
-    """Raises OutputError, naming `option` and `path`, unless a file can be written at `path`. Changes nothing."""
+    """Raises OutputError, naming `option` and `path`, unless a file can be written at `path`. Changes
+    nothing.
+    """
     folder = path.parent
     if path.is_dir():
         raise OutputError(f"{option} {path}: is a folder; name a file")
@@ -83,15 +88,17 @@ class JsonLines:
 
 
 class VideoRecorder:
-    """An mp4 (MPEG-4 part 2). It appears under its name when it is complete; until then it is `.NAME.partial.mp4`.
+    """An mp4 (MPEG-4 part 2). It appears under its name when it is complete; until then it is
+    `.NAME.partial.mp4`.
 
-    With `fps` every frame is written once. Without, the rate is measured on the first frames, and frames are then
-    repeated or skipped so that the recording runs at the pace of their timestamps. The first frame sets the size;
-    frames of another size are fitted into it.
+    With `fps` every frame is written once. Without, the rate is measured on the first frames, and frames are
+    then repeated or skipped so that the recording runs at the pace of their timestamps. The first frame sets
+    the size; frames of another size are fitted into it.
     """
 
     def __init__(self, path: Path, fps: float | None) -> None:
         self.path = path
+        self.finished = False
         self._partial = path.with_name(f".{path.stem}.partial.mp4")
         self._fps = fps
         self._follows_clock = fps is None
@@ -119,7 +126,9 @@ class VideoRecorder:
             self._append(bgr, timestamp)
 
     def close(self) -> None:
-        """Finishes the file. Without any frame there is no file. Raises OutputError if it cannot be read back."""
+        """Finishes the file. Without any frame there is no file. Raises OutputError if it cannot be read
+        back.
+        """
         if self._early:
             self._flush_early()
         if self._writer is None:
@@ -139,6 +148,7 @@ class VideoRecorder:
             self._partial.replace(self.path)
         except OSError as error:
             raise _unwritable(self.path, error) from error
+        self.finished = True
 
     def _try_encoder(self) -> None:
         """Fails now rather than at the first frame."""
@@ -148,7 +158,9 @@ class VideoRecorder:
         size = self._partial.stat().st_size if self._partial.exists() else 0
         self._partial.unlink(missing_ok=True)
         if not size:
-            raise OutputError(f"{self.path}: cannot be written: no video can be recorded in {self.path.parent}")
+            raise OutputError(
+                f"{self.path}: cannot be written: no video can be recorded in {self.path.parent}"
+            )
 
     def _encoder(self, fps: float, size: tuple[int, int]) -> cv2.VideoWriter:
         writer = cv2.VideoWriter(str(self._partial), cv2.VideoWriter.fourcc(*"mp4v"), fps, size)
@@ -200,19 +212,23 @@ class VideoRecorder:
         if size > self._grown_bytes:
             self._grown_bytes, self._grown_at = size, self._frames
         elif self._frames - self._grown_at > FRAMES_WITHOUT_GROWTH:
-            raise OutputError(f"{self.path}: the recording no longer grows; is the disk full, or a quota reached?")
+            raise OutputError(
+                f"{self.path}: the recording no longer grows; is the disk full, or a quota reached?"
+            )
 
 
 class ArrayRecorder:
     """Arrays of every frame, stacked along a first axis T into one .npz file.
 
-    Frames go to unnamed temporary files beside the result, so memory does not grow; `close` packs them. Packing needs
-    room for the largest array once more: that much is kept free.
+    Frames go to unnamed temporary files beside the result, so memory does not grow; `close` packs them.
+    Packing needs room for the largest array once more: that much is kept free.
     """
 
     def __init__(self, path: Path, constants: dict[str, np.ndarray]) -> None:
         self.path = path
+        self.finished = False
         self.frames = 0
+        self._closed = False
         self._constants = constants
         self._columns: dict[str, _Column] = {}
 
@@ -231,6 +247,9 @@ class ArrayRecorder:
 
     def close(self) -> None:
         """Writes the .npz: under its name only when complete."""
+        if self._closed:
+            return
+        self._closed = True
         columns, self._columns = self._columns, {}
         partial = self.path.with_name(f".{self.path.name}.partial")
         try:
@@ -242,12 +261,13 @@ class ArrayRecorder:
                     with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                         column.move_to(member, self.frames)
             partial.replace(self.path)
+            self.finished = True
         except OSError as error:
             raise _unwritable(self.path, error) from error
         finally:
             partial.unlink(missing_ok=True)
             for column in columns.values():
-                column.close()
+                column.close()  # unbuffered: nothing to flush that could fail
 
     def _check_disk(self) -> None:
         packing = max((column.row_bytes * self.frames for column in self._columns.values()), default=0)
@@ -263,7 +283,8 @@ class _Column:
         self._shape = first.shape
         self._dtype = first.dtype
         self.row_bytes = first.nbytes
-        self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 (lives as long as the recorder)
+        self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 (lives as long as the
+        recorder)
 
     def append(self, array: np.ndarray) -> None:
         if array.shape != self._shape or array.dtype != self._dtype:
@@ -307,7 +328,9 @@ def _fitted(bgr: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     inner = (max(1, round(bgr.shape[1] * scale)), max(1, round(bgr.shape[0] * scale)))
     canvas = np.zeros((height, width, 3), np.uint8)
     left, top = (width - inner[0]) // 2, (height - inner[1]) // 2
-    canvas[top : top + inner[1], left : left + inner[0]] = cv2.resize(bgr, inner, interpolation=cv2.INTER_AREA)
+    canvas[top : top + inner[1], left : left + inner[0]] = cv2.resize(
+        bgr, inner, interpolation=cv2.INTER_AREA
+    )
     return canvas
 
 

@@ -1,7 +1,7 @@
-"""A small SigLIP checkpoint with random weights and a tokenizer of its own, in the form in which SigLIP is published.
+"""A small SigLIP checkpoint with random weights and its own tokenizer, in the form in which SigLIP is published.
 
-The tokenizer is a sentencepiece unigram model with the settings of SigLIP's English vocabulary: `<pad>` 0, `</s>` 1,
-`<unk>` 2, NFKC normalisation, a dummy prefix, padding with `</s>` to 64 tokens.
+The tokenizer is a sentencepiece unigram model with the settings of SigLIP's English vocabulary: `<pad>` 0,
+`</s>` 1, `<unk>` 2, NFKC normalisation, a dummy prefix, padding with `</s>` to 64 tokens.
 """
 
 from __future__ import annotations
@@ -13,21 +13,27 @@ VOCABULARY = 240
 LENGTH = 64  # tokens
 LAYERS = 2
 
-_WORDS = """
-person man woman child dog cat horse robot cook player driver doctor teacher painter drummer surfer climber
-open close walk pick look ride cut play throw catch push pull lift pour wash brush paint write read jump climb
-door car cup coffee apple guitar bicycle wood ball bottle table chair window street kitchen garden mountain river
-photo video example demonstration practice during using doing performing practicing showing about after before near
-red green blue yellow white black small large quick slow old young bright dark empty full wooden plastic metal
-hammer needle bread butter cheese tomato potato onion pepper salt sugar water juice plate bowl spoon fork knife
-running swimming dancing singing skating skiing sailing fishing hunting boxing wrestling fencing archery bowling
-jalapeño café naïve façade über déjà vu crème brûlée señor Zürich Ångström œuvre straße ½ ² № ™ 東京 привет καλημέρα
-0 1 2 3 4 5 6 7 8 9 10 12 30 100 2024 3.14 it's don't state-of-the-art e-mail x-ray t-shirt
-""".split()
+_SENTENCE = """
+person man woman child dog cat horse robot cook player driver doctor teacher painter drummer surfer
+climber open close walk pick look ride cut play throw catch push pull lift pour wash brush paint write
+read jump climb door car cup coffee apple guitar bicycle wood ball bottle table chair window street
+kitchen garden mountain river photo video example demonstration practice during using doing performing
+practicing showing about after before near red green blue yellow white black small large quick slow old
+young bright dark empty full wooden plastic metal hammer needle bread butter cheese tomato potato onion
+pepper salt sugar water juice plate bowl spoon fork knife running swimming dancing singing skating skiing
+sailing fishing hunting boxing wrestling fencing archery bowling jalapeño café naïve façade über déjà vu
+crème brûlée señor Zürich Ångström œuvre straße ½ ² № ™ 東京 привет καλημέρα 0 1 2 3 4 5 6 7 8 9 10 12 30
+100 2024 3.14 it's don't state-of-the-art e-mail x-ray t-shirt
+"""
 
 
 def make_siglip_checkpoint(
-    folder: Path, hidden_size: int = 96, seed: int = 0, *, text_only: bool = False, projection_size: int | None = None
+    folder: Path,
+    hidden_size: int = 96,
+    seed: int = 0,
+    *,
+    text_only: bool = False,
+    projection_size: int | None = None,
 ) -> Path:
     """Write a checkpoint folder: `config.json`, `model.safetensors`, `spiece.model`, `tokenizer_config.json`.
 
@@ -36,7 +42,7 @@ def make_siglip_checkpoint(
         hidden_size: of both towers.
         seed: of the weights. They are large enough that different texts get clearly different features.
         text_only: a `SiglipTextModel`, without vision tower, `logit_scale` and `logit_bias`.
-        projection_size: size of the text features where it is not `hidden_size`; the two towers then do not fit.
+        projection_size: size of the text features where it is not `hidden_size`.
     """
     import torch
     from transformers import SiglipConfig, SiglipModel, SiglipTextModel, SiglipTokenizer
@@ -51,7 +57,13 @@ def make_siglip_checkpoint(
         "num_hidden_layers": LAYERS,
         "num_attention_heads": 4,
     }
-    text = {**sizes, "vocab_size": VOCABULARY, "max_position_embeddings": LENGTH}
+    text = {
+        **sizes,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": LENGTH,
+        "bos_token_id": None,
+        "eos_token_id": 1,
+    }
     if projection_size is not None:
         text["projection_size"] = projection_size
     config = SiglipConfig(text_config=text, vision_config={**sizes, "image_size": 32, "patch_size": 16})
@@ -76,9 +88,11 @@ def make_siglip_checkpoint(
 def _sentencepiece_model() -> bytes:
     import sentencepiece
 
-    count = len(_WORDS)
+    words = _SENTENCE.split()
+    count = len(words)
     sentences = [
-        f"a {_WORDS[i % count]} {_WORDS[i * 7 % count]}ing the {_WORDS[i * 13 % count]} in a {_WORDS[i * 29 % count]}s"
+        f"a {words[i % count]} {words[i * 7 % count]}ing the {words[i * 13 % count]}"
+        f" in a {words[i * 29 % count]}s"
         for i in range(3 * count)
     ]
     model = io.BytesIO()

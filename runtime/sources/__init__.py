@@ -1,4 +1,4 @@
-"""Frame sources: cameras, streams, video files, folders of images and synthetic scenes, all read the same way.
+"""Frame sources: cameras, streams, video files, folders of images, synthetic scenes; all read the same way.
 
 ```python
 with open_source("/dev/video0", rate=4) as source:
@@ -6,8 +6,8 @@ with open_source("/dev/video0", rate=4) as source:
         frame.rgb  # uint8 [height, width, 3]
 ```
 
-Files deliver every frame in order. Live sources deliver the newest frame, count the ones that were never delivered, and
-come back by themselves after a camera stalled or vanished.
+Files deliver every frame in order. Live sources deliver the newest frame, count the ones that were never
+delivered, and come back by themselves after a camera stalled or vanished.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable
+from os import PathLike
 from pathlib import Path
 
 from ..errors import SourceError
@@ -44,7 +45,7 @@ NETWORK_SCHEMES = ("rtsp", "rtsps", "rtmp", "http", "https", "udp", "tcp", "srt"
 
 
 def open_source(
-    spec: str | int | Path,
+    spec: str | int | PathLike[str],
     *,
     rate: float | None = None,
     width: int | None = None,
@@ -61,17 +62,19 @@ def open_source(
       - `"rtsp://…"`, `"http://…mjpg"`: a network camera (whatever an address leads to is treated as live);
       - `"gst:v4l2src ! …"`: a GStreamer pipeline, where OpenCV was built with GStreamer (pip's was not);
       - `"synthetic"` or `"synthetic:seed=3,frames=300,width=320,height=240,fps=25"`: see `SyntheticSource`;
-      - the path of a video file, of a folder of images (natural order, sizes may differ) or of one image. A `Path` is
-        never taken for anything but a path or a camera's device file.
+      - the path of a video file, of a folder of images (natural order, sizes may differ) or of one image. A
+        `Path` is never taken for anything but a path or a camera's device file.
 
-    `rate` samples the source down to that many frames a second, by timestamps and without drift; a frame is never
-    repeated. `width`, `height` (pixels), `camera_fps` and `fourcc` (four characters, such as "MJPG") are asked of a USB
-    camera; what it grants instead is reported. `camera_fps` also says how many frames a second a folder of images
-    holds; without it the images are taken to be at `rate` already. Elsewhere these four are reported as unused.
+    `rate` samples the source down to that many frames a second, by timestamps and without drift; a frame is
+    never repeated. `width`, `height` (pixels), `camera_fps` and `fourcc` (four characters, such as "MJPG")
+    are asked of a USB camera; what it grants instead is reported. `camera_fps` also says how many frames a
+    second a folder of images holds; without it the images are taken to be at `rate` already. Elsewhere these
+    four are reported as unused.
 
-    `on_report` receives one line about each thing that went wrong and was survived: a camera that stalled, was lost or
-    came back, corrupt frames, a video that ends early. It is called in the thread that reads the source; by default the
-    lines go to `logging.getLogger("framestep")` as warnings. `timing` sets the patience of live sources.
+    `on_report` receives one line about each thing that went wrong and was survived: a camera that stalled,
+    was lost or came back, corrupt frames, a video that ends early. It is called in the thread that reads the
+    source; by default the lines go to `logging.getLogger("framestep")` as warnings. `timing` sets the
+    patience of live sources.
 
     Raises `SourceError` where the source does not exist, is busy, or is nothing that can be read.
     """
@@ -81,13 +84,13 @@ def open_source(
     timing = timing or LiveTiming()
     text = str(spec)
 
-    if text.isdecimal() or text.startswith("/dev/") or isinstance(spec, int):
+    if isinstance(spec, int) or _names_usb_camera(spec):
         usb = UsbCamera(text, width=width, height=height, fps=camera_fps, fourcc=fourcc)
         return LiveSource(usb, rate=rate, on_report=report, timing=timing)
 
     source: Source
-    if isinstance(spec, Path):
-        source = _open_path(spec, rate, camera_fps, report)
+    if isinstance(spec, PathLike):
+        source = _open_path(Path(spec), rate, camera_fps, report)
     elif text.startswith("gst:"):
         source = LiveSource(GStreamerPipeline(text), rate=rate, on_report=report, timing=timing)
     elif text == "synthetic" or text.startswith("synthetic:"):
@@ -106,6 +109,14 @@ def open_source(
     if unused := [name for name, value in options.items() if value is not None]:
         report(f"{source.name}: {', '.join(unused)} not used: this is no USB camera")
     return source
+
+
+def _names_usb_camera(spec: str | PathLike[str]) -> bool:
+    if isinstance(spec, str) and spec.isdecimal():
+        return True
+    # Not everything in /dev is a device: /dev/shm holds files.
+    path = Path(spec)
+    return str(path).startswith(("/dev/video", "/dev/v4l/")) or path.is_char_device()
 
 
 def _open_path(

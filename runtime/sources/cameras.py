@@ -1,5 +1,7 @@
-"""Devices that deliver live frames: USB cameras, network cameras, GStreamer pipelines. How to open each of them, and
-what to say where that fails."""
+"""Devices that deliver live frames: USB cameras, network cameras, GStreamer pipelines.
+
+How to open each of them, and what to say where that fails.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +14,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import SourceError
-from .opencv import has_backend, has_gstreamer, quiet, require_cv2
+from .opencv import has_backend, has_gstreamer, require_cv2
 
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """Seconds until opening a device, and until one read from it, counts as failed, where OpenCV can limit that."""
+    """Seconds until opening a device, and one read from it, count as failed, where OpenCV can limit that."""
 
     opening: float
     reading: float
@@ -34,13 +36,13 @@ class Device(Protocol):
     def states_its_fps(self) -> bool:
         """Whether the frame rate that OpenCV states for it means anything."""
 
-    def open(self, patience: Patience, report: Callable[[str], None]) -> Any:
+    def open(self, patience: Patience, on_report: Callable[[str], None]) -> Any:
         """An opened cv2.VideoCapture. Raises `SourceError` where it cannot be had."""
 
 
 @dataclass(frozen=True, slots=True)
 class UsbCamera:
-    """A camera of this machine by number (`0`) or device file (`/dev/video0`). None leaves its own setting."""
+    """A camera of this machine by number (`0`) or device file (`/dev/video0`). None keeps its own setting."""
 
     name: str
     width: int | None = None
@@ -49,25 +51,24 @@ class UsbCamera:
     fourcc: str | None = None
     states_its_fps: bool = True
 
-    def open(self, patience: Patience, report: Callable[[str], None]) -> Any:
+    def open(self, patience: Patience, on_report: Callable[[str], None]) -> Any:
         cv2 = require_cv2()
-        with quiet():
-            if sys.platform == "linux":
-                backend = cv2.CAP_V4L2 if has_backend(cv2.CAP_V4L2) else cv2.CAP_ANY
-                capture = cv2.VideoCapture(str(self._device_file), backend)
-            else:
-                capture = cv2.VideoCapture(int(self.name) if self.name.isdecimal() else self.name)
-            if not capture.isOpened():
-                capture.release()
-                raise SourceError(self._why_not())
-            self._configure(cv2, capture, report)
+        if sys.platform == "linux":
+            backend = cv2.CAP_V4L2 if has_backend(cv2.CAP_V4L2) else cv2.CAP_ANY
+            capture = cv2.VideoCapture(str(self._device_file), backend)
+        else:
+            capture = cv2.VideoCapture(int(self.name) if self.name.isdecimal() else self.name)
+        if not capture.isOpened():
+            capture.release()
+            raise SourceError(self._why_not())
+        self._configure(cv2, capture, on_report)
         return capture
 
     @property
     def _device_file(self) -> Path:
         return Path(f"/dev/video{int(self.name)}" if self.name.isdecimal() else self.name)
 
-    def _configure(self, cv2: Any, capture: Any, report: Callable[[str], None]) -> None:
+    def _configure(self, cv2: Any, capture: Any, on_report: Callable[[str], None]) -> None:
         # The pixel format comes first: it decides which sizes and rates a camera offers.
         if self.fourcc is not None:
             capture.set(cv2.CAP_PROP_FOURCC, cv2.VideoWriter.fourcc(*self.fourcc))
@@ -94,11 +95,11 @@ class UsbCamera:
             if fourcc != self.fourcc:
                 granted.append(f"fourcc {fourcc!r} instead of {self.fourcc!r}")
         if granted:
-            report(f"the camera grants {', '.join(granted)}")
+            on_report(f"the camera grants {', '.join(granted)}")
 
     def _why_not(self) -> str:
         if sys.platform != "linux":
-            return f"camera {self.name}: cannot be opened: it does not exist, is in use, or access to it is not allowed"
+            return f"camera {self.name}: does not exist, is in use, or this program may not access it"
         file = self._device_file
         camera = f"camera {self.name}" if str(file) == self.name else f"camera {self.name} ({file})"
         if not file.exists():
@@ -123,13 +124,12 @@ class NetworkCamera:
         # FFmpeg states 25 for every MJPEG stream over HTTP.
         return not self.address.lower().startswith("http")
 
-    def open(self, patience: Patience, report: Callable[[str], None]) -> Any:
+    def open(self, patience: Patience, on_report: Callable[[str], None]) -> Any:
         cv2 = require_cv2()
-        with quiet():
-            if has_backend(cv2.CAP_FFMPEG):
-                capture = cv2.VideoCapture(self.address, cv2.CAP_FFMPEG, _timeouts(cv2, patience))
-            else:
-                capture = cv2.VideoCapture(self.address)
+        if has_backend(cv2.CAP_FFMPEG):
+            capture = cv2.VideoCapture(self.address, cv2.CAP_FFMPEG, _timeouts(cv2, patience))
+        else:
+            capture = cv2.VideoCapture(self.address)
         if not capture.isOpened():
             capture.release()
             raise SourceError(
@@ -146,23 +146,22 @@ class GStreamerPipeline:
     name: str
     states_its_fps: bool = True
 
-    def open(self, patience: Patience, report: Callable[[str], None]) -> Any:
+    def open(self, patience: Patience, on_report: Callable[[str], None]) -> Any:
         cv2 = require_cv2()
         if not has_gstreamer():
             raise SourceError(
-                f"source {self.name}: this OpenCV was built without GStreamer (pip's always is); use the system's"
-                " (JetPack's, or apt install python3-opencv) or one built with -D WITH_GSTREAMER=ON, or read the camera"
-                " directly as 0, /dev/video0 or rtsp://…"
+                f"source {self.name}: this OpenCV was built without GStreamer (pip's always is);"
+                " use the system's (JetPack's, or apt install python3-opencv)"
+                " or one built with -D WITH_GSTREAMER=ON, or name the camera itself: 0, /dev/video0 or rtsp://…"
             )
         pipeline = self.name.removeprefix("gst:").strip()
         if "appsink" not in pipeline:
             pipeline += " ! videoconvert ! video/x-raw,format=BGR ! appsink"
-        with quiet():
-            capture = cv2.VideoCapture(pipeline, cv2.CAP_GSTREAMER, _timeouts(cv2, patience))
+        capture = cv2.VideoCapture(pipeline, cv2.CAP_GSTREAMER, _timeouts(cv2, patience))
         if not capture.isOpened():
             capture.release()
             raise SourceError(
-                f"source {self.name}: GStreamer cannot run this pipeline; try it as: gst-launch-1.0 {pipeline}"
+                f"source {self.name}: GStreamer cannot run it; to see why: gst-launch-1.0 {pipeline}"
             )
         return capture
 
@@ -180,9 +179,13 @@ def list_cameras(
 ) -> tuple[Camera, ...]:
     """The /dev/video* of a Linux machine in order of their numbers; none on other systems."""
     numbers = sorted(
-        int(match[1]) for path in devices.glob("video*") if (match := re.fullmatch(r"video([0-9]+)", path.name))
+        int(match[1])
+        for path in devices.glob("video*")
+        if (match := re.fullmatch(r"video([0-9]+)", path.name))
     )
-    return tuple(Camera(str(devices / f"video{n}"), _driver_name(names / f"video{n}" / "name")) for n in numbers)
+    return tuple(
+        Camera(str(devices / f"video{n}"), _driver_name(names / f"video{n}" / "name")) for n in numbers
+    )
 
 
 def cameras_here() -> str:

@@ -26,10 +26,11 @@ class Frame:
 class Source(ABC):
     """An iterator over frames and a context manager that closes it.
 
-    `name` is the source as the user named it, without the user and password of an address. `fps` is nominal, and None
-    where nobody knows it; `length` is the number of frames before sampling, where that is known. `dropped` counts live
-    frames that were never delivered because a newer one replaced them (frames skipped by `rate` are not dropped);
-    `bad_frames` counts frames that could not be decoded. `ended` is true once no frame will come any more.
+    `name` is the source as the user named it, without the user and password of an address. `fps` is nominal,
+    and None where nobody knows it; `length` is the number of frames before sampling, where that is known.
+    `dropped` counts live frames that were never delivered because a newer one replaced them (frames skipped
+    by `rate` are not dropped); `bad_frames` counts frames that could not be decoded. `ended` is true once no
+    frame will come any more.
     """
 
     live: bool
@@ -47,8 +48,8 @@ class Source(ABC):
     def read(self, timeout: float | None = None) -> Frame | None:
         """The next frame; None at the end, or where a live source has none within `timeout` seconds.
 
-        None waits for as long as the source lives; 0 does not wait. Files never wait. Raises `SourceError` where
-        nothing in the source can be read at all.
+        None waits for as long as the source lives; 0 does not wait. Files never wait. Raises `SourceError`
+        where nothing in the source can be read at all.
         """
 
     @abstractmethod
@@ -80,4 +81,6 @@ class Source(ABC):
 
     def _report_rate_above_fps(self, rate: float | None) -> None:
         if rate is not None and self.fps is not None and rate > self.fps * 1.001:
-            self._report(f"rate {rate:g} is above the source's {self.fps:g} frames a second: all are delivered")
+            self._report(
+                f"rate {rate:g} is above the source's {self.fps:g} frames a second: all are delivered"
+            )

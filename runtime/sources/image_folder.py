@@ -21,9 +21,9 @@ ASSUMED_FPS = 25.0  # for the timestamps where neither the rate nor the images' 
 class ImageFolder(Source):
     """The images in a folder (not in folders below it), in natural order: `2.png` before `10.png`.
 
-    The images may differ in size: each frame has its own. Images carry no times. `fps` says how many a second they were
-    taken at; without it they are taken to be at `rate` already, and every one is delivered. An image that cannot be
-    decoded is skipped, counted in `bad_frames` and keeps its place in the index.
+    The images may differ in size: each frame has its own. Images carry no times. `fps` says how many a
+    second they were taken at; without it they are taken to be at `rate` already, and every one is delivered.
+    An image that cannot be decoded is skipped, counted in `bad_frames` and keeps its place in the index.
     """
 
     live = False
@@ -36,7 +36,7 @@ class ImageFolder(Source):
         self._images = sorted(_images_in(path), key=natural_key) if path.is_dir() else [path]
         if not self._images:
             raise SourceError(
-                f"folder {path}: holds no images; looked for {', '.join(sorted(IMAGE_SUFFIXES))} directly in it"
+                f"folder {path}: holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}) directly in it"
             )
         self.fps = fps or rate or ASSUMED_FPS
         self.length = len(self._images)

@@ -1,4 +1,4 @@
-"""Live sources: a thread reads the device, the consumer gets the newest frame, and what is lost is opened again."""
+"""Live sources: a thread reads the device, the consumer gets the newest frame, what is lost is reopened."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from typing import Any
 from ..errors import SourceError
 from .cameras import Device, Patience
 from .frame import Frame, Source
-from .opencv import require_cv2, to_rgb
+from .opencv import quiet, require_cv2, to_rgb
 from .sampling import ROUNDING, Sampler
 
 MAX_PLAUSIBLE_FPS = 1000.0
-# How long one wait lasts before a stall is looked for; also keeps Ctrl-C prompt on systems where a wait defers it.
+# How long one wait lasts before a stall is looked for; also keeps Ctrl-C prompt on systems where a wait
+# defers it.
 GLANCE = 0.5
 CLOSING = 2.0  # seconds that close() waits for the reader
-# A reader that never came back from OpenCV may still hold the device: opening ever more of them would only leak.
+# A reader that never came back from OpenCV may still hold the device: opening ever more of them would only
+# leak.
 MAX_STUCK_READERS = 3
 
 
@@ -36,14 +38,14 @@ class LiveTiming:
 class LiveSource(Source):
     """The newest frame of a device, read in a daemon thread.
 
-    The thread keeps one picture: a newer one replaces it and counts as a drop. It does the sampling too, so that
-    frames skipped by the rate are neither converted nor dropped. A device that ends, fails or delivers nothing for
-    `timing.stall` seconds is reported and opened again, with growing pauses, until `close()`; index and timestamp go
-    on, the timestamp over the time that was lost.
+    The thread keeps one picture: a newer one replaces it and counts as a drop. It does the sampling too, so
+    that frames skipped by the rate are neither converted nor dropped. A device that ends, fails or delivers
+    nothing for `timing.stall` seconds is reported and opened again, with growing pauses, until `close()`;
+    index and timestamp go on, the timestamp over the time that was lost.
 
-    A call into OpenCV can block for longer than anybody wants to wait, and nothing can interrupt it. The consumer
-    therefore never waits for the thread: it abandons a reader that is stuck and starts another. The stuck one gives its
-    capture back when its call returns.
+    A call into OpenCV can block for longer than anybody wants to wait, and nothing can interrupt it. The
+    consumer therefore never waits for the thread: it abandons a reader that is stuck and starts another. The
+    stuck one gives its capture back when its call returns.
 
     Opening waits for the first frame; a device that is not there, busy or mute then is a `SourceError`.
     """
@@ -138,7 +140,7 @@ class LiveSource(Source):
         self._lost = self._lost or stuck.alive
         pause = self._take_pause()
         what = "opening it takes too long" if stuck.opening else "stalled: no frame"
-        self._reports.append(f"{what}, {silent:.1f} s; trying again in {pause:g} s")
+        self._post(f"{what}, {silent:.1f} s; trying again in {pause:g} s")
         self._reader = _Reader(self._run, delay=pause)
         self._reader.start()
 
@@ -155,43 +157,133 @@ class LiveSource(Source):
         self._closed.wait(reader.delay)
         try:
             while self._is_wanted(reader):
-                self._read_until_lost(reader)
+                with quiet():
+                    what = self._read_until_lost(reader)
+                with self._changed:
+                    if not self._is_wanted(reader):
+                        return
+                    self._lost = self._lost or reader.alive
+                    reader.alive = None
+                    pause = self._take_pause()
+                    self._post(f"{what}; trying again in {pause:g} s")
+                self._closed.wait(pause)
         except Exception as error:
-            # Devices and networks fail by return value: this is a bug, or a first opening that failed.
+            # A first opening that failed. Anything else is a bug, which must not pass for a silent camera.
             with self._changed:
                 if reader is self._reader:
                     self._failure = error
                     self._changed.notify_all()
 
-    def _is_wanted(self, reader: _Reader) -> bool:
-        return reader is self._reader and not self._closed.is_set()
-
-    def _read_until_lost(self, reader: _Reader) -> None:
-        """Open the device, read it until it is lost, then pause."""
-        capture = self._open(reader)
-        if capture is None:
-            return
+    def _read_until_lost(self, reader: _Reader) -> str:
+        """Open the device and read it while it lasts; then say what happened to it."""
+        try:
+            capture = self._open(reader)
+        except SourceError:
+            if self._started is None:
+                raise
+            return "still not back"
         try:
             while self._is_wanted(reader) and capture.grab():
                 self._take_frame(reader, capture, time.perf_counter())
         finally:
             capture.release()
+        if self._started is None and self._is_wanted(reader):
+            raise SourceError(
+                f"source {self.name}: opens but delivers no frame; is another program using it?"
+            )
+        if self._lost is not None:
+            return "opens but delivers no frame"
+        silent = time.perf_counter() - (reader.alive or 0.0)
+        return f"lost: no frame for {silent:.1f} s" if silent > 0.5 * self._timing.stall else "lost"
+
+    def _open(self, reader: _Reader) -> Any:
+        """The opened cv2.VideoCapture."""
+        if sum(stuck.is_alive() for stuck in self._stuck) > MAX_STUCK_READERS:
+            raise SourceError(f"source {self.name}: too many attempts at it have not returned")
+        reader.opening, reader.alive = True, time.perf_counter()
+        patience = Patience(opening=self._timing.opening, reading=0.8 * self._timing.stall)
+        capture = self._device.open(patience, on_report=self._post_from(reader))
+        with self._changed:
+            reader.opening, reader.alive = False, time.perf_counter()
+            if self._started is None and self._device.states_its_fps:
+                fps = float(capture.get(require_cv2().CAP_PROP_FPS))
+                if 0 < fps <= MAX_PLAUSIBLE_FPS:
+                    self.fps = fps
+                    # Arrival jitters: a frame that comes a little early is the one meant.
+                    self._sampler = Sampler(self._rate, tolerance=max(ROUNDING, 0.25 / fps))
+        return capture
+
+    def _take_frame(self, reader: _Reader, capture: Any, captured: float) -> None:
         with self._changed:
             if not self._is_wanted(reader):
                 return
-            alive, reader.alive = reader.alive, None
-            assert alive is not None
+            index = self._next_index
+            self._next_index += 1
+            timestamp = 0.0 if self._started is None else captured - self._started
+            due = self._sampler.due(timestamp)
+        decoded, bgr = capture.retrieve() if due else (True, None)
+        with self._changed:
+            if not self._is_wanted(reader):
+                return
+            if not decoded or (due and (bgr is None or bgr.size == 0)):
+                if self.bad_frames == 0:
+                    self._post(f"frame {index} cannot be decoded; continuing past bad frames")
+                self.bad_frames += 1
+                return
+            reader.alive = captured
+            self._pause = self._timing.first_retry
+            if self._lost is not None:
+                self._post(f"back after {captured - self._lost:.1f} s")
+                self._lost = None
             if self._started is None:
-                raise SourceError(
-                    f"source {self.name}: opens but delivers no frame; another program may be using it"
-                )
-            what = "lost" if self._lost is None else "opens but delivers no frame"
-            self._lost = self._lost or alive
-            self._pause_after(what)
+                self._started = captured
+            if due:
+                self.dropped += self._newest is not None
+                self._newest = _Picture(bgr, index, timestamp, captured)
+            self._changed.notify_all()
 
-    def _open(self, reader: _Reader) -> Any:
-        """The opened capture; None where it could not be reopened, after a pause."""
-        if sum(stuck.is_alive() for stuck in self._stuck) > MAX_STUCK_READERS:
-            self._closed.wait(self._timing.longest_retry)
-            return None
-        ...
+    def _is_wanted(self, reader: _Reader) -> bool:
+        return reader is self._reader and not self._closed.is_set()
+
+    def _take_pause(self) -> float:
+        """The pause before the next opening; the one after that doubles. The lock is held."""
+        pause = self._pause
+        self._pause = min(2 * pause, self._timing.longest_retry)
+        return pause
+
+    def _post(self, text: str) -> None:
+        """Leave a report for the consumer's thread. The lock is held."""
+        self._reports.append(text)
+        self._changed.notify_all()
+
+    def _post_from(self, reader: _Reader) -> Callable[[str], None]:
+        def post(text: str) -> None:
+            with self._changed:
+                if self._is_wanted(reader):
+                    self._post(text)
+
+        return post
+
+
+@dataclass(frozen=True, slots=True)
+class _Picture:
+    bgr: Any  # as OpenCV decoded it; converted only when it is delivered
+    index: int
+    timestamp: float
+    captured: float
+
+
+class _Reader(threading.Thread):
+    """One attempt at reading the device without a stall."""
+
+    def __init__(self, run: Callable[[_Reader], None], delay: float) -> None:
+        super().__init__(name="framestep source", daemon=True)
+        self._run_reader = run
+        self.delay = delay  # seconds before it opens the device
+        self.alive: float | None = (
+            None  # perf_counter of the last good frame or opening; None while it pauses
+        )
+        self.opening = False
+
+    def run(self) -> None:
+        self._run_reader(self)

@@ -44,10 +44,10 @@ def to_rgb(picture: Any) -> RgbImage:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence what OpenCV and FFmpeg print while something is opened: the caller has an error of its own.
+    """Silence what OpenCV and FFmpeg print: what goes wrong inside is reported by the caller, in one line.
 
-    FFmpeg reads its variable once in a process, so it stays as quiet as at the first opening; where the user has set
-    the variable, theirs holds.
+    FFmpeg's own messages are settled when a process first opens something with OpenCV; where the user has set
+    their level by OPENCV_FFMPEG_LOGLEVEL, that holds.
     """
     global _quiet_depth, _usual_level
     cv2 = require_cv2()
@@ -67,7 +67,8 @@ def quiet() -> Iterator[None]:
                 _unset_ffmpeg_quiet()
 
 
-# Several sources may be opened at a time, each in its thread; the first in and the last out touch the settings.
+# Several sources may be read at a time, each in its thread; the first in and the last out touch the
+# settings.
 _quiet_lock = threading.Lock()
 _quiet_depth = 0
 _usual_level = 0

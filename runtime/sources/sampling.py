@@ -13,9 +13,10 @@ ROUNDING = 0.001
 class Sampler:
     """Says which frames are due at `rate` frames a second; every one where the rate is None.
 
-    A frame is due when its timestamp reaches the next due time, and the due time then advances by exactly 1 / rate:
-    a frame that comes late does not delay those after it, so the average rate has no drift. After a gap in the
-    timestamps at most one frame is made up for. `tolerance` is how many seconds early a frame may be.
+    A frame is due when its timestamp reaches the next due time, and the due time then advances by exactly 1
+    / rate: a frame that comes late does not delay those after it, so the average rate has no drift. After a
+    gap in the timestamps at most one frame is made up for. `tolerance` is how many seconds early a frame may
+    be.
     """
 
     def __init__(self, rate: float | None, tolerance: float = ROUNDING) -> None:

@@ -22,9 +22,9 @@ PATIENCE_WITHOUT_LENGTH = 64
 class VideoFile(Source):
     """A video file, decoded frame by frame as it is read; no more than one frame is held.
 
-    Frames that cannot be decoded are skipped and counted in `bad_frames`, and take their place in the index. Damage
-    that the decoder conceals passes for a frame. Timestamps are the file's presentation times where they increase,
-    otherwise they continue at the nominal rate.
+    Frames that cannot be decoded are skipped and counted in `bad_frames`, and take their place in the index.
+    Damage that the decoder conceals passes for a frame. Timestamps are the file's presentation times where
+    they increase, otherwise they continue at the nominal rate.
     """
 
     live = False
@@ -99,7 +99,9 @@ class VideoFile(Source):
             self._report(f"{self.bad_frames} of {self._next_index} frames could not be decoded")
         # Some containers state a duration, not a count, and its product with the rate is off by a little.
         if self.length is not None and self.length - self._next_index > max(1, self.length // 100):
-            self._report(f"ends early: {self._next_index} of the {self.length} frames that its header announces")
+            self._report(
+                f"ends early: {self._next_index} of the {self.length} frames that its header announces"
+            )
 
 
 def _open(cv2: Any, path: Path) -> Any:

@@ -1,0 +1,175 @@
+"""What `framestep run` is asked for, and whether it can be done; checked before anything is opened."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+
+from ..runtime.bundle import Manifest
+from ..runtime.errors import FramestepError, OutputError
+from ..runtime.preprocess import Preprocess
+from .annotate import check_overlay
+from .events import EventDetector
+from .record import check_writable
+
+LARGEST_LISTED = 4096  # values of one output that fit into a line of JSON
+OFF_PER_ON = 0.75
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """What `framestep run` was asked for; see its help."""
+
+    bundle: Path
+    sources: tuple[str, ...]
+    engine: str
+    device: str
+    on: float
+    off: float | None = None  # None: OFF_PER_ON of `on`
+    width: int | None = None
+    height: int | None = None
+    camera_fps: float | None = None
+    fourcc: str | None = None
+    rate: float | None = None  # None: the bundle's; 0: every frame
+    threads: int | None = None
+    outputs: tuple[str, ...] = ()
+    output: Path | None = None
+    events: Path | None = None
+    record: Path | None = None
+    overlay: str | None = None
+    show: bool = False
+    save_features: Path | None = None
+    max_frames: int | None = None
+    deadline_ms: float | None = None
+
+    @property
+    def off_threshold(self) -> float:
+        return self.on * OFF_PER_ON if self.off is None else self.off
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to fetch from the session, and where it goes."""
+
+    options: RunOptions
+    labels: tuple[str, ...]
+    background: str | None
+    fetched: tuple[str, ...]
+    listed: tuple[str, ...]
+    saved: tuple[str, ...]
+    rate: float | None
+    preprocess: Preprocess
+
+
+def plan_run(options: RunOptions, manifest: Manifest) -> Plan:
+    """Checks every option that can be checked without opening a source."""
+    labels = manifest.labels.names if manifest.labels is not None else ()
+    sizes = {
+        port.name: _values(port.shape, len(labels))
+        for graph in manifest.graphs.values()
+        if all(port.role != "input_ids" for port in graph.inputs)  # of texts, not of frames
+        for port in graph.outputs
+        if labels or "C" not in port.shape
+    }
+    EventDetector((), options.on, options.off_threshold)
+    for name in options.outputs:
+        if name not in sizes:
+            raise FramestepError(f"--outputs {name}: no such output; this bundle has {', '.join(sizes)}")
+        if sizes[name] > LARGEST_LISTED and options.save_features is None:
+            raise FramestepError(
+                f"--outputs {name}: {sizes[name]} values a frame are too many for a line of JSON "
+                f"(at most {LARGEST_LISTED}); save them with --save-features FILE.npz"
+            )
+    if options.outputs and options.output is None and options.save_features is None:
+        raise FramestepError(
+            f"--outputs {','.join(options.outputs)}: goes into a file; add --output FILE.jsonl or --save-features FILE.npz"
+        )
+    if options.events is not None and not labels:
+        raise FramestepError(
+            f"--events {options.events}: this bundle has no labels; "
+            f"add some with `framestep label BUNDLE --labels FILE`"
+        )
+    if options.overlay is not None:
+        check_overlay(options.overlay, labels)
+        if options.record is None and not options.show:
+            raise FramestepError(
+                f"--overlay {options.overlay}: is drawn into --record FILE.mp4 or --show; add one"
+            )
+    _check_files(options)
+    if options.show:
+        _check_window()
+
+    listed = tuple(name for name in options.outputs if sizes[name] <= LARGEST_LISTED)
+    if not options.outputs and labels:
+        listed = ("scores",)
+    saved: tuple[str, ...] = ()
+    if options.save_features is not None:
+        saved = options.outputs or tuple(name for name in sizes if name != "patch_scores")
+    wanted = [*listed, *saved]
+    if labels:
+        wanted.append("scores")
+    if options.overlay is not None:
+        wanted.append("patch_scores")
+    fetched = tuple(dict.fromkeys(wanted)) or (min(sizes, key=lambda name: sizes[name]),)
+    background = manifest.labels.background if manifest.labels is not None else None
+    rate = manifest.rate if options.rate is None else (options.rate or None)
+    return Plan(options, labels, background, fetched, listed, saved, rate, Preprocess(manifest.frame))
+
+
+def _values(shape: Sequence[int | str], labels: int) -> int:
+    """Values a frame of an output; the first axis is the streams'."""
+    count = 1
+    for size in shape[1:]:
+        count *= labels if size == "C" else int(size)
+    return count
+
+
+def _check_files(options: RunOptions) -> None:
+    asked = {
+        "--output": [options.output] if options.output is not None else [],
+        "--events": [options.events] if options.events is not None else [],
+        "--record": paths_for(options.record, options.sources),
+        "--save-features": paths_for(options.save_features, options.sources),
+    }
+    for option, suffix in (("--record", ".mp4"), ("--save-features", ".npz")):
+        for path in asked[option]:
+            if path.suffix.lower() != suffix:
+                raise OutputError(f"{option} {path}: is written as {suffix[1:]}; name it *{suffix}")
+    seen: dict[Path, str] = {}
+    for option, paths in asked.items():
+        for path in paths:
+            check_writable(path, option)
+            other = seen.setdefault(path.resolve(), option)
+            if other != option:
+                raise OutputError(f"{option} {path}: is also the file of {other}; name another")
+
+
+def paths_for(path: Path | None, sources: Sequence[str]) -> list[Path]:
+    """One file per source: `out.mp4`, or with several sources `out.0.mp4`, `out.1.mp4`, and so on."""
+    if path is None:
+        return []
+    if len(sources) == 1:
+        return [path]
+    return [path.with_suffix(f".{number}{path.suffix}") for number in range(len(sources))]
+
+
+def _check_window() -> None:
+    if sys.platform.startswith("linux") and not (
+        os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    ):
+        raise FramestepError(
+            "--show: no display here (DISPLAY and WAYLAND_DISPLAY are not set); use --record FILE.mp4"
+        )
+    try:
+        cv2.namedWindow("framestep", cv2.WINDOW_NORMAL)
+        cv2.destroyWindow("framestep")
+    except cv2.error:
+        raise FramestepError(
+            "--show: this OpenCV cannot open windows; replace opencv-python-headless by opencv-python, "
+            "or use --record FILE.mp4"
+        ) from None

@@ -1,0 +1,169 @@
+"""What a damaged or dangerous bundle is told."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import framestep
+from framestep.runtime.bundle import Bundle, BundleWriter, Manifest, graphs_for
+from framestep.runtime.errors import BundleError, OutputError
+from framestep.runtime.onnx_files import external_files
+from framestep.runtime.schema import from_json, to_json
+
+
+@pytest.fixture
+def bundle(golden_bundle: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(golden_bundle, tmp_path / "copy.bundle"))
+
+
+def change(bundle: Path, edit) -> None:
+    path = bundle / "manifest.json"
+    manifest = json.loads(path.read_text())
+    edit(manifest)
+    path.write_text(json.dumps(manifest))
+
+
+def relist(bundle: Path, name: str) -> None:
+    """Make the manifest agree with a changed file."""
+    content = (bundle / name).read_bytes()
+    entry = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    change(bundle, lambda manifest: manifest["files"].update({name: entry}))
+
+
+def test_a_manifest_survives_a_round_trip(golden_bundle):
+    manifest = Bundle.open(golden_bundle).manifest
+    assert from_json(Manifest, json.loads(json.dumps(to_json(manifest)))) == manifest
+
+
+@pytest.mark.parametrize("name", ["backbone.bin", "backbone.onnx", "label.onnx"])
+def test_a_changed_byte_is_found(bundle, name):
+    content = bytearray((bundle / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (bundle / name).write_bytes(content)
+    with pytest.raises(BundleError, match=name):
+        framestep.load(bundle)
+
+
+def test_a_truncated_file_is_found(bundle):
+    content = (bundle / "backbone.bin").read_bytes()
+    (bundle / "backbone.bin").write_bytes(content[:-1])
+    with pytest.raises(BundleError, match=rf"backbone.bin: expected {len(content)} bytes, found {len(content) - 1}"):
+        framestep.load(bundle)
+
+
+def test_a_missing_file_is_found(bundle):
+    (bundle / "backbone.bin").unlink()
+    with pytest.raises(BundleError, match="backbone.bin: missing"):
+        framestep.load(bundle)
+
+
+@pytest.mark.parametrize("name", ["../backbone.onnx", "/etc/passwd", "a/../../x", "..\\x"])
+def test_a_path_that_leaves_the_bundle_is_refused(bundle, name):
+    def edit(manifest):
+        manifest["files"][name] = manifest["files"]["backbone.onnx"]
+        manifest["graphs"]["backbone"]["file"] = name
+
+    change(bundle, edit)
+    with pytest.raises(BundleError, match="leaves the bundle; refused"):
+        framestep.load(bundle)
+
+
+def test_a_link_that_leaves_the_bundle_is_refused(bundle, tmp_path):
+    outside = tmp_path / "outside.bin"
+    (bundle / "backbone.bin").rename(outside)
+    (bundle / "backbone.bin").symlink_to(outside)
+    with pytest.raises(BundleError, match="leaves the bundle through a link"):
+        framestep.load(bundle)
+
+
+@pytest.mark.parametrize("location", ["../../secret", "/etc/passwd", "other.bin"])
+def test_external_data_outside_of_the_manifest_is_refused(bundle, location):
+    import onnx
+
+    path = bundle / "backbone.onnx"
+    model = onnx.load(path, load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = location
+    path.write_bytes(model.SerializeToString())
+    relist(bundle, "backbone.onnx")
+    with pytest.raises(BundleError, match=f"external data '{location}'"):
+        framestep.load(bundle)
+
+
+def test_external_files_are_those_that_onnx_knows(golden_bundle):
+    import onnx
+    from onnx.external_data_helper import ExternalDataInfo
+
+    path = golden_bundle / "patch_label.onnx"
+    model = onnx.load(path, load_external_data=False)
+    expected = {ExternalDataInfo(t).location for t in model.graph.initializer if t.external_data}
+    assert external_files(path) == expected == {"backbone.bin"}
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda m: m.update(format="other"), "not a framestep manifest"),
+        (lambda m: m.update(version=99), "bundle version 99, this framestep reads version 1"),
+        (lambda m: m.update(rate="fast"), "rate: expected float, found 'fast'"),
+        (lambda m: m.update(colour=1), "colour: unknown key"),
+        (lambda m: m.pop("states"), "states: missing"),
+        (lambda m: m["states"][0].update(capacity=15), r"states 'layer0.key': capacity \* rows_per_slot"),
+        (lambda m: m["states"][0].update(kind="heap"), "states 'layer0.key': kind 'heap' is unknown"),
+        (lambda m: m["graphs"]["backbone"]["inputs"][0].update(role="noise"), "'frame' has the unknown role"),
+        (lambda m: m["graphs"]["backbone"]["inputs"][0].update(dtype=3), r"graphs.backbone.inputs\[0\].dtype: expected str"),
+        (lambda m: m["graphs"]["backbone"]["states"][0].update(state="x"), "state 'x' is not declared"),
+        (lambda m: m["files"].pop("backbone.onnx"), "'backbone.onnx' is used but not listed"),
+        (lambda m: m["frame"].update(resize="magic"), "frame.resize: 'magic' is unknown"),
+    ],
+)  # fmt: skip
+def test_a_wrong_manifest_names_the_key(bundle, edit, message):
+    change(bundle, edit)
+    with pytest.raises(BundleError, match=message) as error:
+        framestep.load(bundle)
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_no_bundle_is_named(tmp_path):
+    with pytest.raises(BundleError, match="absent: no such bundle"):
+        framestep.load(tmp_path / "absent")
+    with pytest.raises(BundleError, match="manifest.json is missing"):
+        framestep.load(tmp_path)
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(BundleError, match="cannot be read as JSON"):
+        framestep.load(tmp_path)
+
+
+def test_an_interrupted_writer_leaves_nothing(tmp_path):
+    with pytest.raises(KeyboardInterrupt), BundleWriter(tmp_path / "x.bundle") as writer:
+        (writer.folder / "backbone.bin").write_bytes(b"half")
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_replacement_keeps_the_old_bundle(bundle):
+    before = (bundle / "manifest.json").read_bytes()
+    with pytest.raises(OutputError, match="No space left"), BundleWriter(bundle, replace=True):
+        raise OSError(28, "No space left on device")
+    assert (bundle / "manifest.json").read_bytes() == before
+    assert [path.name for path in bundle.parent.iterdir()] == ["copy.bundle"]
+
+
+def test_an_existing_bundle_is_not_replaced_unless_asked(bundle, tmp_path):
+    with pytest.raises(OutputError, match="exists already; choose another name or give --force"):
+        BundleWriter(bundle)
+    with pytest.raises(OutputError, match="exists and is not a bundle"):
+        BundleWriter(tmp_path, replace=True)
+
+
+def test_graphs_run_after_those_that_feed_them(golden_bundle):
+    manifest = Bundle.open(golden_bundle).manifest
+    assert graphs_for(manifest, ["patch_scores", "scores"]) == ["backbone", "patch_label", "label"]
+    assert graphs_for(manifest, ["pooled"]) == ["backbone"]

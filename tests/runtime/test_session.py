@@ -1,0 +1,289 @@
+"""Sessions and streams against the golden outputs of the reference implementation."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import golden
+import numpy as np
+import pytest
+
+import framestep
+from framestep.runtime.errors import EngineError, FrameError, OutputError, StateError
+
+
+def follow(stream, frames, outputs=("features", "pooled")) -> dict[str, np.ndarray]:
+    results = [stream.step(frame) for frame in frames]
+    return {name: np.stack([result[name] for result in results]) for name in outputs}
+
+
+def assert_golden(found, arrays, prefix="window_", frames=slice(None)) -> None:
+    golden.assert_close(found["features"], arrays[f"{prefix}last_hidden_state"][frames])
+    golden.assert_close(found["pooled"], arrays[f"{prefix}pooler_output"][frames])
+
+
+def test_every_frame_remembers_all_before(long_golden_bundle):
+    arrays = golden.load()
+    with framestep.load(long_golden_bundle) as session, session.open_stream() as stream:
+        assert_golden(follow(stream, arrays["frames"]), arrays, prefix="")
+
+
+def test_a_window_forgets_what_is_older(golden_bundle):
+    arrays = golden.load()
+    with framestep.load(golden_bundle) as session, session.open_stream() as stream:
+        assert_golden(follow(stream, arrays["frames"]), arrays)
+
+
+def test_interleaved_streams_keep_their_own_clocks(golden_bundle):
+    arrays = golden.load()
+    frames = arrays["frames"]
+    with framestep.load(golden_bundle, streams=3) as session:
+        streams = [session.open_stream() for _ in range(3)]
+        found = {stream: [] for stream in streams}
+        generator = np.random.default_rng(5)
+        while any(len(results) < 40 for results in found.values()):
+            # any subset, so that idle streams lie before, between and after the stepped ones
+            chosen = [s for s in streams if len(found[s]) < 40 and generator.random() < 0.6]
+            results = session.step({stream: frames[len(found[stream])] for stream in chosen})
+            for stream, result in results.items():
+                assert result.position == len(found[stream])
+                found[stream].append(result)
+        for results in found.values():
+            for name, key in (("features", "last_hidden_state"), ("pooled", "pooler_output")):
+                golden.assert_close(np.stack([r[name] for r in results]), arrays[f"window_{key}"])
+
+
+def test_batched_streams_do_not_see_each_other(golden_bundle):
+    frames = golden.load()["frames"]
+    other = np.random.default_rng(0).integers(0, 256, frames.shape, np.uint8)
+    with framestep.load(golden_bundle, streams=2) as session:
+        first, second = session.open_stream(), session.open_stream()
+        alone = [first.step(frame)["pooled"] for frame in frames]
+        first.reset()
+        together = [
+            session.step({first: a, second: b})[first]["pooled"] for a, b in zip(frames, other, strict=True)
+        ]
+    golden.assert_close(np.stack(together), np.stack(alone), 1e-5)
+
+
+def test_reset_forgets_the_history(golden_bundle):
+    arrays = golden.load()
+    with framestep.load(golden_bundle) as session, session.open_stream() as stream:
+        follow(stream, arrays["frames"][::-1][:23])
+        stream.reset()
+        assert stream.position == 0
+        assert_golden(follow(stream, arrays["frames"]), arrays)
+
+
+def test_a_new_stream_in_a_used_slot_starts_fresh(golden_bundle):
+    arrays = golden.load()
+    with framestep.load(golden_bundle) as session:
+        with session.open_stream() as stream:
+            follow(stream, arrays["frames"][::-1])
+        with session.open_stream() as stream:
+            assert_golden(follow(stream, arrays["frames"]), arrays)
+
+
+@pytest.mark.parametrize("pause", [7, 16, 29])
+def test_a_saved_state_continues_in_another_session(golden_bundle, tmp_path, pause):
+    arrays = golden.load()
+    with framestep.load(golden_bundle) as session, session.open_stream() as stream:
+        follow(stream, arrays["frames"][:pause])
+        stream.save_state(tmp_path / "state")
+    with framestep.load(golden_bundle, streams=2) as session:
+        session.open_stream().step(arrays["frames"][3])
+        with session.open_stream() as stream:
+            stream.load_state(tmp_path / "state")
+            assert stream.position == pause
+            assert_golden(follow(stream, arrays["frames"][pause:]), arrays, frames=slice(pause, None))
+
+
+def test_a_saved_state_is_an_ordinary_safetensors_file(golden_bundle, tmp_path):
+    from safetensors.numpy import load_file
+
+    with framestep.load(golden_bundle) as session, session.open_stream() as stream:
+        stream.step(golden.load()["frames"][0])
+        stream.save_state(tmp_path / "state")
+        tensors = load_file(tmp_path / "state")
+        assert tensors["layer0.key"].shape == (64, 16, 24)
+        assert np.array_equal(tensors["layer2.value"], session._engine.read_state("layer2.value", 0))
+
+
+def test_a_state_of_another_model_or_a_damaged_one_is_refused_and_nothing_is_lost(
+    golden_bundle, long_golden_bundle, tmp_path
+):
+    arrays = golden.load()
+    with framestep.load(long_golden_bundle) as session, session.open_stream() as stream:
+        stream.step(arrays["frames"][0])
+        stream.save_state(tmp_path / "other")
+    with framestep.load(golden_bundle) as session, session.open_stream() as stream:
+        follow(stream, arrays["frames"][:20])
+        stream.save_state(tmp_path / "state")
+        content = (tmp_path / "state").read_bytes()
+        (tmp_path / "short").write_bytes(content[:-100])
+        (tmp_path / "text").write_text("no state at all")
+        (tmp_path / "empty").write_bytes(b"")
+        for name in ("other", "short", "text", "empty", "absent"):
+            with pytest.raises(StateError, match=name):
+                stream.load_state(tmp_path / name)
+        assert_golden(follow(stream, arrays["frames"][20:]), arrays, frames=slice(20, None))
+
+
+def test_a_state_that_cannot_be_written_is_an_output_error(golden_bundle, tmp_path):
+    with framestep.load(golden_bundle) as session, session.open_stream() as stream:
+        with pytest.raises(OutputError, match="nowhere"):
+            stream.save_state(tmp_path / "nowhere" / "state")
+
+
+def test_the_cache_stays_where_it_is_and_is_never_copied(golden_bundle, tmp_path):
+    code = f"""
+import numpy as np, framestep
+frames = np.load({str(golden.CHECKPOINT / "golden.npz")!r})["frames"]
+session = framestep.load({str(golden_bundle)!r}, streams=3)
+streams = [session.open_stream() for _ in range(3)]
+names = session._engine.state_names()
+addresses = [session._engine.state_address(name) for name in names]
+assert len(names) == 6, names
+for frame in frames:
+    session.step({{streams[0]: frame}})
+    session.step({{streams[1]: frame, streams[2]: frame}})
+    before = session._engine.read_state("layer0.key", 0)
+    session.step({{streams[0]: frame}})
+    after = session._engine.read_state("layer0.key", 0)
+    changed = np.flatnonzero((before != after).any(axis=(0, 2)))
+    assert len(changed) <= 1, changed  # one slot of the ring, the rest untouched
+assert addresses == [session._engine.state_address(name) for name in names]
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "in-place optimization not activated" not in done.stderr
+    assert done.stderr == ""
+
+
+def test_a_non_finite_output_zeroes_that_stream_only(golden_bundle):
+    arrays = golden.load()
+    frames = arrays["frames"]
+    with framestep.load(golden_bundle, streams=2) as session:
+        sick, well = session.open_stream(), session.open_stream()
+        for frame in frames[:5]:
+            session.step({sick: frame, well: frame})
+        poisoned = session._engine.read_state("layer1.value", sick.slot)
+        poisoned[:, 2] = np.nan
+        session._engine.write_state("layer1.value", sick.slot, poisoned)
+        with pytest.raises(framestep.NonFiniteOutputError, match="stream 0: .* NaN or infinity") as error:
+            session.step({sick: frames[5], well: frames[5]})
+        assert error.value.streams == (sick,)
+        golden.assert_close(error.value.results[well]["pooled"], arrays["window_pooler_output"][5])
+        assert sick.position == 0
+        assert well.position == 6
+        for name in session._engine.state_names():
+            assert not session._engine.read_state(name, sick.slot).any()
+        assert_golden(follow(sick, frames), arrays)
+
+
+def test_frames_of_another_size_are_resized(golden_bundle):
+    with framestep.load(golden_bundle) as session, session.open_stream() as stream:
+        for shape in ((720, 1280, 3), (64, 64, 3), (10, 300, 3)):
+            result = stream.step(np.full(shape, 90, np.uint8))
+            assert result["features"].shape == (16, 96)
+
+
+@pytest.mark.parametrize(
+    ("frame", "message"),
+    [
+        (np.zeros((64, 64), np.uint8), "found grey"),
+        (np.zeros((64, 64, 1), np.uint8), "found grey"),
+        (np.zeros((64, 64, 4), np.uint8), "drop the alpha channel"),
+        (np.zeros((64, 64, 3), np.float32), "found float32"),
+        (np.zeros((0, 64, 3), np.uint8), "at least one pixel"),
+        (np.zeros((2, 64, 64, 3), np.uint8), "expected shape"),
+        ([[1, 2, 3]], "found list"),
+        (None, "found NoneType"),
+    ],
+)
+def test_a_bad_frame_is_named_and_no_stream_advances(golden_bundle, frame, message):
+    good = golden.load()["frames"][0]
+    with framestep.load(golden_bundle, streams=2) as session:
+        first, second = session.open_stream(), session.open_stream()
+        with pytest.raises(FrameError, match=message):
+            session.step({first: good, second: frame})
+        assert first.position == second.position == 0
+
+
+def test_results_are_copies(golden_bundle):
+    frames = golden.load()["frames"]
+    with framestep.load(golden_bundle) as session, session.open_stream() as stream:
+        first = stream.step(frames[0])
+        kept = first["pooled"].copy()
+        stream.step(frames[1])
+        assert np.array_equal(first["pooled"], kept)
+        assert list(first) == ["features", "pooled"]
+        assert first.latency_ms > 0
+
+
+def test_only_asked_outputs_are_fetched(golden_bundle):
+    with framestep.load(golden_bundle, outputs=["pooled"]) as session, session.open_stream() as stream:
+        assert list(stream.step(golden.load()["frames"][0])) == ["pooled"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"engine": "magic"}, "engine 'magic' is unknown; expected auto, onnxruntime"),
+        ({"device": "tpu"}, "device 'tpu' is unknown"),
+        ({"device": "cuda"}, "device 'cuda' is not available"),
+        ({"outputs": ["colour"]}, "outputs: 'colour' is unknown; this bundle has features, pooled"),
+        ({"outputs": ["scores"]}, "outputs: 'scores' needs labels"),
+        ({"outputs": []}, "outputs: expected at least one"),
+        ({"streams": 0}, "streams: expected at least 1"),
+        ({"threads": 0}, "threads: expected at least 1"),
+    ],
+)
+def test_bad_options_are_named(golden_bundle, options, message):
+    with pytest.raises(EngineError, match=message):
+        framestep.load(golden_bundle, **options)
+
+
+def test_closed_and_foreign_streams_are_refused(golden_bundle):
+    frame = golden.load()["frames"][0]
+    with framestep.load(golden_bundle) as session, framestep.load(golden_bundle) as other:
+        stream = session.open_stream()
+        with pytest.raises(EngineError, match="all 1 streams of this session are open"):
+            session.open_stream()
+        with pytest.raises(EngineError, match="belongs to another session"):
+            other.step({stream: frame})
+        stream.close()
+        with pytest.raises(EngineError, match="this stream is closed"):
+            stream.step(frame)
+        last = session.open_stream()
+        session.close()
+        with pytest.raises(EngineError, match="this session is closed"):
+            last.step(frame)
+
+
+def test_the_runtime_needs_neither_torch_nor_onnx_nor_opencv(golden_bundle, tmp_path):
+    code = f"""
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "onnx", "transformers", "cv2", "typer", "rich", "safetensors"):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())
+import numpy as np, framestep
+session = framestep.load({str(golden_bundle)!r})
+stream = session.open_stream()
+stream.step(np.zeros((100, 200, 3), np.uint8))
+stream.save_state("state")
+stream.load_state("state")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_golden_data_is_what_the_shared_folder_holds():
+    shared = Path(__file__).parents[3] / "shared" / "goldens" / "streamformer-tiny" / "golden.npz"
+    if not shared.exists():
+        pytest.skip("the shared folder is not beside this checkout")
+    assert shared.read_bytes() == (golden.CHECKPOINT / "golden.npz").read_bytes()
