@@ -64,7 +64,8 @@ def check_overlay(overlay: str, labels: Sequence[str]) -> None:
     """Raises FramestepError unless `overlay` is "all" or one of `labels`."""
     if not labels:
         raise FramestepError(
-            f"--overlay {overlay}: this bundle has no labels; add some with `framestep label BUNDLE --labels FILE`"
+            f"--overlay {overlay}: this bundle has no labels; "
+            f"add some with `framestep label BUNDLE --labels FILE`"
         )
     if overlay != "all" and overlay not in labels:
         shown = ", ".join(labels[:12]) + (", ..." if len(labels) > 12 else "")
@@ -110,7 +111,7 @@ class Annotator:
     def draw(self, shown: Shown) -> np.ndarray:
         """The annotated picture, uint8 BGR [height, width, 3] with even sides, a new array."""
         canvas = _enlarged(cv2.cvtColor(shown.rgb, cv2.COLOR_RGB2BGR))
-        height, width = canvas.shape[:2]
+        width = canvas.shape[1]
         areas = None
         if self._overlay is not None and shown.patch_scores is not None:
             scale = width / shown.rgb.shape[1]

@@ -37,8 +37,8 @@ def run(
         typer.Option(
             "--source",
             "-s",
-            help="0, /dev/video0, rtsp://..., http://..., clip.mp4, a folder of images, gst:PIPELINE or synthetic. "
-            "Repeat it to run several as streams of one session.",
+            help="0, /dev/video0, rtsp://..., http://..., clip.mp4, a folder of images, gst:PIPELINE or "
+            "synthetic. Repeat it to run several as streams of one session.",
             show_default=False,
         ),
     ],
@@ -65,8 +65,8 @@ def run(
     outputs: Annotated[
         str | None,
         typer.Option(
-            help="Which outputs --output and --save-features write, such as `pooled,scores`. Default: scores in "
-            "--output; all but patch_scores in --save-features."
+            help="Which outputs --output and --save-features write, such as `pooled,scores`. Default: scores "
+            "in --output; all but patch_scores in --save-features."
         ),
     ] = None,
     on: Annotated[float, typer.Option(help="Score from which a label is present.")] = 0.5,

@@ -141,8 +141,8 @@ class VideoRecorder:
         if frames != self._frames:
             self._partial.unlink(missing_ok=True)
             raise OutputError(
-                f"{self.path}: the recording could not be finished ({frames} of {self._frames} frames can be read "
-                f"back) and was removed; is the disk full?"
+                f"{self.path}: the recording could not be finished ({frames} of {self._frames} frames can be "
+                f"read back) and was removed; is the disk full?"
             )
         try:
             self._partial.replace(self.path)
@@ -246,10 +246,12 @@ class ArrayRecorder:
         self.frames += 1
 
     def close(self) -> None:
-        """Writes the .npz: under its name only when complete."""
+        """Writes the .npz: under its name only when complete. Without any frame there is no file."""
         if self._closed:
             return
         self._closed = True
+        if not self.frames:
+            return
         columns, self._columns = self._columns, {}
         partial = self.path.with_name(f".{self.path.name}.partial")
         try:
@@ -283,8 +285,8 @@ class _Column:
         self._shape = first.shape
         self._dtype = first.dtype
         self.row_bytes = first.nbytes
-        self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 (lives as long as the
-        recorder)
+        # it lives as long as the recorder
+        self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
 
     def append(self, array: np.ndarray) -> None:
         if array.shape != self._shape or array.dtype != self._dtype:
@@ -344,6 +346,6 @@ def _unwritable(path: Path, error: OSError) -> OutputError:
 
 def _disk_full(path: Path, free: int, consequence: str) -> OutputError:
     return OutputError(
-        f"{path}: disk nearly full ({free >> 20} MiB left, {DISK_RESERVE >> 20} MiB are kept free): {consequence}; "
-        f"make room or write elsewhere"
+        f"{path}: disk nearly full ({free >> 20} MiB left, {DISK_RESERVE >> 20} MiB are kept free): "
+        f"{consequence}; make room or write elsewhere"
     )

@@ -78,14 +78,13 @@ class Summary:
         latency = self.latency_ms
         lines = [
             f"{self.frames} frames in {self.seconds:.1f} s, {self.fps:.1f} fps ({self.stopped})",
-            f"latency    p50 {latency.p50:.1f}  p95 {latency.p95:.1f}  p99 {latency.p99:.1f}  max {latency.max:.1f} ms",
+            f"latency    p50 {latency.p50:.1f}  p95 {latency.p95:.1f}  p99 {latency.p99:.1f}"
+            f"  max {latency.max:.1f} ms",
         ]
         if self.deadline_ms is not None:
-            lines.append(
-                f"deadline   {self.deadline_ms:g} ms missed by {self.missed_deadlines} of {self.frames} frames"
-            )
+            lines.append(f"deadline   {self.missed_deadlines} frames later than {self.deadline_ms:g} ms")
         lines.append(
-            f"frames     {self.dropped} dropped, {self.bad_frames} bad, {self.non_finite} with non-finite output"
+            f"frames     {self.dropped} dropped, {self.bad_frames} bad, {self.non_finite} without finite output"
         )
         if len(self.sources) > 1:
             lines += [

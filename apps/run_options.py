@@ -87,7 +87,8 @@ def plan_run(options: RunOptions, manifest: Manifest) -> Plan:
             )
     if options.outputs and options.output is None and options.save_features is None:
         raise FramestepError(
-            f"--outputs {','.join(options.outputs)}: goes into a file; add --output FILE.jsonl or --save-features FILE.npz"
+            f"--outputs {','.join(options.outputs)}: goes into a file; "
+            f"add --output FILE.jsonl or --save-features FILE.npz"
         )
     if options.events is not None and not labels:
         raise FramestepError(
@@ -140,7 +141,7 @@ def _check_files(options: RunOptions) -> None:
         for path in asked[option]:
             if path.suffix.lower() != suffix:
                 raise OutputError(f"{option} {path}: is written as {suffix[1:]}; name it *{suffix}")
-    seen: dict[Path, str] = {}
+    seen = {Path(source).resolve(): "--source" for source in options.sources}
     for option, paths in asked.items():
         for path in paths:
             check_writable(path, option)

@@ -139,8 +139,8 @@ def load_text_model(source: str) -> TextModel:
         source: folder or hub id of a whole SigLIP model or of its text tower.
 
     Raises:
-        CheckpointError: nothing there, another architecture, weights that do not fit the config, or a tokenizer
-            that does not fit the weights.
+        CheckpointError: nothing there, another architecture, weights that do not fit the config, or a
+            tokenizer that does not fit the weights.
     """
     from .checkpoint import HUB_ID, _read_json, _read_weights, _weight_files
 
@@ -343,7 +343,7 @@ def _load_tower(config: Any, weights: dict[str, Tensor], where: str) -> Any:
     from .checkpoint import _listing, _misshaped
 
     try:
-        tower = SiglipTextModel(config)
+        tower: Any = SiglipTextModel(config)
     except (ValueError, KeyError) as error:
         raise CheckpointError(f"{where}: text_config cannot be used ({error})") from None
     names = {key.removeprefix("text_model."): key for key in tower.state_dict()}
@@ -390,8 +390,9 @@ def _load_tokenizer(folder: Path) -> Any:
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
     """Published SigLIP configs name token ids that they do not have, and transformers warns each time."""
-    from transformers.utils import logging
+    from transformers import utils
 
+    logging: Any = utils.logging
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -428,9 +429,8 @@ def _text_tower(g: GraphBuilder, config: Any, weights: dict[str, np.ndarray], le
         y = g.activation(linear(y, f"{layer}.mlp.fc1"), config.hidden_act)
         x = g.node("Add", x, linear(y, f"{layer}.mlp.fc2"))
     g.scope("pool")
-    last = g.node(
-        "Gather", x, g.constant(length - 1), axis=1
-    )  # [B, D]: the last token, which is mostly padding
+    last = g.node("Gather", x, g.constant([length - 1]), axis=1)  # [B, 1, D]; in short texts it is padding
+    last = g.node("Squeeze", last, g.constant([1]))  # [B, D]
     pooled = linear(layer_norm(last, "final_layer_norm"), "head")
     g.output(pooled, "text_features", "float32", ["B", dim])
 
@@ -510,9 +510,9 @@ def _from_sentencepiece(model: TextModel) -> Tokenizer:
 def _character_map(charsmap: bytes) -> list[Any]:
     """sentencepiece's replacement of the longest matching sequences.
 
-    `Precompiled` looks up grapheme clusters and single characters only. So sequences are composed first, and a
-    character that has a replacement is set apart from a mark that follows it, by a control character that the
-    map removes: the lookup would drop the mark.
+    `Precompiled` looks up grapheme clusters and single characters only. So sequences are composed first, and
+    a character that has a replacement is set apart from a mark that follows it, by a control character that
+    the map removes: the lookup would drop the mark.
     """
     from tokenizers import Regex, normalizers
 

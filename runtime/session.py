@@ -186,6 +186,7 @@ class Session:
 
         Raises:
             BundleError: the bundle has no text graph.
+            LabelError: no labels, or one twice.
         """
         from .text import TextEncoder
 
@@ -197,8 +198,6 @@ class Session:
         names = tuple(labels)
         if background is not None and background not in names:
             names += (background,)
-        if not names or len(set(names)) != len(names):
-            raise BundleError(f"labels: expected at least one and none twice, found {list(names)}")
         with self._lock:
             self._check_open()
             if self._text_encoder is None:

@@ -1,7 +1,8 @@
 """Labels and their text embeddings.
 
 A label stands for the mean of the unit-norm embeddings of its texts, one text per template. The mean is not
-normalised again: StreamFormer was trained against it so. `TextEncoder` makes the embeddings from a bundle's text graph.
+normalised again: StreamFormer was trained against it so. `TextEncoder` makes the embeddings from a bundle's
+text graph.
 """
 
 from __future__ import annotations
@@ -168,7 +169,7 @@ class TextEncoder:
 
 
 def open_tokenizer(path: Path) -> Any:
-    """The `tokenizers.Tokenizer` in a `tokenizer.json`, which reads special tokens such as `</s>` in a text as text.
+    """The `tokenizers.Tokenizer` in a `tokenizer.json`; it takes `</s>` and the like in a text for text.
 
     Raises:
         BundleError: not a tokenizer.json.

@@ -10,6 +10,7 @@ camera.start()      # back on the same port
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import socket
 import threading
@@ -96,10 +97,8 @@ class _Server(ThreadingHTTPServer):
 
     def drop_connections(self) -> None:
         for connection in self._connected:
-            try:
+            with contextlib.suppress(OSError):  # closed already
                 connection.shutdown(socket.SHUT_RDWR)
-            except OSError:  # closed already
-                pass
 
     def handle_error(self, request: object, client_address: object) -> None:
         pass  # clients come and go

@@ -1,4 +1,4 @@
-"""A small SigLIP checkpoint with random weights and its own tokenizer, in the form in which SigLIP is published.
+"""A small SigLIP checkpoint with random weights and its own tokenizer, in the published form.
 
 The tokenizer is a sentencepiece unigram model with the settings of SigLIP's English vocabulary: `<pad>` 0,
 `</s>` 1, `<unk>` 2, NFKC normalisation, a dummy prefix, padding with `</s>` to 64 tokens.
@@ -33,6 +33,7 @@ def make_siglip_checkpoint(
     seed: int = 0,
     *,
     text_only: bool = False,
+    vocabulary: int = VOCABULARY,
     projection_size: int | None = None,
 ) -> Path:
     """Write a checkpoint folder: `config.json`, `model.safetensors`, `spiece.model`, `tokenizer_config.json`.
@@ -42,6 +43,7 @@ def make_siglip_checkpoint(
         hidden_size: of both towers.
         seed: of the weights. They are large enough that different texts get clearly different features.
         text_only: a `SiglipTextModel`, without vision tower, `logit_scale` and `logit_bias`.
+        vocabulary: number of token embeddings.
         projection_size: size of the text features where it is not `hidden_size`.
     """
     import torch
@@ -59,7 +61,7 @@ def make_siglip_checkpoint(
     }
     text = {
         **sizes,
-        "vocab_size": VOCABULARY,
+        "vocab_size": vocabulary,
         "max_position_embeddings": LENGTH,
         "bos_token_id": None,
         "eos_token_id": 1,
@@ -73,10 +75,12 @@ def make_siglip_checkpoint(
         for name, parameter in sorted(model.named_parameters()):
             if "norm" in name:
                 parameter.add_(0.2 * torch.randn_like(parameter))
-            elif parameter.ndim == 2:
-                fan_in = 1 if "embedding" in name else parameter.shape[1]
-                parameter.copy_(torch.randn_like(parameter) * fan_in**-0.5)
-            elif name not in ("logit_scale", "logit_bias"):
+            elif "embedding" in name:
+                parameter.copy_(torch.randn_like(parameter) * (0.2 if "position" in name else 1.0))
+            elif parameter.ndim == 2:  # sharp attention, or the many padding tokens would hide the text
+                gain = 3.0 if "q_proj" in name or "k_proj" in name else 1.0
+                parameter.copy_(gain * torch.randn_like(parameter) * parameter.shape[1] ** -0.5)
+            elif not name.startswith("logit_"):
                 parameter.copy_(0.1 * torch.randn_like(parameter))
         if not text_only:
             model.logit_scale.fill_(2.3)

@@ -1,0 +1,105 @@
+"""Network cameras, with a real one on loopback."""
+
+from __future__ import annotations
+
+import time
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from framestep.runtime.errors import SourceError
+from framestep.runtime.sources import LiveTiming, open_source
+
+QUICK = LiveTiming(opening=5.0, stall=0.5, first_retry=0.05, longest_retry=0.2)
+
+
+def test_network_camera_delivers_its_pictures(mjpeg_camera: Any) -> None:
+    with open_source(mjpeg_camera.address, timing=QUICK) as source:
+        frames = [next(source) for _ in range(10)]
+    assert source.live
+    assert {frame.rgb.shape for frame in frames} == {(120, 160, 3)}
+    assert frames[0].timestamp == 0.0
+    assert all(early.timestamp < late.timestamp for early, late in pairwise(frames))
+    assert all(early.index < late.index for early, late in pairwise(frames))
+    assert tuple(frames[0].rgb[100, 10]) == pytest.approx((60, 60, 60), abs=6)
+    reds = frames[0].rgb[55, :, 0].astype(int)
+    blues = frames[0].rgb[55, :, 2].astype(int)
+    assert (reds - blues).max() > 150  # the square is (240, 200, 40) in RGB
+
+
+def test_camera_that_goes_away_and_returns_is_reconnected_and_reported(mjpeg_camera: Any) -> None:
+    reports: list[str] = []
+    with open_source(mjpeg_camera.address, on_report=reports.append, timing=QUICK) as source:
+        before = [next(source) for _ in range(5)][-1]
+        mjpeg_camera.stop()
+        while not any("still not back" in report for report in reports):
+            source.read(timeout=0.1)
+        away_from = time.perf_counter()
+        mjpeg_camera.start()
+        after = next(source)
+        later = next(source)
+    assert mjpeg_camera.connections == 2
+    assert before.index < after.index < later.index
+    assert before.timestamp < after.timestamp < later.timestamp
+    # The timestamp went on over the time that was lost.
+    assert after.timestamp - before.timestamp == pytest.approx(after.captured - before.captured, abs=1e-6)
+    assert after.captured > away_from
+    assert "lost" in reports[0]
+    assert "trying again in 0.05 s" in reports[0]
+    assert "back after" in reports[-1]
+    assert all(report.startswith(f"{mjpeg_camera.address}: ") for report in reports)
+
+
+def test_camera_that_stays_connected_but_sends_nothing_is_reopened(mjpeg_camera: Any) -> None:
+    reports: list[str] = []
+    with open_source(mjpeg_camera.address, on_report=reports.append, timing=QUICK) as source:
+        next(source)
+        mjpeg_camera.freeze()
+        while not any("no frame for" in report for report in reports):
+            source.read(timeout=0.1)
+        mjpeg_camera.stop()
+        mjpeg_camera.start()
+        assert next(source).index > 0
+    assert "back after" in reports[-1]
+
+
+def test_reading_with_a_timeout_does_not_wait_longer(mjpeg_camera: Any) -> None:
+    with open_source(mjpeg_camera.address, timing=QUICK) as source:
+        mjpeg_camera.freeze()
+        while source.read(timeout=0.1) is not None:
+            pass
+        started = time.perf_counter()
+        assert source.read(timeout=0.05) is None
+        assert source.read(timeout=0) is None
+        assert time.perf_counter() - started < 0.3
+        assert not source.ended
+
+
+def test_camera_that_does_not_answer_at_first_is_an_error_without_the_password(mjpeg_camera: Any) -> None:
+    address = mjpeg_camera.address
+    mjpeg_camera.stop()
+    with pytest.raises(SourceError) as caught:
+        open_source(address.replace("//", "//me:secret@"), timing=QUICK)
+    message = str(caught.value)
+    assert address.replace("//", "//***@") in message
+    assert "secret" not in message
+    assert "\n" not in message
+
+
+def test_camera_that_is_mute_at_first_is_an_error(mjpeg_camera: Any) -> None:
+    mjpeg_camera.freeze()
+    started = time.perf_counter()
+    with pytest.raises(SourceError, match=r"camera\.mjpg"):
+        open_source(mjpeg_camera.address, timing=LiveTiming(opening=0.4, stall=0.3))
+    assert time.perf_counter() - started < 3
+
+
+def test_closing_a_lost_camera_is_prompt(mjpeg_camera: Any) -> None:
+    source = open_source(mjpeg_camera.address, timing=LiveTiming(first_retry=30), on_report=lambda text: None)
+    next(source)
+    mjpeg_camera.stop()
+    time.sleep(0.1)
+    started = time.perf_counter()
+    source.close()
+    assert time.perf_counter() - started < 1
+    assert list(source) == []
