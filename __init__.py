@@ -1,9 +1,9 @@
 """framestep: streaming video models with their memory as explicit state, from a checkpoint to a camera.
 
-    session = framestep.load("streamformer.bundle")
-    with session.open_stream() as stream:
-        for frame in framestep.open_source("clip.mp4", rate=session.rate):
-            result = stream.step(frame.rgb)
+session = framestep.load("streamformer.bundle")
+with session.open_stream() as stream:
+    for frame in framestep.open_source("clip.mp4", rate=session.rate):
+        result = stream.step(frame.rgb)
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Sequence
 
-    from .runtime.session import Session
+    from .runtime.session import NonFiniteOutputError, Result, Session, Stream
     from .runtime.sources import Frame, Source
 
 __version__ = "0.1.0"
-__all__ = ["FramestepError", "load", "open_source"]
+__all__ = ["Frame", "FramestepError", "NonFiniteOutputError", "Result", "Session", "Stream", "load", "open_source"]
 
 
 def load(

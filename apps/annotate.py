@@ -366,7 +366,7 @@ def _unit(width: int) -> float:
 def _visible(
     canvas: np.ndarray, region: tuple[int, int, int, int]
 ) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
-    """Slices of the canvas and of the region where the two overlap (a letterboxed region exceeds the canvas)."""
+    """Where the two overlap, as slices of each; the region of a letterboxed frame exceeds the canvas."""
     top, left, height, width = region
     y0, y1 = max(top, 0), min(top + height, canvas.shape[0])
     x0, x1 = max(left, 0), min(left + width, canvas.shape[1])

@@ -140,7 +140,7 @@ def run(
 
 
 def main() -> None:
-    """Entry point: an error that framestep raises on purpose is one line on standard error and exit status 2."""
+    """Entry point. An error raised on purpose is one line on standard error and exit status 2."""
     sys.exit(_status(sys.argv[1:]))
 
 

@@ -56,14 +56,16 @@ class Latencies:
         if not self.count:
             return Percentiles()
         cumulative = np.cumsum(self._counts)
-        return Percentiles(*(self._percentile(cumulative, q) for q in QUANTILES), self._largest)
+        p50, p95, p99 = (self._percentile(cumulative, q) for q in QUANTILES)
+        return Percentiles(p50, p95, p99, self._largest)
 
     def recent(self) -> Percentiles:
         """Percentiles over the most recent values."""
         if not self._recent:
             return Percentiles()
         ordered = sorted(self._recent)
-        return Percentiles(*(ordered[_rank(q, len(ordered))] for q in QUANTILES), ordered[-1])
+        p50, p95, p99 = (ordered[_rank(q, len(ordered))] for q in QUANTILES)
+        return Percentiles(p50, p95, p99, ordered[-1])
 
     def recent_values(self) -> list[float]:
         """The most recent values in milliseconds, oldest first."""

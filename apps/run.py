@@ -83,9 +83,8 @@ class Summary:
         ]
         if self.deadline_ms is not None:
             lines.append(f"deadline   {self.missed_deadlines} frames later than {self.deadline_ms:g} ms")
-        lines.append(
-            f"frames     {self.dropped} dropped, {self.bad_frames} bad, {self.non_finite} without finite output"
-        )
+        counts = f"{self.dropped} dropped, {self.bad_frames} bad, {self.non_finite} without finite output"
+        lines.append(f"frames     {counts}")
         if len(self.sources) > 1:
             lines += [
                 f"  {source.source}: {source.frames} frames, p99 {source.latency_ms.p99:.1f} ms, "

@@ -23,7 +23,7 @@ PLAIN_PERIOD_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class LaneStatus:
-    """How one source is doing now: figures of its recent frames, and its likeliest labels with their scores."""
+    """How one source is doing: figures of its recent frames, its likeliest labels with their scores."""
 
     name: str
     frames: int

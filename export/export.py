@@ -175,9 +175,7 @@ def _at_size(checkpoint: Checkpoint, image_size: tuple[int, int]) -> torch.nn.Mo
     return resized.eval()
 
 
-def _check_options(
-    checkpoint: Checkpoint, options: ExportOptions, window: int, image_size: Sequence[int]
-) -> None:
+def _check_options(checkpoint: Checkpoint, options: ExportOptions, window: int, image_size: Sequence[int]) -> None:
     patch = checkpoint.model.config.patch_size
     if window < 1:
         raise CheckpointError(f"--window: expected at least 1 frame, found {window}")

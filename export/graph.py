@@ -1,7 +1,7 @@
 """Writing ONNX graphs: a small builder over `onnx.helper`, with weights in external files.
 
-Graphs are standard ONNX, opset 24, default domain only. Weights go into a `WeightFile`; several graphs may name the same
-bytes of one file, so a weight that two graphs use is stored once.
+Graphs are standard ONNX, opset 24, default domain only. Weights go into a `WeightFile`; several graphs may name the
+same bytes of one file, so a weight that two graphs use is stored once.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class GraphBuilder:
         return name
 
     def output(self, value: str, name: str, dtype: str, shape: Shape) -> str:
-        """Declare `value` as the graph's output `name`, and return that name; the node that makes it writes under it."""
+        """Declare `value` as the graph's output `name`, and return that name, under which it is now made."""
         for node in self._nodes:
             node.output[:] = [name if output == value else output for output in node.output]
             node.input[:] = [name if used == value else used for used in node.input]
@@ -103,7 +103,7 @@ class GraphBuilder:
 
     def constant(self, values: Any, dtype: type = np.int64) -> str:
         """A small unnamed constant, such as a shape or an axis."""
-        array = np.asarray(values, dtype)
+        array: np.ndarray = np.asarray(values, dtype)
         text = "x".join(map(str, array.ravel().tolist()))
         return self.weight(f"const/{array.dtype}/{'s' if array.ndim == 0 else ''}{text}", array)
 
@@ -150,9 +150,7 @@ class GraphBuilder:
         graph = helper.make_graph(
             self._nodes, self.name, self._inputs, self._outputs, list(self._initializers.values())
         )
-        model = helper.make_model(
-            graph, opset_imports=[helper.make_opsetid("", OPSET)], producer_name="framestep"
-        )
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], producer_name="framestep")
         model.ir_version = 11
         onnx.save(model, path)
         for file in self._files:
@@ -161,9 +159,7 @@ class GraphBuilder:
 
 
 def _value_info(name: str, dtype: str, shape: Shape) -> onnx.ValueInfoProto:
-    return helper.make_tensor_value_info(
-        name, helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), list(shape)
-    )
+    return helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), list(shape))
 
 
 def _gelu_tanh(g: GraphBuilder, x: str) -> str:

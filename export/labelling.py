@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,6 +14,9 @@ from ..runtime.bundle import Bundle, Graph, Labels, Manifest, Port, Scoring, Tex
 from ..runtime.errors import BundleError, CheckpointError
 from ..runtime.labels import label_bytes
 from ..runtime.text import ACTION_TEMPLATES, PATCH_TEMPLATES, LabelError, TextEncoder
+
+if TYPE_CHECKING:
+    from .text import TextModel
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,7 @@ def write_labels(folder: Path, manifest: Manifest, options: LabelOptions) -> Man
     return replace(manifest, labels=Labels(names, file, options.background))
 
 
-def _write_text(folder: Path, manifest: Manifest, model, templates: tuple[str, ...]) -> Manifest:
+def _write_text(folder: Path, manifest: Manifest, model: TextModel, templates: tuple[str, ...]) -> Manifest:
     from .text import compare_text_graph, write_text_graph, write_tokenizer
 
     write_text_graph(model, folder / "text.onnx")
@@ -131,7 +135,8 @@ def _scoring(known: Scoring | None, scale: float | None, bias: float | None, sou
         if known is not None:
             return known
         raise LabelError(
-            f"{source}: has no logit_scale and logit_bias; give a whole SigLIP model, or --head of a training checkpoint"
+            f"{source}: has no logit_scale and logit_bias;"
+            " give a whole SigLIP model, or --head of a training checkpoint"
         )
     return Scoring(scale, bias, None, calibrated=False)
 

@@ -153,9 +153,7 @@ class Embeddings(nn.Module):
     def __init__(self, config: StreamFormerConfig) -> None:
         super().__init__()
         self.patch_embeddings = nn.Module()
-        self.patch_embeddings.projection = nn.Conv2d(
-            3, config.hidden_size, config.patch_size, stride=config.patch_size
-        )
+        self.patch_embeddings.projection = nn.Conv2d(3, config.hidden_size, config.patch_size, stride=config.patch_size)
         self.position_embeddings = nn.Parameter(torch.zeros(1, config.patches, config.hidden_size))
         self.time_embeddings = nn.Parameter(torch.zeros(1, config.num_frames, config.hidden_size))
 

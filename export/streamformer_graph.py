@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..runtime.bundle import STREAMS, Graph, Port, State, StateUse
 from ..runtime.errors import CheckpointError
 from .checkpoint import HEAD_PROJECTIONS
-from .graph import GraphBuilder, WeightFile
+from .graph import GraphBuilder
 from .streamformer import Attention, Layer, StreamFormer, StreamFormerConfig
 
 Array = np.ndarray
@@ -67,7 +67,7 @@ def fold_attention(attention: Attention) -> Projections:
 
 
 def fold_temporal(layer: Layer) -> Projections:
-    """Fold the temporal attention with the dense layer and gate that follow: tanh(g) * (W_dense (W_out x + b_out) + b_dense)."""
+    """Fold in the dense layer and gate that follow: tanh(g) * (W_dense (W_out x + b_out) + b_dense)."""
     folded = fold_attention(layer.temporal_attention)
     gate = layer.temporal_attention_gating.tanh()
     dense, out = layer.temporal_dense, layer.temporal_attention.output.dense
@@ -76,7 +76,7 @@ def fold_temporal(layer: Layer) -> Projections:
 
 
 def fold_patch_embedding(model: StreamFormer, grid: tuple[int, int]) -> Linear:
-    """The patch embedding for pixels 0..255 in the order row, column, channel; its bias is [N, D], with the position embedding."""
+    """The patch embedding for pixels 0..255 (row, column, channel); its bias [N, D] holds the position embedding."""
     projection = model.embeddings.patch_embeddings.projection
     # (p / 255 - 0.5) / 0.5 = p * 2 / 255 - 1
     weight = projection.weight.permute(2, 3, 1, 0).flatten(0, 2)  # [P * P * 3, D]
@@ -301,9 +301,7 @@ def _attention(g: GraphBuilder, x: str, name: str, projections: Projections, hea
     q = _apply(g, x, f"{name}.query", projections.query)
     k = _apply(g, x, f"{name}.key", projections.key)
     v = _apply(g, x, f"{name}.value", projections.value)
-    return g.node(
-        "Attention", q, k, v, name="spatial_attention", q_num_heads=heads, kv_num_heads=heads, scale=1.0
-    )
+    return g.node("Attention", q, k, v, name="spatial_attention", q_num_heads=heads, kv_num_heads=heads, scale=1.0)
 
 
 def _mlp(g: GraphBuilder, x: str, name: str, fc1: nn.Linear, fc2: nn.Linear, config: StreamFormerConfig) -> str:

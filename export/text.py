@@ -241,9 +241,7 @@ def write_text_graph(model: TextModel, path: Path) -> None:
         CheckpointError: the tower has an activation that has no ONNX form here.
     """
     config = model.tower.config
-    weights = {
-        key.removeprefix("text_model."): value.numpy() for key, value in model.tower.state_dict().items()
-    }
+    weights = {key.removeprefix("text_model."): value.numpy() for key, value in model.tower.state_dict().items()}
     file = WeightFile(path.with_suffix(".bin"))
     try:
         graph = GraphBuilder("text", file)
@@ -364,9 +362,7 @@ def _load_tower(config: Any, weights: dict[str, Tensor], where: str) -> Any:
         raise CheckpointError(f"{where}: the text tower does not fit its config: " + "; ".join(problems))
     if bad := [name for name, value in given.items() if not value.isfinite().all()]:
         raise CheckpointError(f"{where}: NaN or infinity in {_listing(bad)}")
-    tower.load_state_dict(
-        {names[name]: value.to(torch.float32) for name, value in given.items()}, assign=True
-    )
+    tower.load_state_dict({names[name]: value.to(torch.float32) for name, value in given.items()}, assign=True)
     return tower.float().eval()
 
 
@@ -451,9 +447,7 @@ def _from_fast(model: TextModel) -> Tokenizer:
 
 
 # What Python calls whitespace and `string.punctuation`, as character classes of the `tokenizers` package.
-WHITESPACE = (
-    r"[\t-\r\x{1c}-\x{20}\x{85}\x{a0}\x{1680}\x{2000}-\x{200a}\x{2028}\x{2029}\x{202f}\x{205f}\x{3000}]"
-)
+WHITESPACE = r"[\t-\r\x{1c}-\x{20}\x{85}\x{a0}\x{1680}\x{2000}-\x{200a}\x{2028}\x{2029}\x{202f}\x{205f}\x{3000}]"
 PUNCTUATION = r"[!-/:-@\[-`{-~]"
 # `str.lower` writes a sigma at the end of a word differently; lowercasing one character at a time cannot
 FINAL_SIGMA = r"(?<=\p{Cased}\p{Case_Ignorable}*)Σ(?!\p{Case_Ignorable}*\p{Cased})"
@@ -495,9 +489,7 @@ def _from_sentencepiece(model: TextModel) -> Tokenizer:
     # sentencepiece never finds these in a text; a trailing space makes them unfindable here too
     reserved = (piece.UNKNOWN, piece.CONTROL, piece.UNUSED)
     vocabulary = [(p.piece + " " if p.type in reserved else p.piece, p.score) for p in proto.pieces]
-    tokenizer = Tokenizer(
-        models.Unigram(vocabulary, unk_id=trainer.unk_id, byte_fallback=trainer.byte_fallback)
-    )
+    tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=trainer.unk_id, byte_fallback=trainer.byte_fallback))
     tokenizer.normalizer = normalizers.Sequence(steps)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"$A {original.eos_token}", special_tokens=[(original.eos_token, original.eos_token_id)]

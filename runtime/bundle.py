@@ -184,7 +184,7 @@ class Manifest:
     files: dict[str, FileEntry] = field(default_factory=dict)
 
     def state_key(self) -> str:
-        """Identifies what a saved state fits: the state schema, the files of the graphs that touch it, the precision."""
+        """Identifies what a saved state fits: state schema, files of the graphs that touch it, precision."""
         used: set[str] = set()
         for graph in self.graphs.values():
             if graph.states:

@@ -1,8 +1,8 @@
 """Bringing camera frames of any size to the model's: one resize and crop, as two banded matrix products.
 
-Bilinear with antialiasing, as Pillow and torchvision do it: when shrinking by a factor f the triangle filter is f times
-as wide. Rows and columns are resized separately, so a resize is `rows @ image @ columns`; each block of output rows needs
-only a band of input rows, and what the crop cuts away is never computed.
+Bilinear with antialiasing, as Pillow and torchvision do it: when shrinking by a factor f the triangle filter is f
+times as wide. Rows and columns are resized separately, so a resize is `rows @ image @ columns`; each block of output
+rows needs only a band of input rows, and what the crop cuts away is never computed.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Sessions and streams: the model and its memory.
 
-A `Session` holds the model and room for a number of streams; a `Stream` is one camera's place in it, with its own clock.
+A `Session` holds the model and room for some streams; a `Stream` is one camera's place in it, with its own clock.
 """
 
 from __future__ import annotations
@@ -73,9 +73,9 @@ class Result(Mapping[str, Array]):
 
 
 class Session:
-    """A model on an engine, with room for `streams` streams. Safe to call from several threads; steps run one at a time.
+    """A model on an engine, with room for `streams` streams. Use `framestep.load`.
 
-    Use `framestep.load`.
+    Safe to call from several threads; steps run one at a time.
     """
 
     def __init__(

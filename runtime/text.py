@@ -116,9 +116,7 @@ class TextEncoder:
             import onnxruntime
             import tokenizers  # noqa: F401
         except ImportError as error:
-            raise EngineError(
-                f"new labels need the package {error.name}: pip install 'framestep[cpu,text]'"
-            ) from None
+            raise EngineError(f"new labels need the package {error.name}: pip install 'framestep[cpu,text]'") from None
         for path in (graph, tokenizer):
             if not path.is_file():
                 raise BundleError(f"{path}: missing; export the bundle again with --text-graph")
@@ -130,9 +128,7 @@ class TextEncoder:
         # alternates with the backbone's session in one process: idle threads must not spin against it
         options.add_session_config_entry("session.force_spinning_stop", "1")
         try:
-            self._session: Any = onnxruntime.InferenceSession(
-                str(graph), options, providers=["CPUExecutionProvider"]
-            )
+            self._session: Any = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's errors have no common base but Exception
             raise BundleError(f"{graph}: ONNX Runtime cannot load it ({_first_line(error)})") from None
         names = [port.name for port in (*self._session.get_inputs(), *self._session.get_outputs())]
@@ -162,9 +158,7 @@ class TextEncoder:
         rows = [encoding.ids for encoding in self._tokenizer.encode_batch(texts)]
         if any(len(row) != self.length for row in rows):
             found = next(len(row) for row in rows if len(row) != self.length)
-            raise BundleError(
-                f"{self._tokenizer_path}: expected texts padded to {self.length} tokens, found {found}"
-            )
+            raise BundleError(f"{self._tokenizer_path}: expected texts padded to {self.length} tokens, found {found}")
         return np.array(rows, np.int64)
 
 

@@ -30,9 +30,7 @@ class MjpegCamera:
         self.fps = fps
         self.sent = 0  # pictures sent, to all clients together
         self.connections = 0  # accepted so far
-        self._jpegs = [
-            cv2.imencode(".jpg", picture)[1].tobytes() for picture in pictures or wandering_square()
-        ]
+        self._jpegs = [cv2.imencode(".jpg", picture)[1].tobytes() for picture in pictures or wandering_square()]
         self._picture = itertools.count()
         self._port = 0  # any free one at the first start, the same one afterwards
         self._server: _Server | None = None

@@ -95,8 +95,7 @@ def _sentencepiece_model() -> bytes:
     words = _SENTENCE.split()
     count = len(words)
     sentences = [
-        f"a {words[i % count]} {words[i * 7 % count]}ing the {words[i * 13 % count]}"
-        f" in a {words[i * 29 % count]}s"
+        f"a {words[i % count]} {words[i * 7 % count]}ing the {words[i * 13 % count]} in a {words[i * 29 % count]}s"
         for i in range(3 * count)
     ]
     model = io.BytesIO()

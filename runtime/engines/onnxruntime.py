@@ -127,9 +127,7 @@ class OnnxRuntimeEngine:
                 # what nobody asked for stays where it was computed
                 place = "cpu" if port.name in self._asked else self._device
                 self._values[port.name] = _Buffer.allocate(ort, shape, port.dtype, place)
-        self.outputs = {
-            name: array for name in self._asked if (array := self._values[name].array) is not None
-        }
+        self.outputs = {name: array for name in self._asked if (array := self._values[name].array) is not None}
 
     def _bind(self, first: int, stop: int) -> list[Any]:
         bindings = []
@@ -192,7 +190,8 @@ class _Buffer:
 
     def read(self, slot: int) -> Array:
         whole: Array = self.array if self.array is not None else self.owner.numpy()
-        return whole[slot].copy()
+        copy: Array = whole[slot].copy()
+        return copy
 
     def write(self, slot: int, value: Array) -> None:
         if self.array is not None:

@@ -119,9 +119,7 @@ def _names_usb_camera(spec: str | PathLike[str]) -> bool:
     return str(path).startswith(("/dev/video", "/dev/v4l/")) or path.is_char_device()
 
 
-def _open_path(
-    path: Path, rate: float | None, images_fps: float | None, report: Callable[[str], None]
-) -> Source:
+def _open_path(path: Path, rate: float | None, images_fps: float | None, report: Callable[[str], None]) -> Source:
     path = path.expanduser()
     try:
         if not path.exists():
@@ -136,9 +134,7 @@ def _open_path(
     return VideoFile(path, rate=rate, on_report=report)
 
 
-def _check_camera_options(
-    width: int | None, height: int | None, camera_fps: float | None, fourcc: str | None
-) -> None:
+def _check_camera_options(width: int | None, height: int | None, camera_fps: float | None, fourcc: str | None) -> None:
     for name, value in (("width", width), ("height", height), ("camera_fps", camera_fps)):
         if value is not None and not value > 0:
             raise SourceError(f"{name} is {value}: must be greater than 0")

@@ -160,9 +160,7 @@ class GStreamerPipeline:
         capture = cv2.VideoCapture(pipeline, cv2.CAP_GSTREAMER, _timeouts(cv2, patience))
         if not capture.isOpened():
             capture.release()
-            raise SourceError(
-                f"source {self.name}: GStreamer cannot run it; to see why: gst-launch-1.0 {pipeline}"
-            )
+            raise SourceError(f"source {self.name}: GStreamer cannot run it; to see why: gst-launch-1.0 {pipeline}")
         return capture
 
 
@@ -174,18 +172,12 @@ class Camera:
     name: str  # as the driver calls it; "" where it says nothing
 
 
-def list_cameras(
-    devices: Path = Path("/dev"), names: Path = Path("/sys/class/video4linux")
-) -> tuple[Camera, ...]:
+def list_cameras(devices: Path = Path("/dev"), names: Path = Path("/sys/class/video4linux")) -> tuple[Camera, ...]:
     """The /dev/video* of a Linux machine in order of their numbers; none on other systems."""
     numbers = sorted(
-        int(match[1])
-        for path in devices.glob("video*")
-        if (match := re.fullmatch(r"video([0-9]+)", path.name))
+        int(match[1]) for path in devices.glob("video*") if (match := re.fullmatch(r"video([0-9]+)", path.name))
     )
-    return tuple(
-        Camera(str(devices / f"video{n}"), _driver_name(names / f"video{n}" / "name")) for n in numbers
-    )
+    return tuple(Camera(str(devices / f"video{n}"), _driver_name(names / f"video{n}" / "name")) for n in numbers)
 
 
 def cameras_here() -> str:

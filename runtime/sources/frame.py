@@ -81,6 +81,4 @@ class Source(ABC):
 
     def _report_rate_above_fps(self, rate: float | None) -> None:
         if rate is not None and self.fps is not None and rate > self.fps * 1.001:
-            self._report(
-                f"rate {rate:g} is above the source's {self.fps:g} frames a second: all are delivered"
-            )
+            self._report(f"rate {rate:g} is above the source's {self.fps:g} frames a second: all are delivered")

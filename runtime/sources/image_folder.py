@@ -28,16 +28,12 @@ class ImageFolder(Source):
 
     live = False
 
-    def __init__(
-        self, path: Path, *, fps: float | None, rate: float | None, on_report: Callable[[str], None]
-    ) -> None:
+    def __init__(self, path: Path, *, fps: float | None, rate: float | None, on_report: Callable[[str], None]) -> None:
         super().__init__(str(path), on_report)
         require_cv2()
         self._images = sorted(_images_in(path), key=natural_key) if path.is_dir() else [path]
         if not self._images:
-            raise SourceError(
-                f"folder {path}: holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}) directly in it"
-            )
+            raise SourceError(f"folder {path}: holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}) directly in it")
         self.fps = fps or rate or ASSUMED_FPS
         self.length = len(self._images)
         self._sampler = Sampler(rate)

@@ -18,7 +18,7 @@ from .sampling import ROUNDING, Sampler
 MAX_PLAUSIBLE_FPS = 1000.0
 # How long one wait lasts before a stall is looked for; also keeps Ctrl-C prompt on systems where a wait
 # defers it.
-GLANCE = 0.5
+GLANCE = 0.1
 CLOSING = 2.0  # seconds that close() waits for the reader
 # A reader that never came back from OpenCV may still hold the device: opening ever more of them would only
 # leak.
@@ -188,9 +188,7 @@ class LiveSource(Source):
         finally:
             capture.release()
         if self._started is None and self._is_wanted(reader):
-            raise SourceError(
-                f"source {self.name}: opens but delivers no frame; is another program using it?"
-            )
+            raise SourceError(f"source {self.name}: opens but delivers no frame; is another program using it?")
         if self._lost is not None:
             return "opens but delivers no frame"
         silent = time.perf_counter() - (reader.alive or 0.0)
@@ -280,9 +278,7 @@ class _Reader(threading.Thread):
         super().__init__(name="framestep source", daemon=True)
         self._run_reader = run
         self.delay = delay  # seconds before it opens the device
-        self.alive: float | None = (
-            None  # perf_counter of the last good frame or opening; None while it pauses
-        )
+        self.alive: float | None = None  # perf_counter of the last good frame or opening; None while it pauses
         self.opening = False
 
     def run(self) -> None:

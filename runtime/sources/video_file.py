@@ -99,9 +99,7 @@ class VideoFile(Source):
             self._report(f"{self.bad_frames} of {self._next_index} frames could not be decoded")
         # Some containers state a duration, not a count, and its product with the rate is off by a little.
         if self.length is not None and self.length - self._next_index > max(1, self.length // 100):
-            self._report(
-                f"ends early: {self._next_index} of the {self.length} frames that its header announces"
-            )
+            self._report(f"ends early: {self._next_index} of the {self.length} frames that its header announces")
 
 
 def _open(cv2: Any, path: Path) -> Any:

@@ -7,9 +7,8 @@ import json
 import shutil
 from pathlib import Path
 
-import pytest
-
 import framestep
+import pytest
 from framestep.runtime.bundle import Bundle, BundleWriter, Manifest, graphs_for
 from framestep.runtime.errors import BundleError, OutputError
 from framestep.runtime.onnx_files import external_files
@@ -118,7 +117,7 @@ def test_external_files_are_those_that_onnx_knows(golden_bundle):
         (lambda m: m["states"][0].update(capacity=15), r"states 'layer0.key': capacity \* rows_per_slot"),
         (lambda m: m["states"][0].update(kind="heap"), "states 'layer0.key': kind 'heap' is unknown"),
         (lambda m: m["graphs"]["backbone"]["inputs"][0].update(role="noise"), "'frame' has the unknown role"),
-        (lambda m: m["graphs"]["backbone"]["inputs"][0].update(dtype=3), r"graphs.backbone.inputs\[0\].dtype: expected str"),
+        (lambda m: m["graphs"]["backbone"]["inputs"][0].update(dtype=3), r"backbone.inputs\[0\].dtype: expected str"),
         (lambda m: m["graphs"]["backbone"]["states"][0].update(state="x"), "state 'x' is not declared"),
         (lambda m: m["files"].pop("backbone.onnx"), "'backbone.onnx' is used but not listed"),
         (lambda m: m["frame"].update(resize="magic"), "frame.resize: 'magic' is unknown"),

@@ -5,11 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from framestep.runtime.bundle import FrameSpec
 from framestep.runtime.preprocess import Preprocess
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 
 def reference(rgb: np.ndarray, height: int, width: int) -> np.ndarray:

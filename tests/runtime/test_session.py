@@ -6,11 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import framestep
 import golden
 import numpy as np
 import pytest
-
-import framestep
 from framestep.runtime.errors import EngineError, FrameError, OutputError, StateError
 
 
@@ -62,9 +61,7 @@ def test_batched_streams_do_not_see_each_other(golden_bundle):
         first, second = session.open_stream(), session.open_stream()
         alone = [first.step(frame)["pooled"] for frame in frames]
         first.reset()
-        together = [
-            session.step({first: a, second: b})[first]["pooled"] for a, b in zip(frames, other, strict=True)
-        ]
+        together = [session.step({first: a, second: b})[first]["pooled"] for a, b in zip(frames, other, strict=True)]
     golden.assert_close(np.stack(together), np.stack(alone), 1e-5)
 
 

@@ -55,7 +55,7 @@ def test_pipeline_is_run_by_gstreamer_with_a_sink_at_its_end(monkeypatch: pytest
         def __init__(self, *arguments: Any) -> None:
             opened.append(arguments)
 
-        def isOpened(self) -> bool:  # noqa: N802
+        def isOpened(self) -> bool:
             return "broken" not in opened[-1][0]
 
         def get(self, key: int) -> float:
@@ -81,15 +81,11 @@ def test_pipeline_is_run_by_gstreamer_with_a_sink_at_its_end(monkeypatch: pytest
     )
     with open_source("gst:videotestsrc ! appsink drop=true"):
         assert opened[1][0] == "videotestsrc ! appsink drop=true"
-    with pytest.raises(
-        SourceError, match=r"gst:broken: GStreamer cannot run it; to see why: gst-launch-1\.0"
-    ):
+    with pytest.raises(SourceError, match=r"gst:broken: GStreamer cannot run it; to see why: gst-launch-1\.0"):
         open_source("gst:broken")
 
 
-def test_missing_opencv_is_an_error_that_says_what_to_install(
-    monkeypatch: pytest.MonkeyPatch, folder: Path
-) -> None:
+def test_missing_opencv_is_an_error_that_says_what_to_install(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.setitem(sys.modules, "cv2", None)
     (folder / "clip.mp4").write_bytes(b"x")
     for spec in ("0", "rtsp://127.0.0.1/x", "gst:x", "synthetic", folder, folder / "clip.mp4"):
@@ -120,9 +116,7 @@ def test_camera_options_are_reported_where_they_are_not_used() -> None:
 def test_reports_go_to_the_log_by_default(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="framestep"):
         open_source("synthetic:fps=5", rate=10)
-    assert caplog.messages == [
-        "synthetic:fps=5: rate 10 is above the source's 5 frames a second: all are delivered"
-    ]
+    assert caplog.messages == ["synthetic:fps=5: rate 10 is above the source's 5 frames a second: all are delivered"]
 
 
 def test_opening_leaves_opencv_and_the_environment_as_they_were(

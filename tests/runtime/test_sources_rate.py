@@ -31,9 +31,7 @@ def test_the_average_rate_has_no_drift(fps: float, rate: float) -> None:
 
 
 @pytest.mark.parametrize(("fps", "rate"), [(25, 5), (30, 10), (30, 15), (24, 8), (30, 30)])
-def test_a_rate_that_divides_the_fps_takes_evenly_spaced_frames_from_rounded_timestamps(
-    fps: int, rate: int
-) -> None:
+def test_a_rate_that_divides_the_fps_takes_evenly_spaced_frames_from_rounded_timestamps(fps: int, rate: int) -> None:
     indices = taken(rate, np.round(np.arange(600) / fps, 3))
     assert indices == list(range(0, 600, fps // rate))
 

@@ -1,0 +1,35 @@
+# make demo: install, export, run on a video file. make test: install, run all checks.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+# A checkout's folder may have any name; mypy and pytest see the package under its own.
+NAMED := build/named
+
+.PHONY: demo test lint types unit clean
+
+demo: $(VENV)/installed
+	$(BIN)/framestep demo --output out/demo
+
+test: lint types unit
+
+lint: $(VENV)/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(VENV)/installed
+	mkdir -p $(NAMED) && ln -sfn "$(CURDIR)" $(NAMED)/framestep
+	cd $(NAMED) && "$(abspath $(BIN))/mypy" --config-file "$(CURDIR)/pyproject.toml" --cache-dir "$(CURDIR)/.mypy_cache" \
+	    -p framestep.runtime -p framestep.export -p framestep.apps
+
+unit: $(VENV)/installed
+	$(BIN)/python -m pytest -c pyproject.toml --rootdir=tests tests
+
+# torch first: pinned, it is the build that pip finds for this machine, and nothing later pulls in another
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[cpu,export,dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build out *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

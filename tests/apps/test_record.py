@@ -1,0 +1,292 @@
+"""Files that a run writes."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from framestep.apps import record
+from framestep.apps.record import ArrayRecorder, JsonLines, VideoRecorder, check_writable
+from framestep.runtime.errors import OutputError
+
+Usage = namedtuple("Usage", "total used free")
+
+
+def picture(value: int = 0, height: int = 64, width: int = 96) -> np.ndarray:
+    return np.full((height, width, 3), value, np.uint8)
+
+
+def frames_in(path: Path) -> tuple[int, float, tuple[int, int]]:
+    """Frames that can be decoded, frames a second, (height, width)."""
+    video = cv2.VideoCapture(str(path))
+    assert video.isOpened()
+    fps, count, shape = video.get(cv2.CAP_PROP_FPS), 0, (0, 0)
+    while True:
+        read, frame = video.read()
+        if not read:
+            return count, fps, shape
+        count += 1
+        shape = frame.shape[:2]
+
+
+# Before a run
+
+
+def test_a_writable_place_is_accepted_and_left_as_it_is(tmp_path: Path) -> None:
+    check_writable(tmp_path / "new.jsonl", "--output")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "old.jsonl").write_text("old")
+    check_writable(tmp_path / "old.jsonl", "--output")
+    assert (tmp_path / "old.jsonl").read_text() == "old"
+
+
+def test_unwritable_places_are_refused_by_option_and_path(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path, tmp_path / "nowhere" / "out", tmp_path / "file" / "out", Path("/proc/out")):
+        with pytest.raises(OutputError, match=f"--record {path}: ") as caught:
+            check_writable(path, "--record")
+        assert "\n" not in str(caught.value)
+
+
+# JSON lines
+
+
+def test_lines_are_complete_on_disk_as_soon_as_written(tmp_path: Path) -> None:
+    lines = JsonLines(tmp_path / "out.jsonl")
+    lines.write({"label": "ein Mädchen", "score": 0.5})
+    assert (tmp_path / "out.jsonl").read_text("utf-8") == '{"label": "ein Mädchen", "score": 0.5}\n'
+    lines.close()
+    lines.close()
+
+
+def test_a_full_disk_is_an_output_error_that_names_the_file() -> None:
+    lines = JsonLines(Path("/dev/full"))
+    with pytest.raises(OutputError, match=r"/dev/full: cannot be written: No space left"):
+        lines.write({"a": 1})
+    lines.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs RLIMIT_FSIZE")
+def test_a_line_that_did_not_fit_is_cut_off(tmp_path: Path) -> None:
+    script = f"""
+import resource
+from pathlib import Path
+from framestep.apps.record import JsonLines
+from framestep.runtime.errors import OutputError
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+lines = JsonLines(Path({str(tmp_path / "out.jsonl")!r}))
+try:
+    for i in range(100):
+        lines.write({{"number": i}})
+except OutputError as error:
+    print(error)
+lines.close()
+"""
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert found.stdout.startswith(f"{tmp_path / 'out.jsonl'}: cannot be written: File too large")
+    written = (tmp_path / "out.jsonl").read_text().splitlines()
+    assert [json.loads(line)["number"] for line in written] == list(range(len(written))) and written
+
+
+# Videos
+
+
+def test_a_recording_of_a_file_has_every_frame_once(tmp_path: Path) -> None:
+    recorder = VideoRecorder(tmp_path / "out.mp4", 12.5)
+    for i in range(30):
+        recorder.write(picture(i * 5), i * 0.3)
+    assert not (tmp_path / "out.mp4").exists()
+    recorder.close()
+    recorder.close()
+    assert frames_in(tmp_path / "out.mp4") == (30, 12.5, (64, 96))
+    assert [path.name for path in tmp_path.iterdir()] == ["out.mp4"]
+
+
+def test_a_live_recording_runs_at_the_pace_of_its_timestamps(tmp_path: Path) -> None:
+    recorder = VideoRecorder(tmp_path / "out.mp4", None)
+    times = np.arange(0, 4, 0.1)
+    times = times[(times < 2) | (times > 2.45)]  # half a second was lost
+    for timestamp in times:
+        recorder.write(picture(), timestamp)
+    recorder.close()
+    count, fps, _ = frames_in(tmp_path / "out.mp4")
+    assert fps == pytest.approx(10, abs=0.1)
+    assert count / fps == pytest.approx(4.0, abs=0.21)
+
+
+def test_a_live_recording_does_not_fill_long_absences(tmp_path: Path) -> None:
+    recorder = VideoRecorder(tmp_path / "out.mp4", None)
+    for timestamp in [*np.arange(0, 2, 0.1), *np.arange(3600, 3602, 0.1)]:
+        recorder.write(picture(), timestamp)
+    recorder.close()
+    count, _, _ = frames_in(tmp_path / "out.mp4")
+    assert 55 <= count <= 65  # 2 s, at most 2 s of the absence, 2 s
+
+
+@pytest.mark.parametrize("frames", [1, 2, 5])
+def test_short_live_recordings_are_playable(tmp_path: Path, frames: int) -> None:
+    recorder = VideoRecorder(tmp_path / "out.mp4", None)
+    for i in range(frames):
+        recorder.write(picture(), i / 20)
+    recorder.close()
+    assert frames_in(tmp_path / "out.mp4")[0] == frames
+
+
+def test_frames_of_other_sizes_are_fitted_into_the_first_ones(tmp_path: Path) -> None:
+    recorder = VideoRecorder(tmp_path / "out.mp4", 10)
+    for size in ((64, 96), (200, 96), (10, 300), (1, 1)):
+        recorder.write(picture(200, *size), 0)
+    recorder.close()
+    assert frames_in(tmp_path / "out.mp4") == (4, 10, (64, 96))
+
+
+def test_without_frames_there_is_no_video(tmp_path: Path) -> None:
+    VideoRecorder(tmp_path / "out.mp4", None).close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_old_recording_stays_until_the_new_one_is_complete(tmp_path: Path) -> None:
+    (tmp_path / "out.mp4").write_text("old")
+    recorder = VideoRecorder(tmp_path / "out.mp4", 10)
+    recorder.write(picture(), 0)
+    assert (tmp_path / "out.mp4").read_text() == "old"
+    recorder.close()
+    assert frames_in(tmp_path / "out.mp4")[0] == 1
+
+
+def test_a_disk_filling_up_stops_the_recording_and_keeps_it_playable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = [1 << 40]
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(1 << 40, 0, free[0]))
+    recorder = VideoRecorder(tmp_path / "out.mp4", 10)
+    for i in range(20):
+        recorder.write(picture(), i / 10)
+    free[0] = record.DISK_RESERVE - 1
+    with pytest.raises(OutputError, match=r"out.mp4: disk nearly full .*stopped after 32 frames"):
+        for i in range(20, 60):
+            recorder.write(picture(), i / 10)
+    recorder.close()
+    assert frames_in(tmp_path / "out.mp4")[0] == 32
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs RLIMIT_FSIZE")
+def test_a_recording_that_could_not_be_written_is_an_output_error(tmp_path: Path) -> None:
+    script = f"""
+import resource
+import numpy as np
+from pathlib import Path
+from framestep.apps import record
+from framestep.runtime.errors import OutputError
+record.FRAMES_WITHOUT_GROWTH = 40
+noise = np.random.default_rng(0).integers(0, 256, (8, 240, 320, 3), np.uint8)
+recorder = record.VideoRecorder(Path({str(tmp_path / "out.mp4")!r}), 10)
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+try:
+    for i in range(2000):
+        recorder.write(noise[i % 8], i / 10)
+except OutputError as error:
+    print(i, error)
+try:
+    recorder.close()
+except OutputError as error:
+    print(error)
+"""
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    growth, finish = found.stdout.splitlines()
+    assert "no longer grows" in growth and int(growth.split()[0]) < 200
+    assert f"{tmp_path / 'out.mp4'}: the recording could not be finished" in finish
+    assert list(tmp_path.iterdir()) == []
+
+
+# Arrays
+
+
+def test_arrays_come_back_stacked(tmp_path: Path) -> None:
+    features = np.random.default_rng(0).random((50, 6, 8)).astype(np.float32)
+    recorder = ArrayRecorder(tmp_path / "out.npz", {"labels": np.array(["a", "größer"])})
+    for i, value in enumerate(features):
+        recorder.write({"features": value, "pooled": value.T[0], "indices": np.array(i, np.int64)})
+    assert list(tmp_path.iterdir()) == []
+    recorder.close()
+    recorder.close()
+    with np.load(tmp_path / "out.npz", allow_pickle=False) as found:
+        assert np.array_equal(found["features"], features)
+        assert np.array_equal(found["pooled"], features[:, 0, :])
+        assert np.array_equal(found["indices"], np.arange(50))
+        assert found["labels"].tolist() == ["a", "größer"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out.npz"]
+
+
+def test_arrays_do_not_pile_up_in_memory(tmp_path: Path) -> None:
+    import tracemalloc
+
+    recorder = ArrayRecorder(tmp_path / "out.npz", {})
+    row = np.zeros(100_000, np.float32)
+    tracemalloc.start()
+    for _ in range(100):  # 40 MB
+        recorder.write({"features": row})
+    recorder.close()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 5_000_000
+    assert np.load(tmp_path / "out.npz")["features"].shape == (100, 100_000)
+
+
+def test_a_disk_filling_up_leaves_room_to_pack_the_arrays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = np.zeros(1 << 20, np.uint8)
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda folder: Usage(1 << 40, 0, record.DISK_RESERVE + (20 << 20))
+    )
+    recorder = ArrayRecorder(tmp_path / "out.npz", {})
+    with pytest.raises(OutputError, match=r"out.npz: disk nearly full .*after 32 frames"):
+        for _ in range(100):
+            recorder.write({"features": row})
+    recorder.close()
+    assert np.load(tmp_path / "out.npz")["features"].shape == (32, 1 << 20)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs RLIMIT_FSIZE")
+def test_arrays_that_do_not_fit_are_an_output_error_and_leave_nothing(tmp_path: Path) -> None:
+    script = f"""
+import resource
+import numpy as np
+from pathlib import Path
+from framestep.apps.record import ArrayRecorder
+from framestep.runtime.errors import OutputError
+recorder = ArrayRecorder(Path({str(tmp_path / "out.npz")!r}), {{}})
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+for action in (lambda: [recorder.write({{"a": np.zeros(9_000, np.uint8)}}) for _ in range(20)], recorder.close):
+    try:
+        action()
+    except OutputError as error:
+        print(error)
+"""
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    first = found.stdout.splitlines()[0]
+    assert first.startswith(f"{tmp_path / 'out.npz'}: cannot be written: File too large")
+    left = [path.name for path in tmp_path.iterdir()]
+    assert left in ([], ["out.npz"])
+    if left:
+        assert np.load(tmp_path / "out.npz")["a"].shape == (11, 9_000)
+
+
+def test_without_frames_there_is_no_archive(tmp_path: Path) -> None:
+    ArrayRecorder(tmp_path / "out.npz", {"labels": np.array(["a"])}).close()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_permission_is_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(OutputError, match="--output"):
+        check_writable(tmp_path / "out.jsonl", "--output")
