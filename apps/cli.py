@@ -12,6 +12,8 @@ import typer
 
 from ..runtime.errors import FramestepError
 
+INTERRUPTED = 130
+
 app = typer.Typer(
     name="framestep",
     help="Streaming video models, from a checkpoint to a camera.",
@@ -141,18 +143,17 @@ def run(
 
 def main() -> None:
     """Entry point. An error raised on purpose is one line on standard error and exit status 2."""
-    sys.exit(_status(sys.argv[1:]))
+    sys.exit(_exit_status(sys.argv[1:]))
 
 
-def _status(arguments: list[str]) -> int:
+def _exit_status(arguments: list[str]) -> int:
     command = typer.main.get_command(app)
     try:
         status = command.main(arguments or ["--help"], prog_name="framestep", standalone_mode=False)
     except FramestepError as error:
-        return _failed(str(error))
+        return _fail(str(error), 2)
     except (typer.Abort, KeyboardInterrupt):
-        _failed("interrupted")
-        return 130
+        status = INTERRUPTED
     except BrokenPipeError:  # whoever read our output, such as `head`, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -160,10 +161,12 @@ def _status(arguments: list[str]) -> int:
         # A usage error. Its class is Click's in some versions of typer and typer's own in others.
         if not hasattr(error, "format_message"):
             raise
-        return _failed(f"{error.format_message()} (see `framestep --help`)")
+        return _fail(f"{error.format_message()} (see `framestep --help`)", 2)
+    if status == INTERRUPTED:
+        return _fail("interrupted", INTERRUPTED)
     return status if isinstance(status, int) else 0
 
 
-def _failed(message: str) -> int:
+def _fail(message: str, status: int) -> int:
     print(f"framestep: {' '.join(message.split())}", file=sys.stderr)
-    return 2
+    return status

@@ -22,7 +22,7 @@ from ..runtime.bundle import (
 )
 from ..runtime.errors import CheckpointError, FramestepError
 from .checkpoint import Checkpoint
-from .graph import GraphBuilder, WeightFile
+from .graph import ACTIVATIONS, GraphBuilder, WeightFile
 from .labelling import LabelOptions, write_labels
 from .streamformer_graph import (
     has_own_projections,
@@ -177,6 +177,11 @@ def _at_size(checkpoint: Checkpoint, image_size: tuple[int, int]) -> torch.nn.Mo
 
 def _check_options(checkpoint: Checkpoint, options: ExportOptions, window: int, image_size: Sequence[int]) -> None:
     patch = checkpoint.model.config.patch_size
+    kind = checkpoint.model.config.hidden_act
+    if kind not in ACTIVATIONS:
+        raise CheckpointError(
+            f"{checkpoint.origin}: hidden_act '{kind}' has no ONNX form here; supported are {', '.join(ACTIVATIONS)}"
+        )
     if window < 1:
         raise CheckpointError(f"--window: expected at least 1 frame, found {window}")
     if any(size < patch or size % patch for size in image_size):

@@ -209,7 +209,7 @@ ACTIVATIONS = {
     "relu2": _squared_relu,
     "relu6": lambda g, x: _clip(g, x, 0.0, 6.0),
     "leaky_relu": lambda g, x: g.node("LeakyRelu", x, alpha=0.01),
-    "selu": lambda g, x: g.node("Selu", x),
+    "sqrtsoftplus": lambda g, x: g.node("Sqrt", g.node("Softplus", x)),
     "laplace": _laplace,
     "sigmoid": lambda g, x: g.node("Sigmoid", x),
     "tanh": lambda g, x: g.node("Tanh", x),

@@ -372,7 +372,7 @@ def _load_tokenizer(folder: Path) -> Any:
     if not any((folder / name).is_file() for name in ("tokenizer.json", "spiece.model", "tokenizer.model")):
         raise CheckpointError(f"{folder}: no tokenizer: neither tokenizer.json nor spiece.model is there")
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     except ImportError as error:
         package = error.name or "sentencepiece"
         raise CheckpointError(
@@ -381,6 +381,17 @@ def _load_tokenizer(folder: Path) -> Any:
     except Exception as error:  # the parsers raise errors of their own kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise CheckpointError(f"{folder}: damaged tokenizer ({reason})") from None
+    # a file that ends between two tokens is read without complaint, and its settings, which come last, are lost
+    if hasattr(tokenizer, "sp_model") and not _sentencepiece_proto(tokenizer).HasField("trainer_spec"):
+        raise CheckpointError(f"{folder}: damaged tokenizer (its sentencepiece model is truncated)")
+    return tokenizer
+
+
+def _sentencepiece_proto(tokenizer: Any) -> Any:
+    import sentencepiece.sentencepiece_model_pb2
+
+    messages: Any = sentencepiece.sentencepiece_model_pb2
+    return messages.ModelProto.FromString(tokenizer.sp_model.serialized_model_proto())
 
 
 @contextmanager
@@ -460,12 +471,10 @@ def _from_sentencepiece(model: TextModel) -> Tokenizer:
     The result differs from the original only on text that nobody writes: several combining marks on a letter,
     half-composed Hangul, and letters that Unicode gained lately.
     """
-    import sentencepiece.sentencepiece_model_pb2
     from tokenizers import Regex, Tokenizer, models, normalizers, processors
 
     original = model.tokenizer
-    messages: Any = sentencepiece.sentencepiece_model_pb2
-    proto = messages.ModelProto.FromString(original.sp_model.serialized_model_proto())
+    proto = _sentencepiece_proto(original)
     rules, trainer = proto.normalizer_spec, proto.trainer_spec
     if trainer.model_type != trainer.UNIGRAM or trainer.treat_whitespace_as_suffix:
         raise CheckpointError(
@@ -485,7 +494,7 @@ def _from_sentencepiece(model: TextModel) -> Tokenizer:
     steps += [normalizers.Replace(Regex(" {2,}"), " "), normalizers.Replace(Regex(" $"), "")]
     steps += [normalizers.Replace(" ", SPACE)]
 
-    piece = messages.ModelProto.SentencePiece
+    piece = type(proto.pieces[0])
     # sentencepiece never finds these in a text; a trailing space makes them unfindable here too
     reserved = (piece.UNKNOWN, piece.CONTROL, piece.UNUSED)
     vocabulary = [(p.piece + " " if p.type in reserved else p.piece, p.score) for p in proto.pieces]

@@ -22,7 +22,7 @@ practicing showing about after before near red green blue yellow white black sma
 young bright dark empty full wooden plastic metal hammer needle bread butter cheese tomato potato onion
 pepper salt sugar water juice plate bowl spoon fork knife running swimming dancing singing skating skiing
 sailing fishing hunting boxing wrestling fencing archery bowling jalapeño café naïve façade über déjà vu
-crème brûlée señor Zürich Ångström œuvre straße ½ ² № ™ 東京 привет καλημέρα 0 1 2 3 4 5 6 7 8 9 10 12 30
+crème brûlée señor Zürich Ångström œuvre straße ½ ² № ™ 東京 привет σοφός 0 1 2 3 4 5 6 7 8 9 10 12 30
 100 2024 3.14 it's don't state-of-the-art e-mail x-ray t-shirt
 """
 

@@ -59,6 +59,7 @@ class ImageFolder(Source):
                 self._delivered += 1
                 return Frame(rgb, index, timestamp, time.perf_counter())
             self.bad_frames += 1
+            self._sampler.restart()
             self._report(f"{self._images[index].name} cannot be decoded; skipped")
         return None
 

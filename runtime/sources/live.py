@@ -12,16 +12,14 @@ from typing import Any
 from ..errors import SourceError
 from .cameras import Device, Patience
 from .frame import Frame, Source
-from .opencv import quiet, require_cv2, to_rgb
+from .opencv import quiet, quiet_opening, require_cv2, to_rgb
 from .sampling import ROUNDING, Sampler
 
 MAX_PLAUSIBLE_FPS = 1000.0
-# How long one wait lasts before a stall is looked for; also keeps Ctrl-C prompt on systems where a wait
-# defers it.
+# How long one wait lasts before a stall is looked for; also keeps Ctrl-C prompt where a wait defers it.
 GLANCE = 0.1
 CLOSING = 2.0  # seconds that close() waits for the reader
-# A reader that never came back from OpenCV may still hold the device: opening ever more of them would only
-# leak.
+# A reader that never came back from OpenCV may still hold the device: more and more of them would only leak.
 MAX_STUCK_READERS = 3
 
 
@@ -200,7 +198,8 @@ class LiveSource(Source):
             raise SourceError(f"source {self.name}: too many attempts at it have not returned")
         reader.opening, reader.alive = True, time.perf_counter()
         patience = Patience(opening=self._timing.opening, reading=0.8 * self._timing.stall)
-        capture = self._device.open(patience, on_report=self._post_from(reader))
+        with quiet_opening():
+            capture = self._device.open(patience, on_report=self._post_from(reader))
         with self._changed:
             reader.opening, reader.alive = False, time.perf_counter()
             if self._started is None and self._device.states_its_fps:
@@ -227,6 +226,7 @@ class LiveSource(Source):
                 if self.bad_frames == 0:
                     self._post(f"frame {index} cannot be decoded; continuing past bad frames")
                 self.bad_frames += 1
+                self._sampler.restart()
                 return
             reader.alive = captured
             self._pause = self._timing.first_retry

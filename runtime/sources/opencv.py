@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,6 +33,23 @@ def has_gstreamer() -> bool:
     return has_backend(require_cv2().CAP_GSTREAMER)
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep OpenCV from printing: what goes wrong inside is reported by the caller, in one line."""
+    with _opencv_silenced.changed():
+        yield
+
+
+@contextmanager
+def quiet_opening() -> Iterator[None]:
+    """The same while something is opened, which also settles how much FFmpeg prints from then on.
+
+    Where the user has set OPENCV_FFMPEG_LOGLEVEL, that holds.
+    """
+    with _opencv_silenced.changed(), _ffmpeg_silenced.changed():
+        yield
+
+
 def to_rgb(picture: Any) -> RgbImage:
     """A decoded BGR, BGRA or grey picture as a new uint8 [height, width, 3] RGB array."""
     cv2 = require_cv2()
@@ -42,48 +59,56 @@ def to_rgb(picture: Any) -> RgbImage:
     return rgb
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence what OpenCV and FFmpeg print: what goes wrong inside is reported by the caller, in one line.
+class _ProcessSetting:
+    """A setting of the whole process that several threads may need changed at a time.
 
-    FFmpeg's own messages are settled when a process first opens something with OpenCV; where the user has set
-    their level by OPENCV_FFMPEG_LOGLEVEL, that holds.
+    The first one in changes it, the last one out restores it.
     """
-    global _quiet_depth, _usual_level
+
+    def __init__(self, change: Callable[[], Callable[[], None]]) -> None:
+        self._change = change  # returns what restores the setting
+        self._lock = threading.Lock()
+        self._holders = 0
+        self._restore: Callable[[], None] = lambda: None
+
+    @contextmanager
+    def changed(self) -> Iterator[None]:
+        with self._lock:
+            if self._holders == 0:
+                self._restore = self._change()
+            self._holders += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._holders -= 1
+                if self._holders == 0:
+                    self._restore()
+
+
+def _silence_opencv() -> Callable[[], None]:
     cv2 = require_cv2()
-    logging = cv2.utils.logging
-    with _quiet_lock:
-        if _quiet_depth == 0:
-            _usual_level = logging.setLogLevel(logging.LOG_LEVEL_SILENT)
-            _set_ffmpeg_quiet()
-        _quiet_depth += 1
-    try:
-        yield
-    finally:
-        with _quiet_lock:
-            _quiet_depth -= 1
-            if _quiet_depth == 0:
-                logging.setLogLevel(_usual_level)
-                _unset_ffmpeg_quiet()
+    # OpenCV 5 moved it.
+    set_level = cv2.setLogLevel if hasattr(cv2, "setLogLevel") else cv2.utils.logging.setLogLevel
+    usual = set_level(0)  # LOG_LEVEL_SILENT
+
+    def restore() -> None:
+        set_level(usual)
+
+    return restore
 
 
-# Several sources may be read at a time, each in its thread; the first in and the last out touch the
-# settings.
-_quiet_lock = threading.Lock()
-_quiet_depth = 0
-_usual_level = 0
-_ffmpeg_level_is_ours = False
+def _silence_ffmpeg() -> Callable[[], None]:
+    # OpenCV reads the variable once, when the process first opens something with FFmpeg.
+    if FFMPEG_LOGLEVEL in os.environ:
+        return lambda: None
+    os.environ[FFMPEG_LOGLEVEL] = "-8"  # AV_LOG_QUIET
+
+    def restore() -> None:
+        os.environ.pop(FFMPEG_LOGLEVEL, None)
+
+    return restore
 
 
-def _set_ffmpeg_quiet() -> None:
-    global _ffmpeg_level_is_ours
-    if FFMPEG_LOGLEVEL not in os.environ:
-        os.environ[FFMPEG_LOGLEVEL] = "-8"  # AV_LOG_QUIET
-        _ffmpeg_level_is_ours = True
-
-
-def _unset_ffmpeg_quiet() -> None:
-    global _ffmpeg_level_is_ours
-    if _ffmpeg_level_is_ours:
-        del os.environ[FFMPEG_LOGLEVEL]
-        _ffmpeg_level_is_ours = False
+_opencv_silenced = _ProcessSetting(_silence_opencv)
+_ffmpeg_silenced = _ProcessSetting(_silence_ffmpeg)

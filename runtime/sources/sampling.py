@@ -36,6 +36,11 @@ class Sampler:
         self._taken += max(1, int(late * self._rate))
         return True
 
+    def restart(self) -> None:
+        """Make the next frame due, whenever it comes: the one that was due turned out to be unusable."""
+        self._first = None
+        self._taken = 0
+
 
 def check_rate(rate: float | None) -> None:
     """Raise `SourceError` unless `rate` is None or a number of frames a second."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import SourceError
 from .frame import Frame, Source
-from .opencv import has_backend, quiet, require_cv2, to_rgb
+from .opencv import has_backend, quiet_opening, require_cv2, to_rgb
 from .sampling import Sampler
 
 ASSUMED_FPS = 25.0  # where a header states none
@@ -59,6 +59,7 @@ class VideoFile(Source):
             if decoded and picture is not None:
                 return Frame(to_rgb(picture), self._next_index - 1, self._timestamp, captured)
             self._count_bad(1, self._next_index - 1)
+            self._sampler.restart()
         return None
 
     def close(self) -> None:
@@ -112,7 +113,7 @@ def _open(cv2: Any, path: Path) -> Any:
     except OSError as error:
         raise SourceError(f"video {path}: cannot be read: {error.strerror}") from error
     backend = cv2.CAP_FFMPEG if has_backend(cv2.CAP_FFMPEG) else cv2.CAP_ANY
-    with quiet():
+    with quiet_opening():
         # Absolute, because FFmpeg takes what stands before a colon for a protocol.
         capture = cv2.VideoCapture(str(path.absolute()), backend)
     if not capture.isOpened():

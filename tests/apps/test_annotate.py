@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-
 from framestep.apps.annotate import Annotator, Shown, check_overlay, class_map
 from framestep.apps.latency import Latencies
 from framestep.runtime.bundle import FrameSpec
@@ -27,9 +26,7 @@ def shown(height=180, width=320, **results) -> Shown:
 @pytest.mark.parametrize(
     ("height", "width"), [(180, 320), (720, 1280), (640, 360), (7, 9), (1, 1), (31, 641), (2160, 640)]
 )
-def test_pictures_are_at_least_640_wide_with_even_sides_and_the_frames_aspect(
-    height: int, width: int
-) -> None:
+def test_pictures_are_at_least_640_wide_with_even_sides_and_the_frames_aspect(height: int, width: int) -> None:
     grid = np.random.default_rng(0).random((3, 7, 7), np.float32)
     for overlay in (None, "all", "a dog"):
         picture = annotator(overlay=overlay).draw(
@@ -62,9 +59,7 @@ def test_the_strip_shows_latency() -> None:
 def test_a_heat_map_is_warm_where_the_label_is() -> None:
     scores = np.zeros((3, 4, 4), np.float32)
     scores[1, 3, 3] = 1.0
-    picture = (
-        annotator(overlay="a dog", resize="stretch").draw(shown(720, 1280, patch_scores=scores)).astype(int)
-    )
+    picture = annotator(overlay="a dog", resize="stretch").draw(shown(720, 1280, patch_scores=scores)).astype(int)
     red_minus_blue = picture[:720, :, 2] - picture[:720, :, 0]
     assert red_minus_blue[650, 1200] > 40
     assert red_minus_blue[650, 300] <= 0

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-
 from framestep.apps.events import Event, EventDetector
 from framestep.runtime.errors import FramestepError
 
@@ -10,11 +9,7 @@ from framestep.runtime.errors import FramestepError
 def events_of(scores: list[float], on: float = 0.6, off: float = 0.4) -> tuple[list[Event], list[Event]]:
     """Events closed on the way and at the end, for one label at 10 frames a second from index 100."""
     detector = EventDetector(["cat"], on, off)
-    closed = [
-        event
-        for i, score in enumerate(scores)
-        for event in detector.update(np.array([score]), i / 10, 100 + i)
-    ]
+    closed = [event for i, score in enumerate(scores) for event in detector.update(np.array([score]), i / 10, 100 + i)]
     return closed, detector.finish()
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-
 from framestep.apps import record
 from framestep.apps.record import ArrayRecorder, JsonLines, VideoRecorder, check_writable
 from framestep.runtime.errors import OutputError
@@ -219,7 +218,7 @@ def test_arrays_come_back_stacked(tmp_path: Path) -> None:
     recorder.close()
     with np.load(tmp_path / "out.npz", allow_pickle=False) as found:
         assert np.array_equal(found["features"], features)
-        assert np.array_equal(found["pooled"], features[:, 0, :])
+        assert np.array_equal(found["pooled"], features[:, :, 0])
         assert np.array_equal(found["indices"], np.arange(50))
         assert found["labels"].tolist() == ["a", "größer"]
     assert [path.name for path in tmp_path.iterdir()] == ["out.npz"]
@@ -240,13 +239,9 @@ def test_arrays_do_not_pile_up_in_memory(tmp_path: Path) -> None:
     assert np.load(tmp_path / "out.npz")["features"].shape == (100, 100_000)
 
 
-def test_a_disk_filling_up_leaves_room_to_pack_the_arrays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_filling_up_leaves_room_to_pack_the_arrays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     row = np.zeros(1 << 20, np.uint8)
-    monkeypatch.setattr(
-        shutil, "disk_usage", lambda folder: Usage(1 << 40, 0, record.DISK_RESERVE + (20 << 20))
-    )
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(1 << 40, 0, record.DISK_RESERVE + (20 << 20)))
     recorder = ArrayRecorder(tmp_path / "out.npz", {})
     with pytest.raises(OutputError, match=r"out.npz: disk nearly full .*after 32 frames"):
         for _ in range(100):

@@ -19,6 +19,7 @@ from framestep.runtime.text import LabelError, TextEncoder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from transformers import AutoTokenizer, SiglipModel, SiglipTextModel
 
 LABELS = ["opening a door", "a cat", "riding a bicycle near the café", "T-shirt № 2"]
@@ -240,7 +241,7 @@ def test_fast_tokenizer_is_written_with_its_own_padding(tmp_path: Path, side: st
     text.write_tokenizer(model, tmp_path / "tokenizer.json")
     text.compare_text_graph(model, tmp_path / "text.onnx", tmp_path / "tokenizer.json")
     ids = TextEncoder(tmp_path / "text.onnx", tmp_path / "tokenizer.json", 64).token_ids(["A cat <eos>"])[0]
-    assert ids.tolist().index(vocabulary["cat"]) == (53 if side == "left" else 2)
+    assert ids.tolist().index(vocabulary["cat"]) == (57 if side == "left" else 2)
     assert vocabulary["<eos>"] not in ids
 
 
@@ -258,6 +259,11 @@ def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], objec
 
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:1000])
+
+
+def keep_pieces_only(path: Path) -> None:
+    proto = ModelProto.FromString(path.read_bytes())
+    path.write_bytes(ModelProto(pieces=proto.pieces).SerializeToString())
 
 
 HEAD = "text_model.head.weight"
@@ -281,7 +287,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "NaN": (lambda f: edit_weights(f, lambda w: w[HEAD].fill_(torch.nan)), r"NaN or infinity in head\.weight"),
     "no tokenizer": (lambda f: (f / "spiece.model").unlink(), r"no tokenizer: neither tokenizer\.json nor"),
-    "damaged tokenizer": (lambda f: truncate(f / "spiece.model"), r"damaged tokenizer"),
+    "damaged tokenizer": (lambda f: (f / "spiece.model").write_bytes(b"\xff" * 99), r"damaged tokenizer"),
+    "truncated tokenizer": (lambda f: keep_pieces_only(f / "spiece.model"), r"damaged tokenizer \(.* truncated"),
     "tokenizer of another model": (
         lambda f: (
             edit_config(f, vocab_size=100),

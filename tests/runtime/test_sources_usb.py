@@ -242,6 +242,13 @@ def test_frame_that_cannot_be_decoded_is_counted_and_keeps_its_index(camera: Sta
     assert reports == ["0: frame 1 cannot be decoded; continuing past bad frames"]
 
 
+def test_frame_after_one_that_cannot_be_decoded_takes_its_place_in_the_rate(camera: StandInCamera) -> None:
+    camera.undecodable = {0, 1}
+    camera.plug_in(frames=3)
+    with open_source(0, rate=0.5, timing=QUICK, on_report=lambda text: None) as source:
+        assert (next(source).index, source.bad_frames) == (2, 2)
+
+
 def test_unplugged_camera_is_reopened_with_growing_pauses_and_continues(
     camera: StandInCamera, reports: list[str]
 ) -> None:

@@ -1,0 +1,202 @@
+"""What this machine has, and what to install for the rest."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at.
+
+    Attributes:
+        status: "ok", "absent" (something optional is not there) or "problem" (something needed does not work).
+        advice: what to do about it, where there is something.
+    """
+
+    name: str
+    status: str
+    found: str
+    advice: str = ""
+
+
+def examine() -> list[Finding]:
+    """Look at Python, the packages, the GPU and the cameras. Takes a second or two; changes nothing."""
+    looks: list[Callable[[], Finding]] = [
+        _python,
+        _processor,
+        _onnxruntime,
+        _onnxruntime_cuda,
+        _gpu,
+        _cuda,
+        _tensorrt,
+        _triton,
+        _opencv,
+        _gstreamer,
+        _display,
+        _cameras,
+        lambda: _package("torch", "export", "exporting checkpoints"),
+        lambda: _package("onnx", "export", "exporting checkpoints"),
+        lambda: _package("transformers", "export", "label texts from a SigLIP model"),
+        lambda: _package("tokenizers", "text", "new labels from a bundle's text graph"),
+    ]
+    findings = []
+    for look in looks:
+        try:
+            findings.append(look())
+        except Exception as error:  # a broken package must not hide what the others are
+            name = getattr(look, "__name__", "look").strip("_")
+            findings.append(Finding(name, "problem", f"{type(error).__name__}: {error}".splitlines()[0]))
+    return findings
+
+
+def table(findings: list[Finding]) -> Table:
+    """The findings for a person."""
+    rows = Table(show_header=False, box=None, pad_edge=False)
+    rows.add_column(no_wrap=True)
+    rows.add_column(style="bold", no_wrap=True)
+    rows.add_column()
+    mark = {"ok": "[green]ok[/]", "absent": "[yellow]--[/]", "problem": "[red]!![/]"}
+    for finding in findings:
+        text = finding.found + (f"\n[dim]{_plain(finding.advice)}[/]" if finding.advice else "")
+        rows.add_row(mark[finding.status], finding.name, text)
+    return rows
+
+
+def _python() -> Finding:
+    text = f"{platform.python_version()} ({sys.executable})"
+    if sys.version_info < (3, 11):
+        return Finding("Python", "problem", text, "framestep needs Python 3.11 or later")
+    return Finding("Python", "ok", text)
+
+
+def _processor() -> Finding:
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
+        model = names[0] if names else model
+    return Finding("processor", "ok", f"{model}, {len(os.sched_getaffinity(0))} cores usable")
+
+
+def _onnxruntime() -> Finding:
+    if not _installed("onnxruntime"):
+        return Finding("ONNX Runtime", "problem", "not installed", "pip install 'framestep[cpu]' (or 'framestep[gpu]')")
+    import onnxruntime
+
+    providers = ", ".join(name.removesuffix("ExecutionProvider") for name in onnxruntime.get_available_providers())
+    return Finding("ONNX Runtime", "ok", f"{onnxruntime.__version__}, providers {providers}")
+
+
+def _onnxruntime_cuda() -> Finding:
+    if _installed("onnxruntime"):
+        import onnxruntime
+
+        if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+            return Finding("ONNX Runtime CUDA", "ok", "available: framestep run --device cuda")
+    advice = "on a machine with an NVIDIA GPU: pip uninstall onnxruntime, then pip install 'framestep[gpu]'"
+    return Finding("ONNX Runtime CUDA", "absent", "no CUDA provider", advice)
+
+
+def _gpu() -> Finding:
+    if Path("/proc/device-tree/model").exists():
+        model = Path("/proc/device-tree/model").read_text(errors="replace").strip("\0 \n")
+        if "jetson" in model.lower() or "nvidia" in model.lower():
+            return Finding("GPU", "ok", model)
+    if shutil.which("nvidia-smi") is None:
+        return Finding("GPU", "absent", "no NVIDIA driver (nvidia-smi not found)")
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version,compute_cap", "--format=csv,noheader"]
+    done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
+    if done.returncode:
+        return Finding("GPU", "problem", done.stdout.strip() or done.stderr.strip(), "check the NVIDIA driver")
+    return Finding("GPU", "ok", "; ".join(done.stdout.strip().splitlines()))
+
+
+def _cuda() -> Finding:
+    nvcc = shutil.which("nvcc") or ("/usr/local/cuda/bin/nvcc" if Path("/usr/local/cuda/bin/nvcc").exists() else None)
+    if nvcc is None:
+        return Finding("CUDA toolkit", "absent", "no nvcc (needed only to build extensions)")
+    done = subprocess.run([nvcc, "--version"], capture_output=True, text=True, timeout=20, check=False)
+    lines = [line for line in done.stdout.splitlines() if "release" in line]
+    return Finding("CUDA toolkit", "ok", lines[0].strip() if lines else nvcc)
+
+
+def _tensorrt() -> Finding:
+    for package, module in (("tensorrt", "tensorrt"), ("tensorrt-rtx", "tensorrt_rtx")):
+        if _installed(module):
+            found = importlib.import_module(module)
+            return Finding("TensorRT", "ok", f"{package} {found.__version__}")
+    return Finding("TensorRT", "absent", "not installed", "no engine of this version needs it")
+
+
+def _triton() -> Finding:
+    if not _installed("triton"):
+        return Finding("Triton", "absent", "not installed", "no engine of this version needs it")
+    return Finding("Triton", "ok", importlib.metadata.version("triton"))
+
+
+def _opencv() -> Finding:
+    if not _installed("cv2"):
+        return Finding("OpenCV", "problem", "not installed", "pip install opencv-python")
+    import cv2
+
+    wanted = ("FFMPEG", "V4L/V4L2", "GStreamer")
+    lines = [line.strip() for line in cv2.getBuildInformation().splitlines()]
+    has = [name for name in wanted if any(line.startswith(f"{name}:") and "YES" in line for line in lines)]
+    return Finding("OpenCV", "ok", f"{cv2.__version__}, video through {', '.join(has) or 'nothing'}")
+
+
+def _gstreamer() -> Finding:
+    from ..runtime.sources import has_gstreamer
+
+    if has_gstreamer():
+        return Finding("GStreamer sources", "ok", "gst:PIPELINE works")
+    advice = (
+        "pip's OpenCV has none; the system's has (apt install python3-opencv, and a virtual environment made with"
+        " --system-site-packages; on a Jetson JetPack brings it)"
+    )
+    return Finding("GStreamer sources", "absent", "OpenCV was built without GStreamer", advice)
+
+
+def _display() -> Finding:
+    if os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"):
+        return Finding("display", "ok", "framestep run --show works")
+    return Finding("display", "absent", "none; use --record instead of --show")
+
+
+def _cameras() -> Finding:
+    from ..runtime.sources import list_cameras
+
+    cameras = list_cameras()
+    if not cameras:
+        return Finding("cameras", "absent", "no /dev/video*", "plug one in, or use a file, an address or `synthetic`")
+    return Finding("cameras", "ok", "; ".join(str(camera) for camera in cameras))
+
+
+def _package(name: str, extra: str, purpose: str) -> Finding:
+    if not _installed(name):
+        return Finding(name, "absent", f"not installed; for {purpose}", f"pip install 'framestep[{extra}]'")
+    return Finding(name, "ok", f"{importlib.metadata.version(name)}, for {purpose}")
+
+
+def _installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def _plain(text: str) -> str:
+    """Without rich taking [cpu] for markup."""
+    return text.replace("[", "\\[")

@@ -1,0 +1,175 @@
+"""The command line: what it prints where, and how it exits."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from framestep.apps import cli
+from framestep.apps import run as run_module
+from framestep.apps.latency import Percentiles
+from framestep.apps.run import SourceSummary, Summary
+from framestep.apps.run_options import RunOptions
+from framestep.runtime.errors import BundleError
+
+
+def summary(**changes) -> Summary:
+    latency = Percentiles(1.0, 2.0, 3.0, 4.0)
+    values = {
+        "bundle": "b",
+        "engine": "onnxruntime on cpu",
+        "stopped": "every source ended",
+        "seconds": 2.0,
+        "frames": 10,
+        "fps": 5.0,
+        "latency_ms": latency,
+        "deadline_ms": 3.0,
+        "missed_deadlines": 1,
+        "dropped": 0,
+        "bad_frames": 0,
+        "non_finite": 0,
+        "events": None,
+        "files": {"results": ["out.jsonl"]},
+        "sources": [SourceSummary("clip.mp4", 10, 0, 0, 0, latency)],
+        "errors": [],
+    }
+    return Summary(**{**values, **changes})
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[RunOptions]:
+    """The options of runs; the runs succeed."""
+    options: list[RunOptions] = []
+
+    def stand_in(given: RunOptions, status) -> Summary:
+        options.append(given)
+        return summary()
+
+    monkeypatch.setattr(run_module, "run", stand_in)
+    return options
+
+
+def main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["framestep", *arguments])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    return exit_.value.code
+
+
+def test_run_prints_a_summary(asked, monkeypatch, capsys) -> None:
+    assert main(monkeypatch, "run", "b.bundle", "--source", "clip.mp4") == 0
+    printed = capsys.readouterr()
+    assert "10 frames" in printed.out and "out.jsonl" in printed.out and printed.err == ""
+    (options,) = asked
+    assert options.bundle == Path("b.bundle") and options.sources == ("clip.mp4",)
+    assert (options.on, options.off_threshold) == (0.5, 0.375)
+
+
+def test_json_is_one_object_on_standard_output(asked, monkeypatch, capsys) -> None:
+    assert main(monkeypatch, "run", "b", "-s", "clip.mp4", "--json") == 0
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)
+    assert found["frames"] == 10 and found["latency_ms"] == {"p50": 1.0, "p95": 2.0, "p99": 3.0, "max": 4.0}
+    assert printed.err == ""
+
+
+def test_every_option_reaches_the_run(asked, monkeypatch) -> None:
+    arguments = (
+        "run b -s 0 -s rtsp://x --output o.jsonl --events e.jsonl --record r.mp4 --overlay all --show "
+        "--save-features f.npz --outputs pooled,scores --on 0.7 --off 0.2 --rate 4 --max-frames 9 "
+        "--deadline-ms 50 --engine onnxruntime --device cpu --threads 2 --width 640 --height 480 "
+        "--camera-fps 30 --fourcc MJPG"
+    )
+    assert main(monkeypatch, *arguments.split()) == 0
+    assert asked == [
+        RunOptions(
+            bundle=Path("b"),
+            sources=("0", "rtsp://x"),
+            output=Path("o.jsonl"),
+            events=Path("e.jsonl"),
+            record=Path("r.mp4"),
+            overlay="all",
+            show=True,
+            save_features=Path("f.npz"),
+            outputs=("pooled", "scores"),
+            on=0.7,
+            off=0.2,
+            rate=4.0,
+            max_frames=9,
+            deadline_ms=50.0,
+            engine="onnxruntime",
+            device="cpu",
+            threads=2,
+            width=640,
+            height=480,
+            camera_fps=30.0,
+            fourcc="MJPG",
+        )
+    ]
+
+
+def test_a_run_that_lost_something_exits_2(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(run_module, "run", lambda *_: summary(errors=["out.mp4: disk nearly full"]))
+    assert main(monkeypatch, "run", "b", "-s", "clip.mp4", "--json") == 2
+    assert json.loads(capsys.readouterr().out)["errors"] == ["out.mp4: disk nearly full"]
+
+
+def test_an_error_raised_on_purpose_is_one_line(monkeypatch, capsys) -> None:
+    def fail(*_) -> None:
+        raise BundleError("b: not a\nbundle")
+
+    monkeypatch.setattr(run_module, "run", fail)
+    assert main(monkeypatch, "run", "b", "-s", "clip.mp4") == 2
+    printed = capsys.readouterr()
+    assert printed.err == "framestep: b: not a bundle\n" and printed.out == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("run", "b"), "--source"),
+        (("run", "b", "-s", "0", "--sauce", "1"), "--sauce"),
+        (("run", "b", "-s", "0", "--max-frames", "0"), "--max-frames"),
+        (("run", "b", "-s", "0", "--rate", "fast"), "--rate"),
+        (("walk",), "walk"),
+    ],
+)
+def test_usage_errors_are_one_line_and_exit_2(monkeypatch, capsys, arguments, message) -> None:
+    assert main(monkeypatch, *arguments) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("framestep: ") and message in printed and printed.count("\n") == 1
+
+
+def test_an_interrupt_exits_130(monkeypatch, capsys) -> None:
+    def interrupt(*_) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_module, "run", interrupt)
+    assert main(monkeypatch, "run", "b", "-s", "clip.mp4") == 130
+    assert capsys.readouterr().err == "framestep: interrupted\n"
+
+
+def test_a_bug_shows_its_traceback(monkeypatch) -> None:
+    def bug(*_) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(run_module, "run", bug)
+    monkeypatch.setattr(sys, "argv", ["framestep", "run", "b", "-s", "clip.mp4"])
+    with pytest.raises(ZeroDivisionError):
+        cli.main()
+
+
+@pytest.mark.parametrize("arguments", [(), ("--help",), ("run", "--help")])
+def test_help_is_shown(monkeypatch, capsys, arguments) -> None:
+    assert main(monkeypatch, *arguments) == 0
+    assert "framestep" in capsys.readouterr().out
+
+
+def test_help_loads_nothing_heavy() -> None:
+    script = (
+        "import sys; from framestep.apps import cli; cli.app; "
+        "print([name for name in ('cv2', 'numpy', 'torch', 'onnxruntime') if name in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"

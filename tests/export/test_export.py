@@ -1,0 +1,183 @@
+"""From a checkpoint to a bundle: sizes, activations, options, and what happens when something goes wrong on the way."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import golden
+import numpy as np
+import onnx
+import pytest
+import torch
+from transformers.activations import ACT2FN
+
+import framestep
+from framestep.export import export as export_module
+from framestep.export.checkpoint import Checkpoint, read_checkpoint
+from framestep.export.export import ExportOptions, export_streamformer
+from framestep.export.graph import ACTIVATIONS, GraphBuilder, WeightFile
+from framestep.export.streamformer import TINY, random_model
+from framestep.runtime.bundle import Bundle
+from framestep.runtime.errors import CheckpointError, FramestepError, OutputError
+
+
+def export(path: Path, options: ExportOptions, **changes: object) -> export_module.ExportReport:
+    return export_streamformer(Checkpoint(random_model(replace(TINY, **changes)), "random"), path, options)
+
+
+def stepped(bundle: Path, frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    with framestep.load(bundle) as session, session.open_stream() as stream:
+        results = [stream.step(frame) for frame in frames]
+    return np.stack([r["features"] for r in results]), np.stack([r["pooled"] for r in results])
+
+
+@pytest.mark.parametrize("kind", sorted(ACTIVATIONS))
+def test_every_activation_is_that_of_transformers(tmp_path, kind):
+    import onnxruntime
+
+    weights = WeightFile(tmp_path / "x.bin")
+    builder = GraphBuilder("x", weights)
+    value = builder.activation(builder.node("Identity", builder.input("x", "float32", [101])), kind)
+    builder.output(builder.node("Identity", value), "y", "float32", [101])
+    builder.save(tmp_path / "x.onnx")
+    weights.close()
+    x = np.linspace(-12, 12, 101, dtype=np.float32)
+    session = onnxruntime.InferenceSession(tmp_path / "x.onnx", providers=["CPUExecutionProvider"])
+    found = session.run(None, {"x": x})[0]
+    np.testing.assert_allclose(found, ACT2FN[kind](torch.from_numpy(x)).numpy(), atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["gelu", "relu", "gelu_new", "quick_gelu"])
+def test_a_model_with_another_activation_exports(tmp_path, kind):
+    report = export(tmp_path / "x", ExportOptions(window=3), hidden_act=kind)
+    assert report.difference < 1e-4
+
+
+def test_a_model_without_qkv_bias_exports(tmp_path):
+    assert export(tmp_path / "x", ExportOptions(window=3), qkv_bias=False).difference < 1e-4
+
+
+@pytest.mark.parametrize("size", [(64, 64), (96, 96), (48, 112), (128, 32)])
+def test_other_image_sizes_agree_with_pytorch(tmp_path, size):
+    """Positions are interpolated here by plain PyTorch, rows as rows; the reference's own square case is in test_folds."""
+    path = export(tmp_path / "x", ExportOptions(window=4, image_size=size)).path
+    model = random_model(TINY)
+    rows, columns = size[0] // 16, size[1] // 16
+    positions = model.embeddings.position_embeddings.data
+    if size != (64, 64):
+        image = positions.reshape(1, 4, 4, 96).permute(0, 3, 1, 2)
+        image = torch.nn.functional.interpolate(image, size=(rows, columns), mode="bicubic", antialias=True)
+        positions = image.permute(0, 2, 3, 1).reshape(1, rows * columns, 96)
+    model.embeddings.position_embeddings = torch.nn.Parameter(positions)
+    frames = np.random.default_rng(0).integers(0, 256, (7, *size, 3), np.uint8)
+    with torch.no_grad():
+        features, pooled, _ = model(torch.from_numpy(frames)[None], window=4)
+    found = stepped(path, frames)
+    golden.assert_close(found[0], features[0].numpy())
+    golden.assert_close(found[1], pooled[0].numpy())
+
+
+@pytest.mark.parametrize("window", [1, 2, 70])
+def test_any_window_agrees_with_pytorch(tmp_path, window):
+    path = export(tmp_path / "x", ExportOptions(window=window)).path
+    frames = np.random.default_rng(0).integers(0, 256, (90, 64, 64, 3), np.uint8)
+    with torch.no_grad():
+        features, _, _ = random_model(TINY)(torch.from_numpy(frames)[None], window=window)
+    golden.assert_close(stepped(path, frames)[0], features[0].numpy())
+
+
+def test_the_window_defaults_to_the_frames_of_the_checkpoint(tmp_path):
+    manifest = Bundle.open(export(tmp_path / "x", ExportOptions(rate=4)).path).manifest
+    assert {state.capacity for state in manifest.states} == {16}
+    assert manifest.rate == 4
+    assert manifest.origin.trained_frames == 16
+
+
+def test_graphs_are_standard_onnx_with_state_as_plain_inputs_and_outputs(golden_bundle):
+    model = onnx.load(golden_bundle / "backbone.onnx")
+    assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", 24)]
+    assert {node.domain for node in model.graph.node} == {""}
+    consumers = {name: [n.op_type for n in model.graph.node if name in n.input] for name in
+                 [value.name for value in model.graph.input]}  # fmt: skip
+    states = [name for name in consumers if name.endswith(".past")]
+    assert len(states) == 6
+    # TensorRT wants each cache to go straight from a network input to its update
+    assert all(consumers[name] == ["TensorScatter"] for name in states)
+    assert [n.op_type for n in model.graph.node].count("Attention") == 2 * 3 + 1
+
+
+def test_a_weight_that_two_graphs_use_is_stored_once(golden_bundle):
+    model = onnx.load(golden_bundle / "patch_label.onnx", load_external_data=False)
+    places = {entry.value for t in model.graph.initializer for entry in t.external_data if entry.key == "location"}
+    assert places == {"backbone.bin"}
+    assert (golden_bundle / "label.bin").stat().st_size == 0
+
+
+def test_a_bundle_that_disagrees_is_not_kept(tmp_path, monkeypatch):
+    original = export_module.replay
+    monkeypatch.setattr(export_module, "replay", lambda *given: (original(*given)[0] + 0.01, 3))
+    with pytest.raises(FramestepError, match=r"not kept, the bundle differs from PyTorch by 1.00e-02 over 3 frames"):
+        export(tmp_path / "x", ExportOptions(window=2))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_replay_notices_a_wrong_weight(tmp_path):
+    checkpoint = Checkpoint(random_model(TINY), "random")
+    bundle = Bundle.open(export_streamformer(checkpoint, tmp_path / "x", ExportOptions(window=4)).path)
+    with torch.no_grad():
+        checkpoint.model.encoder.layer[1].temporal_attention.attention.qkv.weight[100] *= 1.5
+    assert export_module.replay(checkpoint, bundle, 4)[0] > 1e-3
+
+
+def test_an_activation_with_weights_of_its_own_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="hidden_act 'prelu' has no ONNX form here; supported are gelu"):
+        export(tmp_path / "x", ExportOptions(), hidden_act="prelu")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (ExportOptions(window=0), "--window: expected at least 1 frame, found 0"),
+        (ExportOptions(image_size=(60, 64)), "--image-size: expected multiples of the patch size 16, found 60x64"),
+        (ExportOptions(image_size=(0, 64)), "--image-size: expected multiples"),
+        (ExportOptions(rate=0.0), "--rate: expected frames a second above 0"),
+        (ExportOptions(rate=float("nan")), "--rate: expected frames a second above 0"),
+    ],
+)
+def test_options_that_do_not_fit_are_named(tmp_path, options, message):
+    with pytest.raises(CheckpointError, match=message):
+        export(tmp_path / "x", options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="file/x.bundle: cannot be written"):
+        export(tmp_path / "file" / "x.bundle", ExportOptions(window=2))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_export_leaves_nothing(tmp_path, number):
+    target = tmp_path / "x.bundle"
+    command = [sys.executable, "-m", "framestep.apps.cli", "export", str(golden.CHECKPOINT), "-o", str(target)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+                               env={**os.environ, "PYTHONUNBUFFERED": "1"})  # fmt: skip
+    while process.poll() is None and not list(tmp_path.iterdir()):
+        time.sleep(0.002)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    if process.returncode != 0:  # it may have finished before the signal came
+        assert list(tmp_path.iterdir()) == []
+        assert "Traceback" not in errors
+
+
+def test_the_golden_checkpoint_agrees_at_export(tmp_path):
+    report = export_streamformer(read_checkpoint(str(golden.CHECKPOINT)), tmp_path / "x", ExportOptions())
+    assert report.frames == 18  # the ring fills up and wraps
+    assert report.difference < 5e-5
