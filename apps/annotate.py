@@ -64,8 +64,7 @@ def check_overlay(overlay: str, labels: Sequence[str]) -> None:
     """Raises FramestepError unless `overlay` is "all" or one of `labels`."""
     if not labels:
         raise FramestepError(
-            f"--overlay {overlay}: this bundle has no labels; "
-            f"add some with `framestep label BUNDLE --labels FILE`"
+            f"--overlay {overlay}: this bundle has no labels; add some with `framestep label BUNDLE --labels FILE`"
         )
     if overlay != "all" and overlay not in labels:
         shown = ", ".join(labels[:12]) + (", ..." if len(labels) > 12 else "")
@@ -115,9 +114,7 @@ class Annotator:
         areas = None
         if self._overlay is not None and shown.patch_scores is not None:
             scale = width / shown.rgb.shape[1]
-            top, left, tall, wide = (
-                side * scale for side in self._region(shown.rgb.shape[0], shown.rgb.shape[1])
-            )
+            top, left, tall, wide = (side * scale for side in self._region(shown.rgb.shape[0], shown.rgb.shape[1]))
             region = (round(top), round(left), max(1, round(tall)), max(1, round(wide)))
             if self._overlay == "all":
                 areas = self._draw_class_map(canvas, region, shown.patch_scores)
@@ -129,9 +126,7 @@ class Annotator:
             self._draw_labels(canvas, shown.scores, areas)
         return np.vstack([canvas, strip])
 
-    def _draw_heat_map(
-        self, canvas: np.ndarray, region: tuple[int, int, int, int], scores: np.ndarray
-    ) -> None:
+    def _draw_heat_map(self, canvas: np.ndarray, region: tuple[int, int, int, int], scores: np.ndarray) -> None:
         low, high = self._heat_range.follow(float(scores.min()), float(scores.max()))
         relative = np.clip((scores.astype(np.float32) - low) / (high - low), 0, 1)
         inside, part = _visible(canvas, region)
@@ -147,7 +142,7 @@ class Annotator:
         size = (max(1, round(region[2] * shrink)), max(1, round(region[3] * shrink)))
         classes, confidence = class_map(patch_scores, *size)
         palette = np.array(self._colours, np.float32)
-        opacity = np.full(len(self._labels), 0.62, np.float32)
+        opacity = np.full(len(self._labels), 0.5, np.float32)
         if self._background in self._labels:
             opacity[self._labels.index(self._background)] = 0.0
         layer = np.dstack([palette[classes], opacity[classes] * (0.35 + 0.65 * confidence)])
@@ -174,9 +169,7 @@ class Annotator:
         value_width = _text_width("0.00", font) + margin
         wanted = max(_text_width(self._labels[i], font) for i in order) + value_width + 2 * margin
         swatch = 0 if areas is None else round(14 * unit)
-        panel_width = min(
-            max(wanted + swatch, round(150 * unit)), max(round(0.45 * width), round(150 * unit))
-        )
+        panel_width = min(max(wanted + swatch, round(150 * unit)), max(round(0.45 * width), round(150 * unit)))
         panel_height = count * row + margin + (2 * row if heat else 0)
         _panel(canvas, margin, margin, panel_width, panel_height)
         left, right = 2 * margin, panel_width
@@ -185,9 +178,7 @@ class Annotator:
             if swatch:
                 side = round(9 * unit)
                 outline = 1 if self._labels[i] == self._background else cv2.FILLED
-                cv2.rectangle(
-                    canvas, (left, baseline - side), (left + side, baseline), self._colours[i], outline
-                )
+                cv2.rectangle(canvas, (left, baseline - side), (left + side, baseline), self._colours[i], outline)
             label = _shortened(self._labels[i], font, right - left - swatch - value_width)
             score = float(scores[i])
             present = score >= self._on
@@ -204,9 +195,7 @@ class Annotator:
             cv2.rectangle(canvas, (left, top), (right, top + bar - 1), TRACK, cv2.FILLED)
             end = left + round((right - left) * min(max(score, 0.0), 1.0))
             if end > left:
-                cv2.rectangle(
-                    canvas, (left, top), (end, top + bar - 1), LOUD if present else QUIET, cv2.FILLED
-                )
+                cv2.rectangle(canvas, (left, top), (end, top + bar - 1), LOUD if present else QUIET, cv2.FILLED)
         if heat:
             self._draw_heat_scale(canvas, left, right, margin + count * row, unit)
 
@@ -363,9 +352,7 @@ def _unit(width: int) -> float:
     return (width / SMALLEST_WIDTH) ** 0.8
 
 
-def _visible(
-    canvas: np.ndarray, region: tuple[int, int, int, int]
-) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
+def _visible(canvas: np.ndarray, region: tuple[int, int, int, int]) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
     """Where the two overlap, as slices of each; the region of a letterboxed frame exceeds the canvas."""
     top, left, height, width = region
     y0, y1 = max(top, 0), min(top + height, canvas.shape[0])
@@ -385,9 +372,7 @@ def _draw_region(canvas: np.ndarray, region: tuple[int, int, int, int]) -> None:
     """A thin frame about what the model sees, where that is not everything."""
     top, left, height, width = region
     if top > 0 or left > 0 or top + height < canvas.shape[0] or left + width < canvas.shape[1]:
-        cv2.rectangle(
-            canvas, (left, top), (left + width - 1, top + height - 1), (225, 225, 225), 1, cv2.LINE_AA
-        )
+        cv2.rectangle(canvas, (left, top), (left + width - 1, top + height - 1), (225, 225, 225), 1, cv2.LINE_AA)
 
 
 def _panel(canvas: np.ndarray, left: int, top: int, width: int, height: int) -> None:

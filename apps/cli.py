@@ -45,9 +45,7 @@ def run(
         ),
     ],
     output: Annotated[Path | None, typer.Option(help="Results, one JSON object a frame (.jsonl).")] = None,
-    events: Annotated[
-        Path | None, typer.Option(help="Segments of labels, one JSON object each (.jsonl).")
-    ] = None,
+    events: Annotated[Path | None, typer.Option(help="Segments of labels, one JSON object each (.jsonl).")] = None,
     record: Annotated[
         Path | None,
         typer.Option(help="Annotated video (.mp4). With several sources: NAME.0.mp4, NAME.1.mp4, ..."),
@@ -60,7 +58,7 @@ def run(
     save_features: Annotated[
         Path | None,
         typer.Option(
-            help="Outputs of every frame as arrays [frames, ...], with timestamps and indices (.npz). "
+            help="Outputs of every frame as arrays, frames first, with timestamps and indices (.npz). "
             "With several sources: NAME.0.npz, NAME.1.npz, ..."
         ),
     ] = None,
@@ -80,26 +78,20 @@ def run(
         float | None,
         typer.Option(min=0, help="Frames a second to take; 0: every frame. Default: the bundle's rate."),
     ] = None,
-    max_frames: Annotated[
-        int | None, typer.Option(min=1, help="Stop each source after this many frames.")
-    ] = None,
+    max_frames: Annotated[int | None, typer.Option(min=1, help="Stop each source after this many frames.")] = None,
     deadline_ms: Annotated[
         float | None, typer.Option(min=0, help="Count the frames whose latency is longer (milliseconds).")
     ] = None,
     engine: Annotated[str, typer.Option(help="Engine; auto takes the fastest that runs here.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="Threads of the engine; default: all cores.")
-    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the engine; default: all cores.")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Width asked of a USB camera.")] = None,
     height: Annotated[int | None, typer.Option(min=1, help="Height asked of a USB camera.")] = None,
     camera_fps: Annotated[
         float | None,
         typer.Option(help="Frames a second asked of a USB camera, or that a folder of images was taken at."),
     ] = None,
-    fourcc: Annotated[
-        str | None, typer.Option(help="Pixel format asked of a USB camera, such as MJPG.")
-    ] = None,
+    fourcc: Annotated[str | None, typer.Option(help="Pixel format asked of a USB camera, such as MJPG.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Run a bundle on cameras, videos or images.

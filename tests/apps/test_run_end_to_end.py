@@ -1,0 +1,170 @@
+"""`framestep run` as a user calls it: a real bundle, real sources, a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+
+LABELS = ("a rocket", "an astronaut", "a control room", "background")
+RUN = (sys.executable, "-c", "from framestep.apps.cli import main; main()", "run")
+
+
+@pytest.fixture(scope="module")
+def bundle(golden_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The golden bundle with labels whose embeddings are random."""
+    from framestep.export.labelling import LabelOptions, label_bundle
+    from framestep.runtime.bundle import Bundle
+    from safetensors.numpy import save_file
+
+    folder = tmp_path_factory.mktemp("labelled")
+    shutil.copytree(golden_bundle, folder / "golden.bundle")
+    embeddings = np.random.default_rng(0).normal(size=(len(LABELS), 96)).astype(np.float32)
+    embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
+    scale, bias = np.array(2.0, np.float32), np.array(0.0, np.float32)
+    save_file({"text_embeddings": embeddings, "logit_scale": scale, "logit_bias": bias}, folder / "texts.safetensors")
+    options = LabelOptions(LABELS, text_embeddings=folder / "texts.safetensors", background="background")
+    return label_bundle(Bundle.open(folder / "golden.bundle"), options).path
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """325 frames of real footage where the checkout lies beside it, of moving shapes elsewhere."""
+    for folder in Path(__file__).resolve().parents[2:4]:
+        footage = folder / "shared" / "videos" / "nasa_13013.mp4"
+        if footage.is_file():
+            return footage
+    path = tmp_path_factory.mktemp("clip") / "shapes.mp4"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), 25, (320, 180))
+    for i in range(325):
+        picture = np.full((180, 320, 3), 60, np.uint8)
+        cv2.circle(picture, (i % 320, 90), 30, (40, 200, 240), cv2.FILLED)
+        writer.write(picture)
+    writer.release()
+    return path
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def video_frames(path: Path) -> int:
+    video, count = cv2.VideoCapture(str(path)), 0
+    assert video.isOpened()
+    while video.read()[0]:
+        count += 1
+    return count
+
+
+def files(folder: Path) -> list[str]:
+    return ["--output", f"{folder}/out.jsonl", "--events", f"{folder}/events.jsonl", "--record", f"{folder}/out.mp4"]
+
+
+def test_a_video_file_gives_every_result_and_an_annotated_video(bundle: Path, clip: Path, tmp_path: Path) -> None:
+    found = subprocess.run(
+        [*RUN, bundle, "--source", clip, *files(tmp_path), "--overlay", "all", "--json"]
+        + ["--save-features", tmp_path / "out.npz"],
+        capture_output=True,
+        text=True,
+    )
+    assert (found.returncode, found.stderr) == (0, "")
+    summary = json.loads(found.stdout)
+    assert summary["frames"] == 325 and summary["bad_frames"] == summary["dropped"] == 0
+    lines = lines_of(tmp_path / "out.jsonl")
+    assert [line["index"] for line in lines] == [line["position"] for line in lines] == list(range(325))
+    assert all(set(line["scores"]) == set(LABELS) for line in lines)
+    assert video_frames(tmp_path / "out.mp4") == 325
+    with np.load(tmp_path / "out.npz", allow_pickle=False) as saved:
+        assert saved["features"].shape == (325, 16, 96) and saved["pooled"].shape == (325, 96)
+        scores = [list(line["scores"].values()) for line in lines]
+        np.testing.assert_allclose(saved["scores"], scores, rtol=1e-4)
+    for event in lines_of(tmp_path / "events.jsonl"):
+        assert event["label"] in LABELS[:3] and event["start"] <= event["peak"] <= event["end"]
+
+
+def test_a_camera_that_goes_away_and_returns_gives_its_results(bundle: Path, mjpeg_camera: Any, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [*RUN, bundle, "--source", mjpeg_camera.address, *files(tmp_path), "--max-frames", "325", "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        wait_for_lines(tmp_path / "out.jsonl", 100)
+        mjpeg_camera.stop()
+        time.sleep(0.3)
+        mjpeg_camera.start()
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0
+    summary = json.loads(out)
+    assert summary["frames"] == 325 and summary["stopped"] == "reached --max-frames"
+    lines = lines_of(tmp_path / "out.jsonl")
+    assert len(lines) == 325
+    times = [line["timestamp"] for line in lines]
+    assert times == sorted(times) and max(np.diff(times)) > 0.3
+    assert "lost" in err and "back" in err
+    assert video_frames(tmp_path / "out.mp4") > 300
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_files_and_exits_0(bundle: Path, tmp_path: Path, number: signal.Signals) -> None:
+    process = subprocess.Popen(
+        [*RUN, bundle, "--source", "synthetic:frames=1000000", *files(tmp_path), "--json"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        wait_for_lines(tmp_path / "out.jsonl", 20)
+        os.kill(process.pid, number)
+        out, _ = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 0
+    summary = json.loads(out)
+    assert summary["stopped"] == "stopped by user"
+    assert len(lines_of(tmp_path / "out.jsonl")) == video_frames(tmp_path / "out.mp4") == summary["frames"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["events.jsonl", "out.jsonl", "out.mp4"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--source", "nowhere.mp4"], "nowhere.mp4"),
+        (["--source", "synthetic", "--output", "nowhere/out.jsonl"], "--output nowhere/out.jsonl"),
+        (["--source", "synthetic", "--overlay", "a bird", "--record", "o.mp4"], "--overlay a bird"),
+        (["--source", "synthetic", "--engine", "steam"], "steam"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(bundle: Path, tmp_path: Path, arguments: list[str], named: str) -> None:
+    found = subprocess.run([*RUN, bundle, *arguments], capture_output=True, text=True, cwd=tmp_path)
+    assert found.returncode == 2 and found.stdout == ""
+    assert found.stderr.startswith("framestep: ") and named in found.stderr and found.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_one_line_and_exit_2(bundle: Path) -> None:
+    found = subprocess.run(
+        [*RUN, bundle, "--source", "synthetic", "--output", "/dev/full"], capture_output=True, text=True
+    )
+    assert found.returncode == 2
+    assert found.stderr == "framestep: /dev/full: cannot be written: No space left on device\n"
+
+
+def wait_for_lines(path: Path, count: int) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists() or path.read_bytes().count(b"\n") < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
