@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -24,6 +23,23 @@ app = typer.Typer(
 
 BundleArgument = Annotated[Path, typer.Argument(help="Folder of the bundle.", show_default=False)]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, for machines.")]
+
+LabelsOption = Annotated[Path | None, typer.Option(help="File with what to look for: one label a line.")]
+TextModelOption = Annotated[
+    str | None, typer.Option(help="Folder or hub id of the SigLIP model that embeds the labels.")
+]
+TextEmbeddingsOption = Annotated[
+    Path | None, typer.Option(help="Ready label embeddings (.safetensors), instead of a text model.")
+]
+TemplateOption = Annotated[
+    list[str] | None, typer.Option(help="Text that a label stands for, {} being the label; repeat it for several.")
+]
+BackgroundOption = Annotated[
+    str | None, typer.Option(help="A label that competes in class maps but is reported as no event.")
+]
+TextGraphOption = Annotated[
+    bool, typer.Option("--text-graph", help="Put the text tower into the bundle, for new labels on the device.")
+]
 
 
 @app.callback()
@@ -133,6 +149,129 @@ def run(
         raise typer.Exit(2)
 
 
+@app.command()
+def export(
+    checkpoint: Annotated[
+        str | None,
+        typer.Argument(help="Folder, .pt/.pth file or Hugging Face hub id of a StreamFormer.", show_default=False),
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the bundle to write.")] = Path("out.bundle"),
+    random_init: Annotated[
+        str | None, typer.Option(help="Random weights instead of a checkpoint: base or tiny.", metavar="SIZE")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="config.json, where it is not beside the weights.")] = None,
+    window: Annotated[
+        int | None, typer.Option(help="Frames that one frame attends to, itself included. Default: num_frames.")
+    ] = None,
+    image_size: Annotated[
+        str | None, typer.Option(help="Input size, H or HxW in pixels. Default: the checkpoint's.", metavar="HxW")
+    ] = None,
+    rate: Annotated[
+        float | None, typer.Option(help="Frames a second that the model is to see. Default: every frame.")
+    ] = None,
+    resize: Annotated[
+        str, typer.Option(help="How frames of another size are fitted: crop, stretch or letterbox.")
+    ] = "crop",
+    head: Annotated[
+        str | None, typer.Option(help="Task head of a training checkpoint whose scale and projections score labels.")
+    ] = None,
+    labels: LabelsOption = None,
+    text_model: TextModelOption = None,
+    text_embeddings: TextEmbeddingsOption = None,
+    template: TemplateOption = None,
+    background: BackgroundOption = None,
+    text_graph: TextGraphOption = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is there already.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Turn a checkpoint into a bundle, and check that both give the same."""
+    from .exporting import ExportArguments, LabelArguments
+    from .exporting import export as export_checkpoint
+
+    labelling = LabelArguments(labels, text_model, text_embeddings, tuple(template or ()), background, text_graph)
+    facts = export_checkpoint(
+        ExportArguments(
+            checkpoint, output, random_init, config, window, image_size, rate, resize, head, force, labelling
+        )
+    )
+    _print_facts(
+        facts,
+        as_json,
+        f"{facts['bundle']}: {facts['bytes'] / 1e6:.1f} MB, agrees with PyTorch within {facts['difference']:.1e}"
+        f" over {facts['frames_replayed']} frames",
+    )
+
+
+@app.command()
+def label(
+    bundle: BundleArgument,
+    labels: LabelsOption = None,
+    text_model: TextModelOption = None,
+    text_embeddings: TextEmbeddingsOption = None,
+    template: TemplateOption = None,
+    background: BackgroundOption = None,
+    text_graph: TextGraphOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Give a bundle other labels. The backbone and saved states stay as they are."""
+    from .exporting import LabelArguments
+    from .exporting import label as label_bundle
+
+    facts = label_bundle(
+        bundle,
+        LabelArguments(labels, text_model, text_embeddings, tuple(template or ()), background, text_graph),
+    )
+    calibrated = "calibrated" if facts["scores_calibrated"] else "uncalibrated"
+    _print_facts(facts, as_json, f"{bundle}: {len(facts['labels'])} labels, scores {calibrated}")
+
+
+@app.command()
+def inspect(bundle: BundleArgument, as_json: JsonOption = False) -> None:
+    """Show a bundle's graphs, state, bytes per stream, rate, labels and origin."""
+    from rich import print as show
+
+    from ..runtime.bundle import Bundle
+    from .inspect import describe, table
+
+    opened = Bundle.open(bundle)
+    show(table(opened)) if not as_json else print(json.dumps(describe(opened), ensure_ascii=False))
+
+
+@app.command()
+def doctor(as_json: JsonOption = False) -> None:
+    """Show what this machine has, and what to install for the rest."""
+    from dataclasses import asdict
+
+    from rich import print as show
+
+    from .doctor import examine, table
+
+    findings = examine()
+    show(table(findings)) if not as_json else print(json.dumps([asdict(finding) for finding in findings]))
+    if any(finding.status == "problem" for finding in findings):
+        raise typer.Exit(1)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for all that it makes.")] = Path("out/demo"),
+    source: Annotated[
+        str | None, typer.Option("--source", "-s", help="Video to run on. Default: moving shapes, drawn for it.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Export a small model, run it on a video, and say where the annotated video and the results are."""
+    from .demo import demo as run_demo
+
+    facts = run_demo(output, source)
+    text = "\n".join(f"{name:>10}  {value}" for name, value in facts.items())
+    _print_facts(facts, as_json, text)
+
+
+def _print_facts(facts: dict[str, Any], as_json: bool, text: str) -> None:
+    print(json.dumps(facts, ensure_ascii=False) if as_json else text)
+
+
 def main() -> None:
     """Entry point. An error raised on purpose is one line on standard error and exit status 2."""
     sys.exit(_exit_status(sys.argv[1:]))
@@ -146,9 +285,6 @@ def _exit_status(arguments: list[str]) -> int:
         return _fail(str(error), 2)
     except (typer.Abort, KeyboardInterrupt):
         status = INTERRUPTED
-    except BrokenPipeError:  # whoever read our output, such as `head`, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except Exception as error:
         # A usage error. Its class is Click's in some versions of typer and typer's own in others.
         if not hasattr(error, "format_message"):
@@ -162,3 +298,7 @@ def _exit_status(arguments: list[str]) -> int:
 def _fail(message: str, status: int) -> int:
     print(f"framestep: {' '.join(message.split())}", file=sys.stderr)
     return status
+
+
+if __name__ == "__main__":
+    main()

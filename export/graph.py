@@ -90,7 +90,7 @@ class GraphBuilder:
         if name in self._initializers:
             return name
         if array.nbytes < INLINE_BYTES:
-            self._initializers[name] = onnx.numpy_helper.from_array(np.ascontiguousarray(array), name)
+            self._initializers[name] = onnx.numpy_helper.from_array(np.asarray(array, order="C"), name)
             return name
         for file in self._files:
             if name in file:

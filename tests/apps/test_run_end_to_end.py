@@ -72,8 +72,8 @@ def files(folder: Path) -> list[str]:
 
 def test_a_video_file_gives_every_result_and_an_annotated_video(bundle: Path, clip: Path, tmp_path: Path) -> None:
     found = subprocess.run(
-        [*RUN, bundle, "--source", clip, *files(tmp_path), "--overlay", "all", "--json"]
-        + ["--save-features", tmp_path / "out.npz"],
+        [*RUN, bundle, "--source", clip, *files(tmp_path), "--json"]
+        + ["--overlay", "all", "--save-features", f"{tmp_path}/out.npz"],
         capture_output=True,
         text=True,
     )
