@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -274,7 +276,13 @@ def _print_facts(facts: dict[str, Any], as_json: bool, text: str) -> None:
 
 def main() -> None:
     """Entry point. An error raised on purpose is one line on standard error and exit status 2."""
+    signal.signal(signal.SIGTERM, _terminate)
     sys.exit(_exit_status(sys.argv[1:]))
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    """Leave through the cleanup of whatever is under way, so that no half-written file stays."""
+    raise SystemExit(128 + number)
 
 
 def _exit_status(arguments: list[str]) -> int:
