@@ -114,9 +114,11 @@ def run(
 ) -> None:
     """Run a bundle on cameras, videos or images.
 
-    Live sources give their newest frame and count what they drop; files give every frame. Ctrl-C and SIGTERM
-    finish all files and exit 0 ("stopped by user"). Exit status 2: an error, or a file or source was lost on
-    the way.
+    Live sources give their newest frame and count what they drop; files give every frame.
+
+    Ctrl-C and SIGTERM finish all files and exit 0 ("stopped by user").
+
+    Exit status 2: an error, or a file or source was lost on the way.
     """
     from .run import RunOptions
     from .run import run as run_bundle

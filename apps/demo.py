@@ -1,6 +1,6 @@
 """The demo: export a small model, run it on a video, and leave results to look at.
 
-The weights are random, so the labels mean nothing yet; everything else is the real path from checkpoint to annotated video.
+The weights are random, so the labels mean nothing yet; all else is the real path from checkpoint to annotated video.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ def demo(folder: Path, source: str | None = None) -> dict[str, Any]:
         "bundle": str(bundle),
         "source": source,
         "video": str(options.record),
+        "picture": str(_picture(folder / "annotated.mp4", folder / "annotated.png")),
         "results": str(options.output),
         "events": str(options.events),
         "frames": summary.frames,
@@ -76,6 +77,19 @@ def _draw_clip(path: Path) -> Path:
                 recorder.write(np.ascontiguousarray(frame.rgb[..., ::-1]), frame.timestamp)
         finally:
             recorder.close()
+    return path
+
+
+def _picture(video: Path, path: Path) -> Path:
+    """A frame from the middle of a video."""
+    import cv2
+
+    capture = cv2.VideoCapture(str(video))
+    capture.set(cv2.CAP_PROP_POS_FRAMES, capture.get(cv2.CAP_PROP_FRAME_COUNT) // 2)
+    read, bgr = capture.read()
+    capture.release()
+    if not read or not cv2.imwrite(str(path), bgr):
+        raise OutputError(f"{path}: no picture could be taken from {video}")
     return path
 
 

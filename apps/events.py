@@ -28,10 +28,7 @@ class Event:
     peak_index: int
 
     def as_dict(self) -> dict[str, Any]:
-        return {
-            name: round(value, 6) if isinstance(value, float) else value
-            for name, value in asdict(self).items()
-        }
+        return {name: round(value, 6) if isinstance(value, float) else value for name, value in asdict(self).items()}
 
 
 class EventDetector:

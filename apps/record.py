@@ -22,9 +22,7 @@ from ..runtime.errors import OutputError
 
 DISK_RESERVE = 64 * 1024 * 1024  # bytes left free, so that a recording can still be finished
 FRAMES_BETWEEN_DISK_CHECKS = 16
-FRAMES_WITHOUT_GROWTH = (
-    600  # the encoder buffers some 32 KiB; a static scene at 640 px fills it well before this
-)
+FRAMES_WITHOUT_GROWTH = 600  # the encoder buffers some 32 KiB; a static scene at 640 px fills it well before this
 FRAMES_TO_MEASURE_RATE = 12
 SECONDS_TO_MEASURE_RATE = 1.0
 LONGEST_REPEAT_S = 2.0
@@ -158,16 +156,12 @@ class VideoRecorder:
         size = self._partial.stat().st_size if self._partial.exists() else 0
         self._partial.unlink(missing_ok=True)
         if not size:
-            raise OutputError(
-                f"{self.path}: cannot be written: no video can be recorded in {self.path.parent}"
-            )
+            raise OutputError(f"{self.path}: cannot be written: no video can be recorded in {self.path.parent}")
 
     def _encoder(self, fps: float, size: tuple[int, int]) -> cv2.VideoWriter:
         writer = cv2.VideoWriter(str(self._partial), cv2.VideoWriter.fourcc(*"mp4v"), fps, size)
         if not writer.isOpened():
-            raise OutputError(
-                f"{self.path}: cannot be written: OpenCV's encoder (mp4v) did not open {self._partial}"
-            )
+            raise OutputError(f"{self.path}: cannot be written: OpenCV's encoder (mp4v) did not open {self._partial}")
         return writer
 
     def _flush_early(self) -> None:
@@ -212,9 +206,7 @@ class VideoRecorder:
         if size > self._grown_bytes:
             self._grown_bytes, self._grown_at = size, self._frames
         elif self._frames - self._grown_at > FRAMES_WITHOUT_GROWTH:
-            raise OutputError(
-                f"{self.path}: the recording no longer grows; is the disk full, or a quota reached?"
-            )
+            raise OutputError(f"{self.path}: the recording no longer grows; is the disk full, or a quota reached?")
 
 
 class ArrayRecorder:
@@ -330,9 +322,7 @@ def _fitted(bgr: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     inner = (max(1, round(bgr.shape[1] * scale)), max(1, round(bgr.shape[0] * scale)))
     canvas = np.zeros((height, width, 3), np.uint8)
     left, top = (width - inner[0]) // 2, (height - inner[1]) // 2
-    canvas[top : top + inner[1], left : left + inner[0]] = cv2.resize(
-        bgr, inner, interpolation=cv2.INTER_AREA
-    )
+    canvas[top : top + inner[1], left : left + inner[0]] = cv2.resize(bgr, inner, interpolation=cv2.INTER_AREA)
     return canvas
 
 

@@ -78,8 +78,7 @@ class Summary:
         latency = self.latency_ms
         lines = [
             f"{self.frames} frames in {self.seconds:.1f} s, {self.fps:.1f} fps ({self.stopped})",
-            f"latency    p50 {latency.p50:.1f}  p95 {latency.p95:.1f}  p99 {latency.p99:.1f}"
-            f"  max {latency.max:.1f} ms",
+            f"latency    p50 {latency.p50:.1f}  p95 {latency.p95:.1f}  p99 {latency.p99:.1f}  max {latency.max:.1f} ms",
         ]
         if self.deadline_ms is not None:
             lines.append(f"deadline   {self.missed_deadlines} frames later than {self.deadline_ms:g} ms")
@@ -300,9 +299,7 @@ class _Run:
             deadline = self._options.deadline_ms
             lane.missed_deadlines += deadline is not None and result.latency_ms > deadline
             lane.scores = result.get("scores")
-            taken = Taken(
-                lane.number, lane.name, frame, result, (ready - frame.captured) * 1e3, lane.annotator
-            )
+            taken = Taken(lane.number, lane.name, frame, result, (ready - frame.captured) * 1e3, lane.annotator)
             for name, sink in list(self._open_sinks.items()):
                 try:
                     sink.write(taken)
@@ -365,11 +362,7 @@ class _Run:
             bad_frames=sum(lane.source.bad_frames for lane in self._lanes),
             non_finite=sum(lane.non_finite for lane in self._lanes),
             events=events.count if isinstance(events, EventLines) else None,
-            files={
-                name: [str(path) for path in sink.files()]
-                for name, sink in self._sinks.items()
-                if sink.files()
-            },
+            files={name: [str(path) for path in sink.files()] for name, sink in self._sinks.items() if sink.files()},
             sources=[
                 SourceSummary(
                     lane.name,

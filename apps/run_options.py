@@ -98,9 +98,7 @@ def plan_run(options: RunOptions, manifest: Manifest) -> Plan:
     if options.overlay is not None:
         check_overlay(options.overlay, labels)
         if options.record is None and not options.show:
-            raise FramestepError(
-                f"--overlay {options.overlay}: is drawn into --record FILE.mp4 or --show; add one"
-            )
+            raise FramestepError(f"--overlay {options.overlay}: is drawn into --record FILE.mp4 or --show; add one")
     _check_files(options)
     if options.show:
         _check_window()
@@ -160,12 +158,8 @@ def paths_for(path: Path | None, sources: Sequence[str]) -> list[Path]:
 
 
 def _check_window() -> None:
-    if sys.platform.startswith("linux") and not (
-        os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
-    ):
-        raise FramestepError(
-            "--show: no display here (DISPLAY and WAYLAND_DISPLAY are not set); use --record FILE.mp4"
-        )
+    if sys.platform.startswith("linux") and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+        raise FramestepError("--show: no display here (DISPLAY and WAYLAND_DISPLAY are not set); use --record FILE.mp4")
     try:
         cv2.namedWindow("framestep", cv2.WINDOW_NORMAL)
         cv2.destroyWindow("framestep")

@@ -71,9 +71,9 @@ def files(folder: Path) -> list[str]:
 
 
 def test_a_video_file_gives_every_result_and_an_annotated_video(bundle: Path, clip: Path, tmp_path: Path) -> None:
+    saved_to = tmp_path / "out.npz"
     found = subprocess.run(
-        [*RUN, bundle, "--source", clip, *files(tmp_path), "--json"]
-        + ["--overlay", "all", "--save-features", f"{tmp_path}/out.npz"],
+        [*RUN, bundle, "--source", clip, *files(tmp_path), "--json", "--overlay", "all", "--save-features", saved_to],
         capture_output=True,
         text=True,
     )
@@ -84,7 +84,7 @@ def test_a_video_file_gives_every_result_and_an_annotated_video(bundle: Path, cl
     assert [line["index"] for line in lines] == [line["position"] for line in lines] == list(range(325))
     assert all(set(line["scores"]) == set(LABELS) for line in lines)
     assert video_frames(tmp_path / "out.mp4") == 325
-    with np.load(tmp_path / "out.npz", allow_pickle=False) as saved:
+    with np.load(saved_to, allow_pickle=False) as saved:
         assert saved["features"].shape == (325, 16, 96) and saved["pooled"].shape == (325, 96)
         scores = [list(line["scores"].values()) for line in lines]
         np.testing.assert_allclose(saved["scores"], scores, rtol=1e-4)
