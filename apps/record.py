@@ -22,7 +22,7 @@ from ..runtime.errors import OutputError
 
 DISK_RESERVE = 64 * 1024 * 1024  # bytes left free, so that a recording can still be finished
 FRAMES_BETWEEN_DISK_CHECKS = 16
-FRAMES_WITHOUT_GROWTH = 600  # the encoder buffers some 32 KiB; a static scene at 640 px fills it well before this
+FRAMES_WITHOUT_GROWTH = 3000  # the encoder buffers 256 KiB: 80 annotated frames, 700 of pure black
 FRAMES_TO_MEASURE_RATE = 12
 SECONDS_TO_MEASURE_RATE = 1.0
 LONGEST_REPEAT_S = 2.0

@@ -37,6 +37,7 @@ def long_golden_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _export_golden(folder: Path, window: int) -> Path:
     import golden
+
     from framestep.export.checkpoint import read_checkpoint
     from framestep.export.export import ExportOptions, export_streamformer
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from framestep.apps.annotate import Annotator, Shown, check_overlay, class_map
 from framestep.apps.latency import Latencies
 from framestep.runtime.bundle import FrameSpec

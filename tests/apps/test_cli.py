@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from framestep.apps import cli
 from framestep.apps import run as run_module
 from framestep.apps.latency import Percentiles

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from framestep.apps.events import Event, EventDetector
 from framestep.runtime.errors import FramestepError
 

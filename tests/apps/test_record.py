@@ -11,6 +11,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+
 from framestep.apps import record
 from framestep.apps.record import ArrayRecorder, JsonLines, VideoRecorder, check_writable
 from framestep.runtime.errors import OutputError
@@ -174,6 +175,15 @@ def test_a_disk_filling_up_stops_the_recording_and_keeps_it_playable(
             recorder.write(picture(), i / 10)
     recorder.close()
     assert frames_in(tmp_path / "out.mp4")[0] == 32
+
+
+def test_a_still_black_scene_is_not_taken_for_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record, "FRAMES_WITHOUT_GROWTH", record.FRAMES_WITHOUT_GROWTH // 3)
+    recorder = VideoRecorder(tmp_path / "out.mp4", 25)
+    for i in range(1100):
+        recorder.write(picture(0, 414, 640), i / 25)
+    recorder.close()
+    assert recorder.finished
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs RLIMIT_FSIZE")

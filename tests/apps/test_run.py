@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import cv2
 import numpy as np
 import pytest
+
 from framestep.apps import record
 from framestep.apps import run as run_module
 from framestep.apps.run import Summary, run

@@ -23,9 +23,10 @@ RUN = (sys.executable, "-c", "from framestep.apps.cli import main; main()", "run
 @pytest.fixture(scope="module")
 def bundle(golden_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The golden bundle with labels whose embeddings are random."""
+    from safetensors.numpy import save_file
+
     from framestep.export.labelling import LabelOptions, label_bundle
     from framestep.runtime.bundle import Bundle
-    from safetensors.numpy import save_file
 
     folder = tmp_path_factory.mktemp("labelled")
     shutil.copytree(golden_bundle, folder / "golden.bundle")

@@ -11,9 +11,10 @@ from pathlib import Path
 import golden
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from framestep.export.checkpoint import read_checkpoint
 from framestep.runtime.errors import CheckpointError
-from safetensors.torch import load_file, save_file
 
 
 @pytest.fixture

@@ -65,7 +65,7 @@ def test_a_model_without_qkv_bias_exports(tmp_path):
 
 @pytest.mark.parametrize("size", [(64, 64), (96, 96), (48, 112), (128, 32)])
 def test_other_image_sizes_agree_with_pytorch(tmp_path, size):
-    """Positions are interpolated here by plain PyTorch, rows as rows; the reference's own square case is in test_folds."""
+    """Positions are interpolated here by plain PyTorch, rows as rows."""
     path = export(tmp_path / "x", ExportOptions(window=4, image_size=size)).path
     model = random_model(TINY)
     rows, columns = size[0] // 16, size[1] // 16

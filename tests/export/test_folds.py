@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from framestep.export.streamformer import TINY, StreamFormer, random_model
 from framestep.export.streamformer_graph import (
     fold_attention,

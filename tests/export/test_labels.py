@@ -5,20 +5,21 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import framestep
 import golden
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from siglip_text import make_siglip_checkpoint
+from torch.nn.functional import layer_norm, linear
+
+import framestep
 from framestep.export.checkpoint import read_checkpoint
 from framestep.export.export import ExportOptions, export_streamformer
 from framestep.export.labelling import LabelOptions, label_bundle
 from framestep.runtime.bundle import Bundle
 from framestep.runtime.errors import BundleError, CheckpointError
 from framestep.runtime.text import ACTION_TEMPLATES, LabelError
-from safetensors.torch import load_file, save_file
-from siglip_text import make_siglip_checkpoint
-from torch.nn.functional import layer_norm, linear
 
 LABELS = ("opening a door", "a red car", "walking the dog")
 OTHERS = ("nothing happens", "a cat", "a blue boat", "running")

@@ -13,14 +13,15 @@ import onnx
 import pytest
 import siglip_text
 import torch
-from framestep.export import text
-from framestep.runtime.errors import BundleError, CheckpointError
-from framestep.runtime.text import LabelError, TextEncoder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from transformers import AutoTokenizer, SiglipModel, SiglipTextModel
+
+from framestep.export import text
+from framestep.runtime.errors import BundleError, CheckpointError
+from framestep.runtime.text import LabelError, TextEncoder
 
 LABELS = ["opening a door", "a cat", "riding a bicycle near the café", "T-shirt № 2"]
 SENTENCES = [

@@ -7,8 +7,9 @@ import json
 import shutil
 from pathlib import Path
 
-import framestep
 import pytest
+
+import framestep
 from framestep.runtime.bundle import Bundle, BundleWriter, Manifest, graphs_for
 from framestep.runtime.errors import BundleError, OutputError
 from framestep.runtime.onnx_files import external_files

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from framestep.runtime.bundle import FrameSpec
-from framestep.runtime.preprocess import Preprocess
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from framestep.runtime.bundle import FrameSpec
+from framestep.runtime.preprocess import Preprocess
 
 
 def reference(rgb: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -6,10 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import framestep
 import golden
 import numpy as np
 import pytest
+
+import framestep
 from framestep.runtime.errors import EngineError, FrameError, OutputError, StateError
 
 

@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+
 from framestep.runtime.errors import SourceError
 from framestep.runtime.sources import LiveTiming, open_source
 

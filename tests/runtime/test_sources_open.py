@@ -10,6 +10,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+
 from framestep.runtime.errors import SourceError
 from framestep.runtime.sources import has_gstreamer, open_source, opencv
 

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+
 from framestep.runtime.errors import SourceError
 from framestep.runtime.sources import open_source
 from framestep.runtime.sources.sampling import Sampler

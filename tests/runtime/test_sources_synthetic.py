@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from framestep.runtime.errors import SourceError
 from framestep.runtime.sources import MOTIONS, SyntheticSource, open_source
 

@@ -13,6 +13,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+
 from framestep.runtime.errors import SourceError
 from framestep.runtime.sources import Camera, LiveTiming, cameras, list_cameras, live, open_source
 

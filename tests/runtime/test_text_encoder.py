@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import siglip_text
+
 from framestep.runtime.errors import BundleError, EngineError
 from framestep.runtime.text import LabelError, TextEncoder, label_embeddings, read_labels
 
