@@ -120,8 +120,8 @@ def run(
 
     Exit status 2: an error, or a file or source was lost on the way.
     """
-    from .run import RunOptions
     from .run import run as run_bundle
+    from .run_options import RunOptions
     from .status import status_for
 
     options = RunOptions(
