@@ -5,6 +5,8 @@ What is folded, and into what:
 - pixel mean, standard deviation and the division by 255 into the patch embedding;
 - the patch embedding's bias into the position embedding;
 - the attention scale into the query projection;
+- the key's bias into nothing: it adds the same to a query's score with every slot, and softmax does not see that;
+- the value's bias through the output projection into that one's bias, for attention weights sum to one;
 - temporal output projection, temporal dense layer and tanh gate into one matrix;
 - the pooling head's query (a constant, for its probe is one) into the graph as such.
 
@@ -39,7 +41,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Projections:
-    """Query (scaled by head_dim ** -0.5), key, value, and what follows the attention."""
+    """Query (scaled by head_dim ** -0.5), key and value (without bias), and what follows the attention."""
 
     query: Linear
     key: Linear
@@ -56,23 +58,33 @@ def fold_attention(attention: Attention) -> Projections:
         out_weight = out_weight + attention.output.dense_lora_b.weight @ attention.output.dense_lora_a.weight
     head_dim = weight.shape[1] // attention.heads
     q, k, v = weight.chunk(3)
-    bq, bk, bv = (None, None, None) if qkv.bias is None else qkv.bias.chunk(3)
     scale = head_dim**-0.5
-    return Projections(
-        _linear(q * scale, None if bq is None else bq * scale),
-        _linear(k, bk),
-        _linear(v, bv),
-        _linear(out_weight, dense.bias),
-    )
+    if qkv.bias is None:
+        query, out_bias = _linear(q * scale, None), dense.bias
+    else:
+        bq, _, bv = qkv.bias.chunk(3)
+        query, out_bias = _linear(q * scale, bq * scale), dense.bias + out_weight @ bv
+    return Projections(query, _linear(k, None), _linear(v, None), _linear(out_weight, out_bias))
 
 
 def fold_temporal(layer: Layer) -> Projections:
     """Fold in the dense layer and gate that follow: tanh(g) * (W_dense (W_out x + b_out) + b_dense)."""
     folded = fold_attention(layer.temporal_attention)
     gate = layer.temporal_attention_gating.tanh()
-    dense, out = layer.temporal_dense, layer.temporal_attention.output.dense
-    output = _linear(gate * (dense.weight @ out.weight), gate * (dense.weight @ out.bias + dense.bias))
+    dense = layer.temporal_dense
+    out_weight, out_bias = torch.from_numpy(folded.output.weight).T, torch.from_numpy(folded.output.bias)
+    output = _linear(gate * (dense.weight @ out_weight), gate * (dense.weight @ out_bias + dense.bias))
     return Projections(folded.query, folded.key, folded.value, output)
+
+
+def fold_pooling(attention: nn.MultiheadAttention) -> Projections:
+    """Fold the scale and biases of PyTorch's own attention."""
+    q, k, v = attention.in_proj_weight.chunk(3)
+    bq, _, bv = attention.in_proj_bias.chunk(3)
+    scale = (attention.embed_dim // attention.num_heads) ** -0.5
+    out = attention.out_proj
+    output = _linear(out.weight, out.bias + out.weight @ bv)
+    return Projections(_linear(q * scale, bq * scale), _linear(k, None), _linear(v, None), output)
 
 
 def fold_patch_embedding(model: StreamFormer, grid: tuple[int, int]) -> Linear:
@@ -224,8 +236,8 @@ def write_patch_label_graph(
         features = g.input("features", "float32", [STREAMS, N, D])
         pooling = model.head
         if head is None:
-            _, _, value = _in_projections(pooling.attention)
-            output = _linear(pooling.attention.out_proj.weight, pooling.attention.out_proj.bias)
+            folded = fold_pooling(pooling.attention)
+            value, output = folded.value, folded.output
             norm, fc1, fc2, prefix = pooling.layernorm, pooling.mlp.fc1, pooling.mlp.fc2, "pooling"
         else:
             value = _linear(head["w_v.weight"], head["w_v.bias"])
@@ -274,26 +286,18 @@ def _pool(g: GraphBuilder, features: str, position: str, model: StreamFormer) ->
     """Attention pooling of features [S, N, D] -> [S, D]"""
     config, head = model.config, model.head
     D, H = config.hidden_size, config.num_attention_heads
-    query, key, value = _in_projections(head.attention)
-    assert query.bias is not None
-    probe = _array(head.probe[0]) @ query.weight + query.bias  # [1, D]
+    folded = fold_pooling(head.attention)
+    assert folded.query.bias is not None
+    probe = _array(head.probe[0]) @ folded.query.weight + folded.query.bias  # [1, D]
     streams = g.node("Concat", g.node("Shape", position), g.constant([1, D]), axis=0)
     q = g.node("Expand", g.weight("pooling.query", probe[None]), streams)  # [S, 1, D]
-    k = _apply(g, features, "pooling.key", key)
-    v = _apply(g, features, "pooling.value", value)
+    k = _apply(g, features, "pooling.key", folded.key)
+    v = _apply(g, features, "pooling.value", folded.value)
     x = g.node("Attention", q, k, v, name="attention", q_num_heads=H, kv_num_heads=H, scale=1.0)
-    x = _apply(g, x, "pooling.output", _linear(head.attention.out_proj.weight, head.attention.out_proj.bias))
+    x = _apply(g, x, "pooling.output", folded.output)
     h = _norm(g, x, "pooling.norm", head.layernorm)
     x = g.node("Add", x, _mlp(g, h, "pooling.mlp", head.mlp.fc1, head.mlp.fc2, config))
     return g.node("Squeeze", x, g.constant([1]))
-
-
-def _in_projections(attention: nn.MultiheadAttention) -> tuple[Linear, Linear, Linear]:
-    """Query (scaled), key and value of PyTorch's own attention."""
-    q, k, v = attention.in_proj_weight.chunk(3)
-    bq, bk, bv = attention.in_proj_bias.chunk(3)
-    scale = (attention.embed_dim // attention.num_heads) ** -0.5
-    return _linear(q * scale, bq * scale), _linear(k, bk), _linear(v, bv)
 
 
 def _attention(g: GraphBuilder, x: str, name: str, projections: Projections, heads: int) -> str:

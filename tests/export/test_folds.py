@@ -10,6 +10,7 @@ from framestep.export.streamformer import TINY, StreamFormer, random_model
 from framestep.export.streamformer_graph import (
     fold_attention,
     fold_patch_embedding,
+    fold_pooling,
     fold_temporal,
     interpolate_positions,
 )
@@ -56,6 +57,20 @@ def test_attention_scale_folds_into_the_query(model):
         assert torch.allclose(attend(fold_attention(attention), x, 4), expected, atol=1e-4)
 
 
+def test_key_and_value_need_no_bias_of_their_own(model):
+    folded = fold_attention(model.encoder.layer[0].attention)
+    assert folded.key.bias is None
+    assert folded.value.bias is None
+    assert folded.query.bias is not None
+
+
+def test_pooling_folds_its_scale_and_biases(model):
+    with torch.no_grad():
+        x = torch.randn(2, 16, 96)
+        expected = model.head.attention(x, x, x, need_weights=False)[0]
+        assert torch.allclose(attend(fold_pooling(model.head.attention), x, 4), expected, atol=1e-4)
+
+
 def test_attention_without_qkv_bias_folds():
     from dataclasses import replace
 
@@ -69,10 +84,11 @@ def test_attention_without_qkv_bias_folds():
 def test_temporal_output_dense_and_gate_fold_into_one_matrix(model):
     with torch.no_grad():
         layer = model.encoder.layer[0]
-        x = torch.randn(5, 96)
-        inner = layer.temporal_attention.output.dense(x)
+        x = torch.randn(5, 7, 96)
+        attention = layer.temporal_attention
+        inner = attention.mix(*attention.project(x))  # the output projection is in it
         expected = layer.temporal_attention_gating.tanh() * layer.temporal_dense(inner)
-        assert torch.allclose(apply(x, fold_temporal(layer).output), expected, atol=1e-4)
+        assert torch.allclose(attend(fold_temporal(layer), x, 4), expected, atol=1e-4)
 
 
 def test_pixel_normalisation_and_position_fold_into_the_patch_embedding(model):
