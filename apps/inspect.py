@@ -39,7 +39,7 @@ def describe(bundle: Bundle) -> dict[str, Any]:
         "background": manifest.labels.background if manifest.labels else None,
         "scores": _scores(bundle),
         "text_graph": manifest.text is not None,
-        "state_key": manifest.state_key(),
+        "state_key": bundle.state_key(),
         "notes": _notes(bundle),
     }
 

@@ -1,8 +1,8 @@
 """Reading StreamFormer checkpoints, in each of the forms in which they are found.
 
 - a folder (or Hugging Face hub id) with `config.json` and `model.safetensors`, sharded or not;
-- a training checkpoint: `.pt` or `.pth` whose `model` entry holds the backbone under `timesformer.`, task heads and the
-  text encoder beside it, with a `config.json` next to it.
+- a training checkpoint: `.pt`, `.pth` or `.bin` whose `model` entry holds the backbone under `timesformer.`, task heads
+  and the text encoder beside it, with a `config.json` next to it.
 
 Every weight is accounted for. Nothing is unpickled except tensors and plain containers.
 """
@@ -13,20 +13,35 @@ import argparse
 import json
 import pickle
 import re
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..runtime.errors import CheckpointError
-from .streamformer import StreamFormer, StreamFormerConfig
+from .streamformer import PatchProjections, StreamFormer, StreamFormerConfig
 
+TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-HEAD_PROJECTIONS = ("w_v.weight", "w_v.bias", "v_proj.weight", "v_proj.bias", "head_layernorm.weight")
 BESIDE_BACKBONE = ("text_encoder.", "task_heads.", "logit_scale", "logit_bias")
+
+
+@dataclass(frozen=True)
+class TaskHead:
+    """A task head of a training checkpoint.
+
+    Attributes:
+        logit_scale: a logarithm; None where the head has none.
+        projections: of a segmentation head; None for the others.
+    """
+
+    logit_scale: float | None
+    logit_bias: float | None
+    projections: PatchProjections | None
 
 
 @dataclass
@@ -35,14 +50,12 @@ class Checkpoint:
 
     Attributes:
         model: the backbone with its weights, in evaluation mode, float32.
-        heads: weights of each task head by its name, keys without the `task_heads.NAME.` prefix. Empty for published
-            checkpoints.
-        origin: where it was read from, for the manifest.
+        heads: task heads by name; empty for published checkpoints.
     """
 
     model: StreamFormer
     origin: str
-    heads: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    heads: dict[str, TaskHead] = field(default_factory=dict)
 
 
 def read_checkpoint(source: str, config: Path | None = None) -> Checkpoint:
@@ -57,18 +70,22 @@ def read_checkpoint(source: str, config: Path | None = None) -> Checkpoint:
     """
     path = Path(source)
     if not path.exists():
-        if path.suffix in (".pt", ".pth", ".safetensors") or not HUB_ID.fullmatch(source):
+        looks_like_a_path = source.startswith((".", "/", "~")) or path.suffix in (*TORCH_SUFFIXES, ".safetensors")
+        if looks_like_a_path or not HUB_ID.fullmatch(source):
             raise CheckpointError(f"{source}: no such checkpoint file or folder")
         path = _download(source)
-    files = _weight_files(path)
+    files = weight_files(path)
+    if any(file.suffix not in (*TORCH_SUFFIXES, ".safetensors") for file in files):
+        raise CheckpointError(f"{path}: not a checkpoint; expected a folder, .safetensors, {', '.join(TORCH_SUFFIXES)}")
     config_path = config or (path if path.is_dir() else path.parent) / "config.json"
-    values = _read_json(config_path, hint="give it with --config" if config is None else "")
+    values = read_json(config_path, hint="give it with --config" if config is None else "")
     sizes = StreamFormerConfig.from_dict(values, str(config_path))
     weights: dict[str, Tensor] = {}
     for file in files:
-        weights.update(_read_weights(file))
+        weights.update(read_weights(file))
     backbone, heads = _split(weights, source)
-    return Checkpoint(_load(sizes, backbone, source), source, heads)
+    task_heads = {name: _task_head(name, sizes, found, source) for name, found in heads.items()}
+    return Checkpoint(_load(sizes, backbone, source), source, task_heads)
 
 
 def _download(hub_id: str) -> Path:
@@ -87,20 +104,27 @@ def _download(hub_id: str) -> Path:
         ) from error
 
 
-def _weight_files(path: Path) -> list[Path]:
+def weight_files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
+    try:
+        entries = sorted(path.iterdir())
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
     if (path / "model.safetensors").is_file():
         return [path / "model.safetensors"]
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        shards = sorted({path / name for name in _read_json(index).get("weight_map", {}).values()})
+        names = read_json(index).get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+            raise CheckpointError(f"{index}: weight_map should map weights to file names")
+        shards = sorted({path / name for name in names.values()})
         for shard in shards:
             if shard.parent != path or not shard.is_file():
                 raise CheckpointError(f"{shard}: missing, but {index} names it as a shard")
         if shards:
             return shards
-    found = sorted(file for file in path.iterdir() if file.suffix in (".pt", ".pth", ".safetensors"))
+    found = [file for file in entries if file.suffix in (*TORCH_SUFFIXES, ".safetensors")]
     if len(found) == 1:
         return found
     names = ", ".join(file.name for file in found) or "none"
@@ -109,7 +133,7 @@ def _weight_files(path: Path) -> list[Path]:
     )
 
 
-def _read_json(path: Path, hint: str = "") -> dict[str, Any]:
+def read_json(path: Path, hint: str = "") -> dict[str, Any]:
     try:
         values = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
@@ -121,7 +145,7 @@ def _read_json(path: Path, hint: str = "") -> dict[str, Any]:
     return values
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -133,14 +157,17 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     try:
         # the reference's training script stores its command-line arguments too
         with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            # files from before PyTorch 1.6 are no zip archives and cannot be mapped
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{path}: refused, a pickle that holds more than weights ({reason})") from None
-    except (RuntimeError, OSError, EOFError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path}: damaged, truncated or not a PyTorch checkpoint ({reason})") from None
-    weights = content.get("model", content) if isinstance(content, dict) else content
+        found = re.search(r"(?:GLOBAL|global:?) ([\w.]+)", str(error))
+        what = f"it names {found[1]}" if found else "it is not PyTorch's"
+        raise CheckpointError(f"{path}: refused, a pickle that holds more than weights ({what})") from None
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError):
+        raise CheckpointError(f"{path}: damaged, truncated or not a PyTorch checkpoint") from None
+    weights = content
+    if isinstance(content, dict):  # "module" is what DeepSpeed calls it
+        weights = content.get("model", content.get("module", content))
     if not isinstance(weights, dict) or not any(isinstance(value, Tensor) for value in weights.values()):
         raise CheckpointError(f"{path}: expected weights under the key 'model', found {_describe(content)}")
     return {str(key): value for key, value in weights.items() if isinstance(value, Tensor)}
@@ -170,7 +197,7 @@ def _split(weights: dict[str, Tensor], where: str) -> tuple[dict[str, Tensor], d
         elif not key.startswith(BESIDE_BACKBONE):
             strays.append(key)
     if strays:
-        raise CheckpointError(f"{where}: unexpected keys beside the backbone: {_listing(strays)}")
+        raise CheckpointError(f"{where}: unexpected keys beside the backbone: {listing(strays)}")
     return backbone, heads
 
 
@@ -179,29 +206,50 @@ def _load(config: StreamFormerConfig, weights: dict[str, Tensor], where: str) ->
     ranks = {value.shape[0] for key, value in weights.items() if key.endswith("_lora_a.weight")}
     with torch.device("meta"):
         model = StreamFormer(config, lora_rank=max(ranks, default=0))
-    expected = model.state_dict()
+    _fill(model, weights, where)
+    return model.eval()
+
+
+def _task_head(name: str, config: StreamFormerConfig, weights: dict[str, Tensor], where: str) -> TaskHead:
+    numbers: dict[str, float] = {}
+    for key in ("logit_scale", "logit_bias"):
+        if (value := weights.pop(key, None)) is not None:
+            if value.numel() != 1:
+                shape = list(value.shape)
+                raise CheckpointError(f"{where}: task_heads.{name}.{key} has shape {shape}; expected one number")
+            numbers[key] = float(value)
+    if not weights:
+        return TaskHead(numbers.get("logit_scale"), numbers.get("logit_bias"), None)
+    with torch.device("meta"):
+        projections = PatchProjections(config)
+    _fill(projections, weights, f"{where}: task head {name}")
+    return TaskHead(numbers.get("logit_scale"), numbers.get("logit_bias"), projections.eval())
+
+
+def _fill(module: nn.Module, weights: dict[str, Tensor], where: str) -> None:
+    """Load weights into a module, every one accounted for, as float32."""
+    expected = module.state_dict()
     problems = []
     if missing := [key for key in expected if key not in weights]:
-        problems.append(f"missing {_listing(missing)}")
+        problems.append(f"missing {listing(missing)}")
     if unexpected := [key for key in weights if key not in expected]:
-        problems.append(f"unexpected {_listing(unexpected)}")
-    if misshaped := list(_misshaped(expected, weights)):
-        problems.append(f"wrong shape {_listing(misshaped)}")
+        problems.append(f"unexpected {listing(unexpected)}")
+    if wrong := list(misshaped(expected, weights)):
+        problems.append(f"wrong shape {listing(wrong)}")
     if problems:
         raise CheckpointError(f"{where}: the weights do not fit the config: " + "; ".join(problems))
     weights = {key: value.to(torch.float32) for key, value in weights.items()}
     if bad := [key for key, value in weights.items() if not value.isfinite().all()]:
-        raise CheckpointError(f"{where}: NaN or infinity in {_listing(bad)}")
-    model.load_state_dict(weights, assign=True)
-    return model.eval()
+        raise CheckpointError(f"{where}: NaN or infinity in {listing(bad)}")
+    module.load_state_dict(weights, assign=True)
 
 
-def _misshaped(expected: dict[str, Tensor], weights: dict[str, Tensor]) -> Iterator[str]:
+def misshaped(expected: dict[str, Tensor], weights: dict[str, Tensor]) -> Iterator[str]:
     for key, value in expected.items():
         if key in weights and weights[key].shape != value.shape:
             yield f"{key} (expected {list(value.shape)}, found {list(weights[key].shape)})"
 
 
-def _listing(keys: list[str], most: int = 20) -> str:
+def listing(keys: list[str], most: int = 20) -> str:
     rest = f" and {len(keys) - most} more" if len(keys) > most else ""
     return ", ".join(keys[:most]) + rest

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from .. import __version__
 from ..runtime.bundle import (
@@ -21,11 +23,13 @@ from ..runtime.bundle import (
     Scoring,
 )
 from ..runtime.errors import CheckpointError, FramestepError
-from .checkpoint import Checkpoint
+from ..runtime.labels import read_label_embeddings
+from .checkpoint import Checkpoint, TaskHead
 from .graph import ACTIVATIONS, GraphBuilder, WeightFile
 from .labelling import LabelOptions, write_labels
+from .streamformer import PatchProjections, StreamFormer
 from .streamformer_graph import (
-    has_own_projections,
+    interpolate_positions,
     write_backbone,
     write_label_graph,
     write_patch_label_graph,
@@ -72,7 +76,7 @@ def export_streamformer(
     path: Path,
     options: ExportOptions,
     labels: LabelOptions | None = None,
-    replace: bool = False,
+    force: bool = False,
 ) -> ExportReport:
     """Write a bundle, replay frames through PyTorch and through the bundle, and keep it only if they agree.
 
@@ -88,7 +92,9 @@ def export_streamformer(
     _check_options(checkpoint, options, window, image_size)
     grid = (image_size[0] // config.patch_size, image_size[1] // config.patch_size)
     head = checkpoint.heads[options.head] if options.head else None
-    with BundleWriter(path, replace) as writer:
+    if labels is not None:
+        labels.check(has_text_graph=False)
+    with BundleWriter(path, force) as writer:
         folder = writer.folder
         backbone_weights, label_weights = WeightFile(folder / "backbone.bin"), WeightFile(folder / "label.bin")
         builder = GraphBuilder("backbone", backbone_weights)
@@ -98,8 +104,7 @@ def export_streamformer(
         label = write_label_graph(config, builder, "label.onnx")
         builder.save(folder / "label.onnx")
         builder = GraphBuilder("patch_label", label_weights, shared=[backbone_weights])
-        own = head if head is not None and has_own_projections(head) else None
-        patch_label = write_patch_label_graph(model, own, grid, builder, "patch_label.onnx")
+        patch_label = write_patch_label_graph(model, head, grid, builder, "patch_label.onnx")
         builder.save(folder / "patch_label.onnx")
         backbone_weights.close()
         label_weights.close()
@@ -119,7 +124,7 @@ def export_streamformer(
         if labels is not None:
             manifest = write_labels(folder, manifest, labels)
         writer.finish(manifest)
-        difference, frames = replay(checkpoint, Bundle.open(folder, verify=False), window)
+        difference, frames = replay(checkpoint, Bundle.open(folder, verify=False), head)
         if not difference <= AGREEMENT:
             raise FramestepError(
                 f"{path}: not kept, the bundle differs from PyTorch by {difference:.2e} over {frames} frames"
@@ -128,40 +133,61 @@ def export_streamformer(
     return ExportReport(path, difference, frames)
 
 
-def replay(checkpoint: Checkpoint, bundle: Bundle, window: int) -> tuple[float, int]:
+def replay(checkpoint: Checkpoint, bundle: Bundle, head: TaskHead | None = None) -> tuple[float, int]:
     """Step random frames through PyTorch, with a growing cache, and through the bundle.
 
-    The ring fills up and wraps where the window is at most 22 frames.
+    The ring fills up and wraps where the window is at most 22 frames. Where the bundle has labels, scores are compared
+    too.
 
     Returns:
-        The largest absolute difference of features and pooled, and the number of frames.
+        The largest absolute difference of any output, and the number of frames.
     """
     from ..runtime.session import Session
 
-    frame = bundle.manifest.frame
+    manifest = bundle.manifest
+    window = manifest.states[0].capacity
     frames = min(window + 2, 24)
     generator = np.random.default_rng(0)
     largest = 0.0
-    model = _at_size(checkpoint, (frame.height, frame.width))
+    model = _at_size(checkpoint, (manifest.frame.height, manifest.frame.width))
+    labelled = ("scores", "patch_scores") if manifest.labels else ()
     cache = None
-    with Session(bundle, outputs=("features", "pooled")) as session, torch.inference_mode():
+    with Session(bundle, outputs=("features", "pooled", *labelled)) as session, torch.inference_mode():
         stream = session.open_stream()
         for index in range(frames):
-            rgb = generator.integers(0, 256, (frame.height, frame.width, 3), np.uint8)
+            rgb = generator.integers(0, 256, (manifest.frame.height, manifest.frame.width, 3), np.uint8)
             result = stream.step(rgb)
             features, pooled, cache = model(torch.from_numpy(rgb)[None, None], cache, window, index)
-            for name, expected in (("features", features[0, 0]), ("pooled", pooled[0, 0])):
-                largest = max(largest, float(np.abs(result[name] - expected.numpy()).max()))
+            expected = {"features": features[0, 0], "pooled": pooled[0, 0]}
+            if labelled:
+                expected |= _scores(checkpoint, head, bundle, features[0, 0], pooled[0, 0])
+            for name, value in expected.items():
+                largest = max(largest, float(np.abs(result[name] - value.numpy()).max()))
     return largest, frames
+
+
+def _scores(
+    checkpoint: Checkpoint, head: TaskHead | None, bundle: Bundle, features: Tensor, pooled: Tensor
+) -> dict[str, Tensor]:
+    """The scores of a frame, by the modules of PyTorch."""
+    manifest, model = bundle.manifest, checkpoint.model
+    assert manifest.labels is not None
+    assert manifest.scoring is not None
+    assert manifest.grid is not None
+    rows = read_label_embeddings(bundle.file(manifest.labels.file), len(manifest.labels.names))
+    text, patch_text = (torch.tensor(array) for array in rows)
+    projections = head.projections if head is not None else None
+    patches = (projections or PatchProjections.of_pooling(model.head, model.config))(features)
+    scale, bias = torch.tensor(manifest.scoring.logit_scale).exp(), manifest.scoring.logit_bias
+    patch_scores = torch.sigmoid(scale * (F.normalize(patches, dim=-1) @ patch_text.T) + bias)
+    return {
+        "scores": torch.sigmoid(scale * (text @ F.normalize(pooled, dim=0)) + bias),
+        "patch_scores": patch_scores.T.unflatten(1, manifest.grid),
+    }
 
 
 def _at_size(checkpoint: Checkpoint, image_size: tuple[int, int]) -> torch.nn.Module:
     """The PyTorch model for another image size."""
-    from dataclasses import replace
-
-    from .streamformer import StreamFormer
-    from .streamformer_graph import interpolate_positions
-
     model = checkpoint.model
     if image_size == model.config.image_size:
         return model
@@ -195,10 +221,9 @@ def _check_options(checkpoint: Checkpoint, options: ExportOptions, window: int, 
         raise CheckpointError(f"--head: '{options.head}' is not in the checkpoint; it has {known}")
 
 
-def _head_scoring(name: str | None, head: dict[str, torch.Tensor] | None) -> Scoring | None:
+def _head_scoring(name: str | None, head: TaskHead | None) -> Scoring | None:
     if name is None or head is None:
         return None
-    missing = [key for key in ("logit_scale", "logit_bias") if key not in head]
-    if missing:
-        raise CheckpointError(f"--head: '{name}' has no {' and no '.join(missing)}; it cannot score labels")
-    return Scoring(float(head["logit_scale"]), float(head["logit_bias"]), name, calibrated=True)
+    if head.logit_scale is None or head.logit_bias is None:
+        raise CheckpointError(f"--head: '{name}' has no logit_scale and logit_bias; it cannot score labels")
+    return Scoring(head.logit_scale, head.logit_bias, name, calibrated=True)

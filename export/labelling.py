@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..runtime.bundle import Bundle, Graph, Labels, Manifest, Port, Scoring, Text, file_entry
-from ..runtime.errors import BundleError, CheckpointError
+from ..runtime.errors import BundleError, CheckpointError, OutputError
 from ..runtime.labels import label_bytes
 from ..runtime.text import ACTION_TEMPLATES, PATCH_TEMPLATES, LabelError, TextEncoder
 
@@ -39,6 +40,15 @@ class LabelOptions:
     background: str | None = None
     text_graph: bool = False
 
+    def check(self, has_text_graph: bool) -> None:
+        """Raise LabelError where the options do not go together."""
+        if self.text_embeddings is not None and (self.text_model is not None or self.text_graph or self.templates):
+            raise LabelError("--text-embeddings: cannot be combined with --text-model, --text-graph or --template")
+        if self.text_model is None and self.text_graph:
+            raise LabelError("--text-graph: give the SigLIP model that it is made from with --text-model")
+        if self.text_model is None and self.text_embeddings is None and not has_text_graph:
+            raise LabelError("--labels: needs --text-model or --text-embeddings, for the bundle has no text graph")
+
     def names(self) -> tuple[str, ...]:
         names = tuple(self.labels)
         return names if self.background is None or self.background in names else (*names, self.background)
@@ -55,11 +65,19 @@ def label_bundle(bundle: Bundle, options: LabelOptions) -> Bundle:
         BundleError: no text model given, and the bundle has no text graph.
     """
     old = bundle.manifest
-    manifest = write_labels(bundle.path, old, options)
-    written = {name: file_entry(bundle.path / name) for name in _label_files(manifest)}
-    stale = set(_label_files(old)) - set(written)
-    kept = {name: entry for name, entry in old.files.items() if name not in stale}
-    bundle = bundle.rewrite_manifest(replace(manifest, files={**kept, **written}))
+    try:
+        before = set(bundle.path.iterdir())
+        manifest = write_labels(bundle.path, old, options)
+        written = {name: file_entry(bundle.path / name) for name in _label_files(manifest)}
+        stale = set(_label_files(old)) - set(written)
+        kept = {name: entry for name, entry in old.files.items() if name not in stale}
+        bundle = bundle.rewrite_manifest(replace(manifest, files={**kept, **written}))
+    except BaseException as error:
+        for file in set(bundle.path.iterdir()) - before:  # the old manifest names none of them
+            file.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OutputError(f"{bundle.path}: cannot be written: {error.strerror or error}") from None
+        raise
     for name in stale:
         bundle.file(name).unlink(missing_ok=True)
     return bundle
@@ -67,14 +85,13 @@ def label_bundle(bundle: Bundle, options: LabelOptions) -> Bundle:
 
 def write_labels(folder: Path, manifest: Manifest, options: LabelOptions) -> Manifest:
     """Write label embeddings (and the text graph) into `folder`, and return the manifest that names them."""
+    options.check(has_text_graph=manifest.text is not None)
     names = options.names()
     templates = tuple(options.templates) or (manifest.text.templates if manifest.text else ACTION_TEMPLATES)
     hidden = _hidden_size(manifest)
     scoring = manifest.scoring
     embeddings: tuple[np.ndarray, np.ndarray] | None = None
     if options.text_embeddings is not None:
-        if options.text_model is not None or options.text_graph:
-            raise LabelError("--text-embeddings cannot be combined with --text-model or --text-graph; give one")
         from .text import read_text_embeddings
 
         ready = read_text_embeddings(options.text_embeddings, len(names), hidden)
@@ -94,15 +111,11 @@ def write_labels(folder: Path, manifest: Manifest, options: LabelOptions) -> Man
             embeddings = (embed_labels(model, names, templates), embed_labels(model, names, PATCH_TEMPLATES))
         if options.text_graph:
             manifest = _write_text(folder, manifest, model, templates)
-    elif manifest.text is not None:
+    else:
+        assert manifest.text is not None
         text = manifest.text
         encoder = TextEncoder(folder / manifest.graphs[text.graph].file, folder / text.tokenizer, text.length)
         embeddings = (encoder.embed(names, templates), encoder.embed(names, text.patch_templates))
-    else:
-        raise BundleError(
-            f"{folder}: labels need --text-model or --text-embeddings, for the bundle has no text graph"
-            " (export with --text-graph to have one)"
-        )
     manifest = replace(manifest, scoring=scoring)
     if embeddings is None:
         return manifest
@@ -115,15 +128,17 @@ def write_labels(folder: Path, manifest: Manifest, options: LabelOptions) -> Man
 def _write_text(folder: Path, manifest: Manifest, model: TextModel, templates: tuple[str, ...]) -> Manifest:
     from .text import compare_text_graph, write_text_graph, write_tokenizer
 
-    write_text_graph(model, folder / "text.onnx")
-    write_tokenizer(model, folder / "tokenizer.json")
-    compare_text_graph(model, folder / "text.onnx", folder / "tokenizer.json")
+    mark = secrets.token_hex(4)  # names that no earlier manifest has: until the new one is in place, the old is whole
+    graph_file, tokenizer = f"text-{mark}.onnx", f"tokenizer-{mark}.json"
+    write_text_graph(model, folder / graph_file)
+    write_tokenizer(model, folder / tokenizer)
+    compare_text_graph(model, folder / graph_file, folder / tokenizer)
     graph = Graph(
-        "text.onnx",
+        graph_file,
         (Port("input_ids", "input_ids", "int64", ("B", model.length)),),
         (Port("text_features", "output", "float32", ("B", model.dim)),),
     )
-    text = Text("text", "tokenizer.json", model.length, templates, PATCH_TEMPLATES)
+    text = Text("text", tokenizer, model.length, templates, PATCH_TEMPLATES)
     return replace(manifest, graphs={**manifest.graphs, "text": graph}, text=text)
 
 
@@ -135,8 +150,8 @@ def _scoring(known: Scoring | None, scale: float | None, bias: float | None, sou
         if known is not None:
             return known
         raise LabelError(
-            f"{source}: has no logit_scale and logit_bias;"
-            " give a whole SigLIP model, or --head of a training checkpoint"
+            f"{source}: has no logit_scale and logit_bias; add them to it, give a whole SigLIP model,"
+            " or --head of a training checkpoint"
         )
     return Scoring(scale, bias, None, calibrated=False)
 
@@ -153,5 +168,6 @@ def _label_files(manifest: Manifest) -> list[str]:
     """Files that labelling writes."""
     files = [manifest.labels.file] if manifest.labels else []
     if manifest.text is not None:
-        files += ["text.onnx", "text.bin", manifest.text.tokenizer]
+        graph = manifest.graphs[manifest.text.graph].file
+        files += [graph, str(Path(graph).with_suffix(".bin")), manifest.text.tokenizer]
     return files

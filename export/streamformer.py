@@ -61,10 +61,11 @@ class StreamFormerConfig:
         Raises:
             CheckpointError: another architecture, or sizes that do not fit together.
         """
-        names = [*(values.get("architectures") or []), str(values.get("model_type", ""))]
+        found = values.get("architectures") or []
+        names = [*map(str, found if isinstance(found, list) else [found]), str(values.get("model_type", ""))]
         if not any("timesformer" in name.lower() or "streamformer" in name.lower() for name in names):
-            found = next((name for name in names if name), "no architecture")
-            raise CheckpointError(f"{where}: expected a StreamFormer (model_type 'timesformer'), found {found}")
+            other = next((name for name in names if name), "no architecture")
+            raise CheckpointError(f"{where}: expected a StreamFormer (model_type 'timesformer'), found {other}")
         kind = values.get("attention_type", "divided_space_time")
         if kind != "divided_space_time":
             raise CheckpointError(
@@ -79,18 +80,25 @@ class StreamFormerConfig:
         known = {field.name for field in fields(cls)}
         chosen = {key: value for key, value in values.items() if key in known}
         size = chosen.get("image_size", 224)
-        chosen["image_size"] = tuple(size) if isinstance(size, list | tuple) else (size, size)
-        for key in ("patch_size", "num_frames", "hidden_size", "num_hidden_layers", "num_attention_heads"):
+        chosen["image_size"] = tuple(size) if isinstance(size, list | tuple) and len(size) == 2 else (size, size)
+        for key in ("patch_size", "num_frames", "hidden_size", "num_hidden_layers", "num_attention_heads",
+                    "intermediate_size", "image_size"):  # fmt: skip
             value = chosen.get(key, 1)
-            if not isinstance(value, int) or value < 1:
-                raise CheckpointError(f"{where}: {key} is {value!r}; expected a positive integer")
+            numbers = value if key == "image_size" else (value,)
+            if not all(type(number) is int and number > 0 for number in numbers):
+                raise CheckpointError(f"{where}: {key} is {values.get(key)!r}; expected a positive integer")
+        epsilon = chosen.get("layer_norm_eps", 1e-6)
+        if not isinstance(epsilon, float | int) or not 0 < epsilon < 1:
+            raise CheckpointError(f"{where}: layer_norm_eps is {epsilon!r}; expected a small number above 0")
+        if not isinstance(chosen.get("qkv_bias", True), bool):
+            raise CheckpointError(f"{where}: qkv_bias is {chosen['qkv_bias']!r}; expected true or false")
         config = cls(**chosen)
         if config.hidden_size % config.num_attention_heads:
             raise CheckpointError(
                 f"{where}: hidden_size {config.hidden_size} is not a multiple of"
                 f" num_attention_heads {config.num_attention_heads}"
             )
-        if config.hidden_act not in ACT2FN:
+        if not isinstance(config.hidden_act, str) or config.hidden_act not in ACT2FN:
             raise CheckpointError(f"{where}: hidden_act '{config.hidden_act}' is unknown to transformers")
         return config
 
@@ -162,7 +170,7 @@ class Embeddings(nn.Module):
         pixels = (frames.flatten(0, 1).permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.5  # [S * T, 3, h, w]
         x = self.patch_embeddings.projection(pixels).flatten(2).transpose(1, 2)  # [S * T, N, D]
         x = (x + self.position_embeddings).unflatten(0, (S, T))
-        # beyond the trained length the reference interpolates with mode 'nearest', which gives the last embedding
+        # what the reference's stepping code means by interpolating with 'nearest' beyond the trained length
         times = torch.arange(position, position + T).clamp(max=self.time_embeddings.shape[1] - 1)
         return x + self.time_embeddings[0, times][:, None]
 
@@ -264,6 +272,37 @@ class PoolingHead(nn.Module):
         probe = self.probe.expand(features.shape[0], -1, -1)
         x = self.attention(probe, features, features, need_weights=False)[0][:, 0]
         return x + self.mlp.fc2(self.act(self.mlp.fc1(self.layernorm(x))))
+
+
+class PatchProjections(nn.Module):
+    """What a segmentation head of the reference sends every patch through; copies of parts of the pooling head."""
+
+    def __init__(self, config: StreamFormerConfig) -> None:
+        super().__init__()
+        D = config.hidden_size
+        self.w_v = nn.Linear(D, D)
+        self.v_proj = nn.Linear(D, D)
+        self.head_layernorm = nn.LayerNorm(D, eps=config.layer_norm_eps)
+        self.head_mlp = nn.Module()
+        self.head_mlp.fc1 = nn.Linear(D, config.intermediate_size)
+        self.head_mlp.fc2 = nn.Linear(config.intermediate_size, D)
+        self.act = ACT2FN[config.hidden_act]
+
+    def forward(self, features: Tensor) -> Tensor:
+        """features [..., N, D] -> [..., N, D]"""
+        x = self.v_proj(self.w_v(features))
+        return x + self.head_mlp.fc2(self.act(self.head_mlp.fc1(self.head_layernorm(x))))
+
+    @classmethod
+    def of_pooling(cls, head: PoolingHead, config: StreamFormerConfig) -> PatchProjections:
+        """Those of the pooling head itself, for checkpoints without a segmentation head."""
+        made = cls(config)
+        D = config.hidden_size
+        with torch.no_grad():
+            made.w_v.weight.copy_(head.attention.in_proj_weight[2 * D :])
+            made.w_v.bias.copy_(head.attention.in_proj_bias[2 * D :])
+        made.v_proj, made.head_layernorm, made.head_mlp = head.attention.out_proj, head.layernorm, head.mlp
+        return made
 
 
 BASE = StreamFormerConfig(hidden_act="gelu_pytorch_tanh")

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..runtime.bundle import STREAMS, Graph, Port, State, StateUse
 from ..runtime.errors import CheckpointError
-from .checkpoint import HEAD_PROJECTIONS
+from .checkpoint import TaskHead
 from .graph import GraphBuilder
 from .streamformer import Attention, Layer, StreamFormer, StreamFormerConfig
 
@@ -220,14 +220,14 @@ def write_label_graph(config: StreamFormerConfig, builder: GraphBuilder, file: s
 
 
 def write_patch_label_graph(
-    model: StreamFormer, head: dict[str, Tensor] | None, grid: tuple[int, int], builder: GraphBuilder, file: str
+    model: StreamFormer, head: TaskHead | None, grid: tuple[int, int], builder: GraphBuilder, file: str
 ) -> Graph:
     """Scores of every patch, projected as the reference's segmentation heads do.
 
     A patch goes through the pooling attention's value and output projections, then its layer norm and MLP residually.
 
     Args:
-        head: weights of a task head that has its own projections; otherwise the pooling head's are taken.
+        head: a task head; where it has no projections of its own, or is None, the pooling head's are taken.
     """
     config = model.config
     D, N = config.hidden_size, grid[0] * grid[1]
@@ -235,19 +235,14 @@ def write_patch_label_graph(
     with torch.no_grad():
         features = g.input("features", "float32", [STREAMS, N, D])
         pooling = model.head
-        if head is None:
+        if head is None or head.projections is None:
             folded = fold_pooling(pooling.attention)
             value, output = folded.value, folded.output
             norm, fc1, fc2, prefix = pooling.layernorm, pooling.mlp.fc1, pooling.mlp.fc2, "pooling"
         else:
-            value = _linear(head["w_v.weight"], head["w_v.bias"])
-            output = _linear(head["v_proj.weight"], head["v_proj.bias"])
-            norm = nn.LayerNorm(D, eps=config.layer_norm_eps)
-            norm.load_state_dict(_under(head, "head_layernorm."))
-            fc1, fc2 = nn.Linear(D, config.intermediate_size), nn.Linear(config.intermediate_size, D)
-            fc1.load_state_dict(_under(head, "head_mlp.fc1."))
-            fc2.load_state_dict(_under(head, "head_mlp.fc2."))
-            prefix = "head"
+            own, prefix = head.projections, "head"
+            value, output = _linear(own.w_v.weight, own.w_v.bias), _linear(own.v_proj.weight, own.v_proj.bias)
+            norm, fc1, fc2 = own.head_layernorm, own.head_mlp.fc1, own.head_mlp.fc2
         x = _apply(g, features, f"{prefix}.value", value)
         x = _apply(g, x, f"{prefix}.output", output)
         h = _norm(g, x, f"{prefix}.norm", norm)
@@ -258,11 +253,6 @@ def write_patch_label_graph(
         g.output(scores, "patch_scores", "float32", [STREAMS, "C", *grid])
     ports = (Port("features", "output", "float32", (STREAMS, N, D)), *_label_ports("patch_text_embeddings", D))
     return Graph(file, ports, (Port("patch_scores", "output", "float32", (STREAMS, "C", *grid)),))
-
-
-def has_own_projections(head: dict[str, Tensor]) -> bool:
-    """Whether a task head brings the projections of its patches along."""
-    return all(name in head for name in HEAD_PROJECTIONS)
 
 
 def _score(g: GraphBuilder, x: str, embeddings: str, hidden: int) -> str:
@@ -328,7 +318,3 @@ def _linear(weight: Tensor, bias: Tensor | None) -> Linear:
 
 def _array(tensor: Tensor) -> Array:
     return np.ascontiguousarray(tensor.detach().to(torch.float32).numpy())
-
-
-def _under(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {key.removeprefix(prefix): value.float() for key, value in weights.items() if key.startswith(prefix)}

@@ -142,7 +142,7 @@ def load_text_model(source: str) -> TextModel:
         CheckpointError: nothing there, another architecture, weights that do not fit the config, or a
             tokenizer that does not fit the weights.
     """
-    from .checkpoint import HUB_ID, _read_json, _read_weights, _weight_files
+    from .checkpoint import HUB_ID, read_json, read_weights, weight_files
 
     folder = Path(source)
     if not folder.exists():
@@ -151,10 +151,10 @@ def load_text_model(source: str) -> TextModel:
         folder = _download(source)
     elif not folder.is_dir():
         raise CheckpointError(f"{source}: expected the folder of a SigLIP model, found a file")
-    config = _text_config(_read_json(folder / "config.json"), folder / "config.json")
+    config = _text_config(read_json(folder / "config.json"), folder / "config.json")
     weights: dict[str, Tensor] = {}
-    for file in _weight_files(folder):
-        weights.update(_read_weights(file))
+    for file in weight_files(folder):
+        weights.update(read_weights(file))
     scale, bias = (
         float(weights.pop(key).float().reshape(-1)[0]) if key in weights else None
         for key in ("logit_scale", "logit_bias")
@@ -338,7 +338,7 @@ def _load_tower(config: Any, weights: dict[str, Tensor], where: str) -> Any:
     import torch
     from transformers import SiglipTextModel
 
-    from .checkpoint import _listing, _misshaped
+    from .checkpoint import listing, misshaped
 
     try:
         tower: Any = SiglipTextModel(config)
@@ -353,15 +353,15 @@ def _load_tower(config: Any, weights: dict[str, Tensor], where: str) -> Any:
     }
     problems = []
     if missing := [name for name in expected if name not in given]:
-        problems.append(f"missing {_listing(missing)}")
+        problems.append(f"missing {listing(missing)}")
     if unexpected := [name for name in given if name not in expected]:
-        problems.append(f"unexpected {_listing(unexpected)}")
-    if misshaped := list(_misshaped(expected, given)):
-        problems.append(f"wrong shape {_listing(misshaped)}")
+        problems.append(f"unexpected {listing(unexpected)}")
+    if wrong := list(misshaped(expected, given)):
+        problems.append(f"wrong shape {listing(wrong)}")
     if problems:
         raise CheckpointError(f"{where}: the text tower does not fit its config: " + "; ".join(problems))
     if bad := [name for name, value in given.items() if not value.isfinite().all()]:
-        raise CheckpointError(f"{where}: NaN or infinity in {_listing(bad)}")
+        raise CheckpointError(f"{where}: NaN or infinity in {listing(bad)}")
     tower.load_state_dict({names[name]: value.to(torch.float32) for name, value in given.items()}, assign=True)
     return tower.float().eval()
 

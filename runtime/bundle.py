@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+import weakref
+from collections.abc import Container, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -27,7 +29,23 @@ MANIFEST = "manifest.json"
 STREAMS = "S"  # the symbol of the dynamic streams axis in shapes
 LABEL_ROLES = ("text_embeddings", "patch_text_embeddings", "logit_scale", "logit_bias")
 ROLES = ("frame", "position", "output", *LABEL_ROLES, "input_ids")
+STREAM_ROLES = ("frame", "position", "output")  # inputs with a row for each stream
 DTYPES = ("uint8", "int64", "int32", "bool", "float32", "float16", "int8")
+STATE_DTYPES = {"float32": 4, "float16": 2, "int8": 1}  # bytes of a number
+SYMBOLS = (STREAMS, "C", "B")
+RESIZES = ("crop", "stretch", "letterbox")
+MAX_SIDE = 1 << 14  # pixels
+MAX_EXTENT = 1 << 31
+MAX_STATE_BYTES = 1 << 38
+
+
+def _read_umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+UMASK = _read_umask()  # once, at import: to read it is to change it for a moment
 
 
 @dataclass(frozen=True)
@@ -90,7 +108,7 @@ class State:
     dtype: str
 
     def bytes_per_stream(self) -> int:
-        size = {"float32": 4, "float16": 2, "int8": 1}[self.dtype]
+        size = STATE_DTYPES[self.dtype]
         for extent in self.shape[1:]:
             size *= int(extent)
         return size
@@ -165,6 +183,14 @@ class FileEntry:
 
 
 @dataclass(frozen=True)
+class Variant:
+    """The same model in another precision: graphs that stand in for those of the same name, and all its states."""
+
+    graphs: dict[str, Graph]
+    states: tuple[State, ...]
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The contract of a bundle; see `docs/design.md`."""
 
@@ -182,23 +208,26 @@ class Manifest:
     labels: Labels | None = None
     text: Text | None = None
     files: dict[str, FileEntry] = field(default_factory=dict)
+    variants: dict[str, Variant] = field(default_factory=dict)
 
-    def state_key(self) -> str:
-        """Identifies what a saved state fits: state schema, files of the graphs that touch it, precision."""
-        used: set[str] = set()
-        for graph in self.graphs.values():
-            if graph.states:
-                used.update(name for name in self.files if name == graph.file or name == _weights(graph.file))
-        parts = {
-            "states": to_json(self.states),
-            "files": {name: self.files[name].sha256 for name in sorted(used)},
-            "precision": self.precision,
-        }
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """What `at` takes; the bundle's own first."""
+        return (self.precision, *self.variants)
 
+    def at(self, precision: str) -> Manifest:
+        """The manifest of one precision, without variants.
 
-def _weights(graph_file: str) -> str:
-    return str(PurePosixPath(graph_file).with_suffix(".bin"))
+        Raises:
+            BundleError: the bundle does not have it.
+        """
+        if precision == self.precision:
+            return replace(self, variants={})
+        if precision not in self.variants:
+            raise BundleError(f"precision '{precision}' is not in this bundle; it has {', '.join(self.precisions)}")
+        variant = self.variants[precision]
+        graphs = {**self.graphs, **variant.graphs}
+        return replace(self, precision=precision, graphs=graphs, states=variant.states, variants={})
 
 
 @dataclass(frozen=True)
@@ -231,6 +260,24 @@ class Bundle:
     def bytes_per_stream(self) -> int:
         return sum(state.bytes_per_stream() for state in self.manifest.states)
 
+    def state_key(self) -> str:
+        """Identifies what a saved state fits: state schema, every file that a graph with states reads, precision.
+
+        The SHA-256 of a JSON object with sorted keys and no spaces; `docs/design.md` spells it out.
+        """
+        manifest = self.manifest
+        used: set[str] = set()
+        for graph in manifest.graphs.values():
+            if graph.states:
+                used |= {graph.file, *external_files(self.path / graph.file)}
+        parts = {
+            "states": to_json(manifest.states),
+            "files": {name: manifest.files[name].sha256 for name in used},
+            "precision": manifest.precision,
+        }
+        text = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+
     def rewrite_manifest(self, manifest: Manifest) -> Bundle:
         """Replace the manifest in one step; a reader sees the old one or the new one."""
         _write_json(self.path / MANIFEST, manifest)
@@ -253,7 +300,8 @@ class Bundle:
             size = file.stat().st_size
             if size != entry.bytes:
                 raise BundleError(f"{file}: expected {entry.bytes} bytes, found {size}; export the bundle again")
-        for graph_name, graph in manifest.graphs.items():
+        graphs = [pair for precision in manifest.precisions for pair in manifest.at(precision).graphs.items()]
+        for graph_name, graph in graphs:
             for location in external_files(self.path / graph.file):
                 if location not in manifest.files:
                     raise BundleError(
@@ -273,9 +321,12 @@ class Bundle:
 
 def file_entry(path: Path) -> FileEntry:
     """Size and SHA-256 of a file."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return FileEntry(path.stat().st_size, digest)
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return FileEntry(path.stat().st_size, digest)
+    except OSError as error:
+        raise BundleError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 class BundleWriter:
@@ -288,14 +339,18 @@ class BundleWriter:
 
     def __init__(self, path: str | os.PathLike[str], replace: bool = False) -> None:
         self.path = Path(path)
+        if self.path.is_symlink():  # replace what it points to, not the link
+            self.path = self.path.resolve()
         if self.path.exists():
             if not replace:
                 raise OutputError(f"{self.path}: exists already; choose another name or give --force to replace it")
             if not (self.path / MANIFEST).is_file():
                 raise OutputError(f"{self.path}: exists and is not a bundle; it is not replaced")
+        self.folder = self.path.parent / f".{self.path.name}.partial-{secrets.token_hex(4)}"
+        # first the promise to remove it, also at the interpreter's exit, then the folder
+        weakref.finalize(self, shutil.rmtree, self.folder, True)
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.folder = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.partial-", dir=self.path.parent))
+            self.folder.mkdir(parents=True)
         except OSError as error:
             raise OutputError(f"{self.path}: cannot be written: {error.strerror}") from None
 
@@ -317,12 +372,26 @@ class BundleWriter:
             if isinstance(error, OSError):
                 raise OutputError(f"{self.path}: cannot be written: {error.strerror or error}") from error
             return
-        self.folder.chmod(0o777 & ~_umask())
-        old = self.folder.with_suffix(".old")
-        if self.path.exists():
-            self.path.rename(old)
-        self.folder.rename(self.path)
-        shutil.rmtree(old, ignore_errors=True)
+        try:
+            self._put_in_place()
+        except OSError as failure:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            raise OutputError(f"{self.path}: cannot be written: {failure.strerror or failure}") from None
+
+    def _put_in_place(self) -> None:
+        if not self.path.exists():
+            self.folder.rename(self.path)
+            return
+        aside = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.old-", dir=self.path.parent))
+        try:
+            self.path.rename(aside / "bundle")
+            try:
+                self.folder.rename(self.path)
+            except BaseException:
+                (aside / "bundle").rename(self.path)
+                raise
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def _read_manifest(folder: Path) -> Manifest:
@@ -331,9 +400,11 @@ def _read_manifest(folder: Path) -> Manifest:
         raise BundleError(f"{folder}: no such bundle")
     try:
         values = json.loads(path.read_text("utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+    except NotADirectoryError:
+        raise BundleError(f"{folder}: is a file; give the bundle's folder") from None
+    except FileNotFoundError:
         raise BundleError(f"{folder}: not a bundle, {MANIFEST} is missing") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BundleError(f"{path}: cannot be read as JSON: {error}") from None
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise BundleError(f"{path}: not a framestep manifest (format should be '{FORMAT}')")
@@ -344,48 +415,85 @@ def _read_manifest(folder: Path) -> Manifest:
         )
     try:
         manifest = from_json(Manifest, values)
-        _check_references(manifest)
+        for precision in manifest.precisions:
+            _check_references(manifest.at(precision))
     except SchemaError as error:
         raise BundleError(f"{path}: {error}") from None
     return manifest
 
 
 def _check_references(manifest: Manifest) -> None:
-    states = {state.name: state for state in manifest.states}
-    outputs = {port.name for graph in manifest.graphs.values() for port in graph.outputs}
+    """What the types alone do not say.
+
+    Raises:
+        SchemaError: parts of the manifest that do not fit together.
+    """
+    if manifest.frame.resize not in RESIZES:
+        raise SchemaError(f"frame.resize: '{manifest.frame.resize}' is unknown; expected {', '.join(RESIZES)}")
+    if not 0 < manifest.frame.height <= MAX_SIDE or not 0 < manifest.frame.width <= MAX_SIDE:
+        raise SchemaError(f"frame: height and width should be from 1 to {MAX_SIDE}")
+    if manifest.rate is not None and not 0 < manifest.rate < float("inf"):
+        raise SchemaError(f"rate: expected a number above 0, found {manifest.rate}")
     for state in manifest.states:
-        where = f"states '{state.name}'"
-        if state.kind != "ring":
-            raise SchemaError(f"{where}: kind '{state.kind}' is unknown; expected 'ring'")
-        if state.dtype not in ("float32", "float16", "int8"):
-            raise SchemaError(f"{where}: dtype '{state.dtype}' is unknown")
-        sizes = state.shape[1:]
-        if not state.shape or state.shape[0] != STREAMS or not all(isinstance(n, int) and n > 0 for n in sizes):
-            raise SchemaError(f"{where}: shape should be '{STREAMS}' and then positive sizes")
-        if not 0 < state.axis < len(state.shape):
-            raise SchemaError(f"{where}: axis {state.axis} is outside of its shape")
-        if state.shape[state.axis] != state.capacity * state.rows_per_slot:
-            raise SchemaError(f"{where}: capacity * rows_per_slot does not fill axis {state.axis}")
+        _check_state(state)
+    states = {state.name for state in manifest.states}
+    if len(states) != len(manifest.states):
+        raise SchemaError("states: a name stands twice")
+    outputs = [port.name for graph in manifest.graphs.values() for port in graph.outputs]
+    if len(set(outputs)) != len(outputs):
+        raise SchemaError("graphs: two outputs have the same name")
     for name, graph in manifest.graphs.items():
-        for port in (*graph.inputs, *graph.outputs):
-            if port.role not in ROLES:
-                raise SchemaError(f"graphs.{name}: '{port.name}' has the unknown role '{port.role}'")
-            if port.dtype not in DTYPES:
-                raise SchemaError(f"graphs.{name}: '{port.name}' has the unknown dtype '{port.dtype}'")
-        for port in graph.inputs:
-            if port.role == "output" and port.name not in outputs:
-                raise SchemaError(f"graphs.{name}: no graph has the output '{port.name}' that it takes")
-        for use in graph.states:
-            if use.state not in states:
-                raise SchemaError(f"graphs.{name}: state '{use.state}' is not declared")
-    if manifest.frame.resize not in ("crop", "stretch", "letterbox"):
-        raise SchemaError(f"frame.resize: '{manifest.frame.resize}' is unknown")
-    if manifest.frame.height < 1 or manifest.frame.width < 1:
-        raise SchemaError("frame: height and width should be positive")
+        _check_graph(name, graph, states, outputs)
+    try:
+        graphs_for(manifest, outputs)
+    except RecursionError:
+        raise SchemaError("graphs: they feed each other in a circle") from None
+    if manifest.text is not None and manifest.text.graph not in manifest.graphs:
+        raise SchemaError(f"text.graph: there is no graph '{manifest.text.graph}'")
+
+
+def _check_state(state: State) -> None:
+    where = f"states '{state.name}'"
+    if state.kind != "ring":
+        raise SchemaError(f"{where}: kind '{state.kind}' is unknown; expected 'ring'")
+    if state.dtype not in STATE_DTYPES:
+        raise SchemaError(f"{where}: dtype '{state.dtype}' is unknown; expected {', '.join(STATE_DTYPES)}")
+    sizes = state.shape[1:]
+    if not state.shape or state.shape[0] != STREAMS or not all(isinstance(n, int) and n > 0 for n in sizes):
+        raise SchemaError(f"{where}: shape should be '{STREAMS}' and then positive sizes")
+    if state.bytes_per_stream() > MAX_STATE_BYTES:
+        raise SchemaError(f"{where}: takes {state.bytes_per_stream()} bytes a stream, more than {MAX_STATE_BYTES}")
+    if not 0 < state.axis < len(state.shape):
+        raise SchemaError(f"{where}: axis {state.axis} is outside of its shape")
+    if state.capacity < 1 or state.rows_per_slot < 1 or state.shape[state.axis] != state.capacity * state.rows_per_slot:
+        raise SchemaError(f"{where}: capacity * rows_per_slot does not fill axis {state.axis}")
+
+
+def _check_graph(name: str, graph: Graph, states: Container[str], outputs: Container[str]) -> None:
+    for port in (*graph.inputs, *graph.outputs):
+        where = f"graphs.{name}: '{port.name}'"
+        if port.role not in ROLES:
+            raise SchemaError(f"{where} has the unknown role '{port.role}'")
+        if port.dtype not in DTYPES:
+            raise SchemaError(f"{where} has the unknown dtype '{port.dtype}'")
+        if not all(n in SYMBOLS if isinstance(n, str) else 0 < n <= MAX_EXTENT for n in port.shape):
+            raise SchemaError(f"{where} has the shape {list(port.shape)}, which is not possible")
+    of_streams = any(port.role in STREAM_ROLES for port in graph.inputs)
+    for port in graph.inputs:
+        if port.role == "output" and port.name not in outputs:
+            raise SchemaError(f"graphs.{name}: no graph has the output '{port.name}' that it takes")
+    for port in (*(p for p in graph.inputs if p.role in STREAM_ROLES), *(graph.outputs if of_streams else ())):
+        # buffers are cut along this axis; without it a step would write beside them
+        if not port.shape or port.shape[0] != STREAMS:
+            raise SchemaError(f"graphs.{name}: '{port.name}' should have '{STREAMS}' as its first axis")
+    for use in graph.states:
+        if use.state not in states:
+            raise SchemaError(f"graphs.{name}: state '{use.state}' is not declared")
 
 
 def _named_files(manifest: Manifest) -> Iterator[str]:
     yield from (graph.file for graph in manifest.graphs.values())
+    yield from (graph.file for variant in manifest.variants.values() for graph in variant.graphs.values())
     if manifest.labels is not None:
         yield manifest.labels.file
     if manifest.text is not None:
@@ -400,21 +508,29 @@ def _check_name(name: str, where: Path) -> None:
 
 def _write_json(path: Path, manifest: Manifest) -> None:
     text = json.dumps(to_json(manifest), indent=1, ensure_ascii=False) + "\n"
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    write_file(path, [text.encode()])
+
+
+def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
+    """Write a file in one step: a reader sees the whole file or the one before.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    temporary = None
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(temporary).chmod(0o666 & ~_umask())
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        with os.fdopen(descriptor, "wb") as file:
+            for piece in pieces:
+                file.write(piece)
+        Path(temporary).chmod(0o666 & ~UMASK)
         Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+    except BaseException as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from None
         raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def graphs_for(manifest: Manifest, outputs: Iterable[str]) -> list[str]:

@@ -32,6 +32,8 @@ def external_files(path: Path) -> set[str]:
     """
     try:
         return set(_locations(memoryview(path.read_bytes()), "Model"))
+    except OSError as error:
+        raise BundleError(f"{path}: cannot be read: {error.strerror}") from None
     except (IndexError, UnicodeDecodeError, RecursionError, ValueError):
         raise BundleError(f"{path}: damaged, or not an ONNX graph") from None
 

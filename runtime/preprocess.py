@@ -119,17 +119,24 @@ class Preprocess:
 def check_frame(rgb: Any) -> None:
     """Raise FrameError unless `rgb` is uint8 [height, width, 3] and not empty."""
     if not isinstance(rgb, np.ndarray):
-        raise FrameError(f"frame: expected a numpy array uint8 [height, width, 3], found {type(rgb).__name__}")
+        hint = "; pass its .rgb" if hasattr(rgb, "rgb") else ""
+        raise FrameError(f"frame: expected a numpy array uint8 [height, width, 3], found {type(rgb).__name__}{hint}")
     if rgb.ndim == 2 or (rgb.ndim == 3 and rgb.shape[2] == 1):
         raise FrameError(
             f"frame: expected RGB [height, width, 3], found grey {list(rgb.shape)};"
             " repeat the channel: np.stack([grey] * 3, axis=-1)"
         )
     if rgb.ndim != 3 or rgb.shape[2] != 3:
-        hint = "; drop the alpha channel: frame[..., :3]" if rgb.ndim == 3 and rgb.shape[2] == 4 else ""
+        hint = ""
+        if rgb.ndim == 3 and rgb.shape[2] == 4:
+            hint = "; drop the alpha channel: frame[..., :3]"
+        elif rgb.ndim == 3 and rgb.shape[0] == 3:
+            hint = "; put the channels last: frame.transpose(1, 2, 0)"
         raise FrameError(f"frame: expected shape [height, width, 3], found {list(rgb.shape)}{hint}")
     if rgb.dtype != np.uint8:
-        raise FrameError(f"frame: expected uint8 values 0 to 255, found {rgb.dtype}; convert with .astype(np.uint8)")
+        unit = rgb.dtype.kind == "f" and rgb.size and float(np.nanmax(rgb)) <= 1.0
+        how = "(frame * 255).round().astype(np.uint8)" if unit else "frame.astype(np.uint8)"
+        raise FrameError(f"frame: expected uint8 values 0 to 255, found {rgb.dtype}; convert with {how}")
     if rgb.size == 0:
         raise FrameError(f"frame: expected at least one pixel, found shape {list(rgb.shape)}")
 

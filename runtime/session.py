@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from . import state_file
-from .bundle import LABEL_ROLES, Bundle, FrameSpec, Manifest, graphs_for
-from .engines import choose_engine, make_engine
+from .bundle import LABEL_ROLES, STREAM_ROLES, Bundle, FrameSpec, Manifest, graphs_for
+from .engines import choose_engine, make_engine, usable_cores
 from .errors import BundleError, EngineError, FramestepError, StateError
 from .labels import label_inputs, read_label_embeddings
 from .preprocess import Preprocess, check_frame
@@ -89,15 +89,20 @@ class Session:
     ) -> None:
         if streams < 1:
             raise EngineError(f"streams: expected at least 1, found {streams}")
-        if threads is not None and threads < 1:
-            raise EngineError(f"threads: expected at least 1, found {threads}")
+        if threads is not None and not 1 <= threads <= usable_cores():
+            # threads that share a core wait for each other while they spin: a step then takes tens of times longer
+            raise EngineError(
+                f"threads: expected 1 to {usable_cores()}, the cores that this process may use, found {threads}"
+            )
+        if isinstance(outputs, str):
+            raise EngineError(f"outputs: expected a list of names, found the text '{outputs}'")
         self.bundle = bundle
         manifest = bundle.manifest
-        self.available_outputs = _available_outputs(manifest)
+        self.available_outputs = tuple(_available_outputs(manifest))
         self.labels: tuple[str, ...] = manifest.labels.names if manifest.labels else ()
         self.background: str | None = manifest.labels.background if manifest.labels else None
         self.outputs = tuple(outputs) if outputs is not None else _default_outputs(manifest)
-        _check_outputs(self.outputs, self.available_outputs, manifest, bundle)
+        _check_outputs(self.outputs, manifest, bundle)
         self.preprocess = Preprocess(manifest.frame)
         self.streams = streams
         choice = choose_engine(manifest, engine, device)
@@ -108,9 +113,10 @@ class Session:
             graphs_for(manifest, self.outputs),
             self.outputs,
             streams,
-            threads or len(os.sched_getaffinity(0)),
+            threads or usable_cores(),
         )
         self._lock = threading.RLock()
+        self._labelling = threading.Lock()
         self._slots: list[Stream | None] = [None] * streams
         self._closed = False
         self._text_encoder: Any = None
@@ -168,11 +174,12 @@ class Session:
             return self._collect(list(frames), start)
 
     def warm_up(self, steps: int = 2) -> None:
-        """Run steps on empty slots, so that the first frame takes no longer than the others."""
+        """Run every number of streams, so that the first frames take no longer than the others."""
         with self._lock:
             self._check_open()
             for _ in range(steps):
-                self._engine.run(0, self.streams)
+                for count in range(1, self.streams + 1):
+                    self._engine.run(0, count)
 
     def set_labels(
         self, labels: Sequence[str], templates: Sequence[str] | None = None, background: str | None = None
@@ -188,27 +195,29 @@ class Session:
             BundleError: the bundle has no text graph.
             LabelError: no labels, or one twice.
         """
-        from .text import TextEncoder
+        from .text import TextEncoder, check_labels
 
         text, scoring = self.bundle.manifest.text, self.bundle.manifest.scoring
         if text is None or scoring is None:
             raise BundleError(
                 f"{self.bundle.path}: has no text graph; export it with --text-graph, or use 'framestep label'"
             )
+        check_labels(labels)
         names = tuple(labels)
         if background is not None and background not in names:
             names += (background,)
-        with self._lock:
-            self._check_open()
+        with self._labelling:  # streams go on with the old labels meanwhile
             if self._text_encoder is None:
                 graph = self.bundle.manifest.graphs[text.graph]
                 self._text_encoder = TextEncoder(
                     self.bundle.file(graph.file), self.bundle.file(text.tokenizer), text.length
                 )
-            embeddings = self._text_encoder.embed(names, tuple(templates or text.templates))
+            embeddings = self._text_encoder.embed(names, text.templates if templates is None else templates)
             patch_embeddings = self._text_encoder.embed(names, text.patch_templates)
-            self._engine.set_constants(label_inputs(scoring, embeddings, patch_embeddings))
-            self.labels, self.background = names, background
+            with self._lock:
+                self._check_open()
+                self._engine.set_constants(label_inputs(scoring, embeddings, patch_embeddings))
+                self.labels, self.background = names, background
 
     def close(self) -> None:
         """Free the memory. Open streams become unusable."""
@@ -289,7 +298,7 @@ class Stream:
             self._check_owner(session)
             tensors = {name: session._engine.read_state(name, self.slot) for name in session._engine.state_names()}
             position = self.position
-        state_file.write_state(path, session.bundle.manifest.state_key(), position, tensors)
+        state_file.write_state(path, session.bundle.state_key(), position, tensors)
 
     def load_state(self, path: str | os.PathLike[str]) -> None:
         """Continue from a file that `save_state` wrote, with the same model.
@@ -298,18 +307,18 @@ class Stream:
             StateError: damaged, or of another model. The stream is unchanged then.
         """
         session = self._session
-        used = set(session._engine.state_names())
-        expected = {
-            state.name: (tuple(int(n) for n in state.shape[1:]), state.dtype)
-            for state in session.bundle.manifest.states
-            if state.name in used
-        }
-        position, tensors = state_file.read_state(path, session.bundle.manifest.state_key(), expected)
-        bad = [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]
-        if bad:
-            raise StateError(f"{path}: NaN or infinity in '{bad[0]}'")
         with session._lock:
             self._check_owner(session)
+            used = set(session._engine.state_names())
+            expected = {
+                state.name: (tuple(int(n) for n in state.shape[1:]), state.dtype)
+                for state in session.bundle.manifest.states
+                if state.name in used
+            }
+            position, tensors = state_file.read_state(path, session.bundle.state_key(), expected)
+            bad = [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]
+            if bad:
+                raise StateError(f"{path}: NaN or infinity in '{bad[0]}'")
             for name, tensor in tensors.items():
                 session._engine.write_state(name, self.slot, tensor)
             session._engine.positions[self.slot] = position
@@ -337,30 +346,35 @@ class Stream:
         session._check_open()
 
 
-def _available_outputs(manifest: Manifest) -> tuple[str, ...]:
-    """Outputs that come from frames."""
-    fed = {"frame", "position", "output", *LABEL_ROLES}
-    return tuple(
-        port.name
+def _available_outputs(manifest: Manifest) -> dict[str, bool]:
+    """Outputs that come from frames, and whether they need labels."""
+    fed = {*STREAM_ROLES, *LABEL_ROLES}
+    return {
+        port.name: any(item.role in LABEL_ROLES for item in graph.inputs)
         for graph in manifest.graphs.values()
         if all(item.role in fed for item in graph.inputs)
         for port in graph.outputs
-    )
+    }
 
 
 def _default_outputs(manifest: Manifest) -> tuple[str, ...]:
-    names = ("features", "pooled", "scores") if manifest.labels else ("features", "pooled")
+    """All that comes from frames; of the scores only those of whole frames, [S, C], which cost next to nothing."""
+    ranks = {port.name: len(port.shape) for graph in manifest.graphs.values() for port in graph.outputs}
+    return tuple(
+        name
+        for name, labelled in _available_outputs(manifest).items()
+        if not labelled or (manifest.labels is not None and ranks[name] == 2)
+    )
+
+
+def _check_outputs(outputs: Sequence[str], manifest: Manifest, bundle: Bundle) -> None:
     available = _available_outputs(manifest)
-    return tuple(name for name in names if name in available)
-
-
-def _check_outputs(outputs: Sequence[str], available: Sequence[str], manifest: Manifest, bundle: Bundle) -> None:
     if not outputs:
         raise EngineError(f"outputs: expected at least one of {', '.join(available)}")
     for name in outputs:
         if name not in available:
             raise EngineError(f"outputs: '{name}' is unknown; this bundle has {', '.join(available)}")
-        if "scores" in name and manifest.labels is None and manifest.text is None:
+        if available[name] and manifest.labels is None and manifest.text is None:
             raise EngineError(
                 f"outputs: '{name}' needs labels, and {bundle.path} has none; add them with 'framestep label'"
             )

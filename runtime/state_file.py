@@ -6,21 +6,23 @@ Eight bytes with the length of a JSON header, the header, then the raw little-en
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from .errors import OutputError, StateError
+from .bundle import write_file
+from .errors import StateError
 
 Array = npt.NDArray[Any]
 NAMES = {"F32": "float32", "F16": "float16", "I8": "int8"}
 CODES = {name: code for code, name in NAMES.items()}
 MAX_HEADER = 1 << 20  # bytes
+MAX_POSITION = 1 << 62  # frames since reset, held in 64 bits
 
 
 def write_state(path: str | os.PathLike[str], state_key: str, position: int, tensors: dict[str, Array]) -> None:
@@ -42,19 +44,8 @@ def write_state(path: str | os.PathLike[str], state_key: str, position: int, ten
         offset += tensor.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    target = Path(path)
-    temporary = None
-    try:
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for tensor in tensors.values():
-                file.write(np.ascontiguousarray(tensor).data)
-        Path(temporary).replace(target)
-    except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        raise OutputError(f"{target}: cannot be written: {error.strerror}") from None
+    pieces = (np.ascontiguousarray(tensor).data.cast("B") for tensor in tensors.values())
+    write_file(Path(path), itertools.chain([len(text).to_bytes(8, "little") + text], pieces))
 
 
 def read_state(
@@ -74,34 +65,40 @@ def read_state(
         StateError: missing, damaged, or of another model.
     """
     target = Path(path)
+    total = sum(_bytes(shape, dtype) for shape, dtype in expected.values())
     try:
-        content = np.fromfile(target, np.uint8)
-    except OSError as error:
-        raise StateError(f"{target}: cannot be read: {error.strerror}") from None
-    try:
-        length = int.from_bytes(content[:8].tobytes(), "little")
-        if not 0 < length <= min(MAX_HEADER, len(content) - 8):
-            raise ValueError("header length")
-        header = json.loads(content[8 : 8 + length].tobytes())
+        with target.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 0 < length <= MAX_HEADER:
+                raise ValueError("header length")
+            header = json.loads(file.read(length))
+            data = np.fromfile(file, np.uint8, total + 1)  # one more, to see that there is none
         metadata = header.pop("__metadata__")
         found_key, position = str(metadata["state_key"]), int(metadata["position"])
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except OSError as error:
+        raise StateError(f"{target}: cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise StateError(f"{target}: damaged, or not a framestep state file") from None
     if found_key != state_key:
         raise StateError(
             f"{target}: was saved by another model, precision or window"
             f" (state key {found_key[:12]}…, expected {state_key[:12]}…)"
         )
-    data = content[8 + length :]
+    if not 0 <= position <= MAX_POSITION:
+        raise StateError(f"{target}: damaged, its position is {position}")
+    if len(data) != total:
+        raise StateError(f"{target}: damaged or truncated, expected {total} bytes of tensors")
     tensors = {}
     end = 0
     for name, (shape, dtype) in expected.items():
-        size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+        size = _bytes(shape, dtype)
         wanted = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [end, end + size]}
-        if header.get(name) != wanted or end + size > len(data):
-            raise StateError(f"{target}: damaged or truncated at '{name}'")
+        if header.get(name) != wanted:
+            raise StateError(f"{target}: damaged at '{name}'")
         tensors[name] = data[end : end + size].view(dtype).reshape(shape)
         end += size
-    if position < 0 or len(data) != end:
-        raise StateError(f"{target}: damaged, expected {end} bytes of tensors, found {len(data)}")
     return position, tensors
+
+
+def _bytes(shape: tuple[int, ...], dtype: str) -> int:
+    return int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize

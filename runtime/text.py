@@ -84,7 +84,7 @@ def label_embeddings(
     Raises:
         LabelError: no labels or templates, a blank or repeated label, a template without `{}`.
     """
-    _check_labels(labels)
+    check_labels(labels)
     _check_templates(templates)
     texts = [template.replace("{}", label) for label in labels for template in templates]
     pooled = np.concatenate([features(texts[start : start + BATCH]) for start in range(0, len(texts), BATCH)])
@@ -178,7 +178,7 @@ def open_tokenizer(path: Path) -> Any:
     return tokenizer
 
 
-def _check_labels(labels: Sequence[str]) -> None:
+def check_labels(labels: Sequence[str]) -> None:
     if isinstance(labels, str):
         raise LabelError(f"labels: expected a list of texts, found the text '{labels}'; write ['{labels}']")
     if not labels:

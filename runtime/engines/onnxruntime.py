@@ -8,17 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ..bundle import STREAMS, Bundle, Port
-from ..errors import EngineError
+from ..bundle import STREAMS, Bundle, Graph, Port, State
+from ..errors import BundleError, EngineError
 
 Array = npt.NDArray[Any]
 ALIGNMENT = 64  # bytes
 WARNING = 2  # ONNX Runtime's severity
+_DTYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(uint8)": "uint8",
+    "tensor(int8)": "int8",
+    "tensor(int64)": "int64",
+    "tensor(int32)": "int32",
+    "tensor(bool)": "bool",
+}
 
 
 class OnnxRuntimeEngine:
@@ -74,6 +84,9 @@ class OnnxRuntimeEngine:
                 session = ort.InferenceSession(str(path), options, providers=[provider])
             except Exception as error:  # ONNX Runtime's own exception types are not stable
                 raise EngineError(f"{path}: ONNX Runtime {ort.__version__} cannot load it: {_line(error)}") from None
+            if provider not in session.get_providers():
+                raise EngineError(f"{path}: ONNX Runtime could not use {provider} and took another; see its log")
+            _check_ports(path, graph, manifest.states, session)
             self._sessions.append(session)
         self._allocate_outputs({})
 
@@ -136,7 +149,7 @@ class OnnxRuntimeEngine:
             for port in graph.inputs:
                 self._input(port).bind(binding.bind_input, port.name, *self._range(port, first, stop))
             for port in graph.outputs:
-                self._values[port.name].bind(binding.bind_output, port.name, first, stop)
+                self._values[port.name].bind(binding.bind_output, port.name, *self._range(port, first, stop))
             for use in graph.states:
                 self._states[use.state].bind(binding.bind_input, use.input, first, stop)
                 if use.output is not None:
@@ -176,14 +189,19 @@ class _Buffer:
 
     @classmethod
     def allocate(cls, ort: Any, shape: tuple[int, ...], dtype: str, device: str) -> _Buffer:
-        if device == "cpu":
-            return cls.over(_aligned(shape, dtype))
-        value = ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype), device, 0)
+        try:
+            if device == "cpu":
+                return cls.over(_aligned(shape, dtype))
+            value = ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype), device, 0)
+        except (MemoryError, ValueError, RuntimeError) as error:
+            size = int(np.prod(shape, dtype=np.float64)) * np.dtype(dtype).itemsize
+            raise EngineError(f"no memory on {device} for a buffer of {size} bytes ({_line(error)})") from None
         return cls(shape, np.dtype(dtype), device, value.data_ptr(), None, value)
 
     def bind(self, bind: Any, name: str, first: int | None, stop: int | None) -> None:
         shape, address = self.shape, self.address
         if first is not None and stop is not None:
+            assert 0 <= first < stop <= self.shape[0], (name, first, stop, self.shape)
             shape = (stop - first, *self.shape[1:])
             address += first * int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
         bind(name, self.device, 0, self.dtype.type, shape, address)
@@ -203,9 +221,42 @@ class _Buffer:
 
 
 def available_devices() -> list[str]:
-    """Devices that the installed ONNX Runtime can use, fastest first."""
-    providers = _import().get_available_providers()
-    return (["cuda"] if "CUDAExecutionProvider" in providers else []) + ["cpu"]
+    """Devices that the installed ONNX Runtime can use here, fastest first."""
+    ort = _import()
+    if "CUDAExecutionProvider" not in ort.get_available_providers():  # those that it was built with
+        return ["cpu"]
+    try:
+        ort.OrtValue.ortvalue_from_numpy(np.zeros(1, np.float32), "cuda", 0)
+    except Exception:  # no GPU, no driver, or one that does not fit
+        return ["cpu"]
+    return ["cuda", "cpu"]
+
+
+def _check_ports(path: Path, graph: Graph, states: Sequence[State], session: Any) -> None:
+    """Compare a graph with what the manifest says of it: buffers are bound by the manifest alone."""
+    by_name = {state.name: state for state in states}
+    declared_inputs = {port.name: (port.dtype, port.shape) for port in graph.inputs}
+    declared_outputs = {port.name: (port.dtype, port.shape) for port in graph.outputs}
+    for use in graph.states:
+        state = by_name[use.state]
+        declared_inputs[use.input] = (state.dtype, state.shape)
+        if use.output is not None:
+            declared_outputs[use.output] = (state.dtype, state.shape)
+    for kind, declared, found in (
+        ("input", declared_inputs, session.get_inputs()),
+        ("output", declared_outputs, session.get_outputs()),
+    ):
+        actual = {port.name: (_DTYPES.get(port.type, port.type), tuple(port.shape)) for port in found}
+        if actual != declared:
+            name = next(n for n in (*declared, *actual) if declared.get(n) != actual.get(n))
+            raise BundleError(
+                f"{path}: {kind} '{name}' is {_port(actual.get(name))} in the graph"
+                f" and {_port(declared.get(name))} in the manifest; export the bundle again"
+            )
+
+
+def _port(port: tuple[str, tuple[int | str, ...]] | None) -> str:
+    return "absent" if port is None else f"{port[0]} [{', '.join(map(str, port[1]))}]"
 
 
 def _import() -> Any:

@@ -18,7 +18,7 @@ from framestep.export.checkpoint import read_checkpoint
 from framestep.export.export import ExportOptions, export_streamformer
 from framestep.export.labelling import LabelOptions, label_bundle
 from framestep.runtime.bundle import Bundle
-from framestep.runtime.errors import BundleError, CheckpointError
+from framestep.runtime.errors import CheckpointError
 from framestep.runtime.text import ACTION_TEMPLATES, LabelError
 
 LABELS = ("opening a door", "a red car", "walking the dog")
@@ -233,7 +233,7 @@ def test_a_background_competes_but_is_kept_apart(text_model, tmp_path):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        (LabelOptions(LABELS), BundleError, "labels need --text-model or --text-embeddings"),
+        (LabelOptions(LABELS), LabelError, "--labels: needs --text-model or --text-embeddings"),
         (LabelOptions(LABELS, "/nowhere"), CheckpointError, "/nowhere: no such folder"),
         (LabelOptions(LABELS, text_embeddings=Path("/nowhere")), LabelError, "/nowhere: no such file"),
     ],
@@ -249,10 +249,73 @@ def test_a_failed_relabelling_keeps_the_old_labels(text_model, tmp_path):
     before = json.loads((bundle / "manifest.json").read_text())
     with pytest.raises(LabelError, match="a cat"):
         label_bundle(Bundle.open(bundle), LabelOptions(["a cat", "a cat"], str(text_model)))
-    with pytest.raises(BundleError, match="no text graph"):
+    with pytest.raises(LabelError, match="no text graph"):
         label_bundle(Bundle.open(bundle), LabelOptions(["a cat"]))
     assert json.loads((bundle / "manifest.json").read_text()) == before
     Bundle.open(bundle)
+
+
+@pytest.mark.parametrize("step", ["write_tokenizer", "compare_text_graph"])
+def test_a_text_graph_that_fails_half_way_keeps_the_bundle(text_model, tmp_path, monkeypatch, step):
+    from framestep.export import text as text_module
+
+    bundle = export(golden.CHECKPOINT, tmp_path / "x", LabelOptions(LABELS, str(text_model), text_graph=True))
+    before = sorted(path.name for path in bundle.iterdir())
+
+    def interrupted(*given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(text_module, step, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        label_bundle(Bundle.open(bundle), LabelOptions(OTHERS, str(text_model), text_graph=True))
+    assert sorted(path.name for path in bundle.iterdir()) == before
+    with framestep.load(bundle) as session:
+        assert session.labels == LABELS
+        session.set_labels(OTHERS)
+
+
+def test_export_notices_a_wrong_score_graph(text_model, tmp_path, monkeypatch):
+    from framestep.export import export as export_module
+
+    class Twisted(export_module.PatchProjections):
+        def forward(self, features):
+            return super().forward(features) + torch.randn(96, generator=torch.Generator().manual_seed(0))
+
+    monkeypatch.setattr(export_module, "PatchProjections", Twisted)
+    with pytest.raises(framestep.FramestepError, match="not kept, the bundle differs from PyTorch"):
+        export(golden.CHECKPOINT, tmp_path / "x", LabelOptions(LABELS, str(text_model)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda head: head.pop("w_v.bias"), "task head TaskVIS: the weights do not fit the config: missing w_v.bias"),
+        (lambda head: head.pop("head_mlp.fc1.weight"), "missing head_mlp.fc1.weight"),
+        (
+            lambda head: head.update({"w_v.weight": torch.zeros(96, 5)}),
+            r"w_v.weight \(expected \[96, 96\], found \[96, 5\]",
+        ),
+        (lambda head: head.update({"stray": torch.zeros(1)}), "unexpected stray"),
+        (lambda head: head.update({"logit_scale": torch.zeros(3)}), r"TaskVIS.logit_scale has shape \[3\]"),
+    ],
+)
+def test_every_weight_of_a_task_head_is_accounted_for(training_checkpoint, tmp_path, change, message):
+    content = torch.load(training_checkpoint / "checkpoint-1.pth")
+    prefix = "task_heads.TaskVIS."
+    head = {key.removeprefix(prefix): value for key, value in content["model"].items() if key.startswith(prefix)}
+    rest = {key: value for key, value in content["model"].items() if not key.startswith(prefix)}
+    change(head)
+    torch.save({"model": {**rest, **{prefix + key: value for key, value in head.items()}}}, tmp_path / "c.pth")
+    with pytest.raises(CheckpointError, match=message):
+        read_checkpoint(str(tmp_path / "c.pth"), golden.CHECKPOINT / "config.json")
+
+
+def test_a_text_in_place_of_a_list_of_labels_is_refused(text_model, tmp_path):
+    bundle = export(golden.CHECKPOINT, tmp_path / "x", LabelOptions((), str(text_model), text_graph=True))
+    with framestep.load(bundle) as session:
+        for labels in ("car", []):
+            with pytest.raises(LabelError):
+                session.set_labels(labels, background="nothing")
 
 
 def test_a_text_model_of_another_size_is_refused(tmp_path):

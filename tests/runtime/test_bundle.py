@@ -122,6 +122,14 @@ def test_external_files_are_those_that_onnx_knows(golden_bundle):
         (lambda m: m["graphs"]["backbone"]["states"][0].update(state="x"), "state 'x' is not declared"),
         (lambda m: m["files"].pop("backbone.onnx"), "'backbone.onnx' is used but not listed"),
         (lambda m: m["frame"].update(resize="magic"), "frame.resize: 'magic' is unknown"),
+        (lambda m: m["frame"].update(height=10**9), "frame: height and width should be from 1 to"),
+        (lambda m: m.update(rate=-3.0), "rate: expected a number above 0"),
+        (lambda m: m["states"][0].update(capacity=-16, rows_per_slot=-1), r"capacity \* rows_per_slot"),
+        (lambda m: m["states"][0].update(shape=["S", 10**15, 16, 24]), "bytes a stream, more than"),
+        (lambda m: m["graphs"]["backbone"]["outputs"][0].update(shape=[1, 16, 96]), "should have 'S' as its first axis"),
+        (lambda m: m["graphs"]["label"]["outputs"][0].update(name="pooled"), "two outputs have the same name"),
+        (lambda m: m.update(text={"graph": "nope", "tokenizer": "label.onnx", "length": 64, "templates": [],
+                                  "patch_templates": []}), "text.graph: there is no graph 'nope'"),
     ],
 )  # fmt: skip
 def test_a_wrong_manifest_names_the_key(bundle, edit, message):
@@ -129,6 +137,76 @@ def test_a_wrong_manifest_names_the_key(bundle, edit, message):
     with pytest.raises(BundleError, match=message) as error:
         framestep.load(bundle)
     assert "\n" not in str(error.value)
+
+
+def test_graphs_that_feed_each_other_are_refused(bundle):
+    def edit(manifest):
+        label, patch = manifest["graphs"]["label"], manifest["graphs"]["patch_label"]
+        label["inputs"].append(
+            {"name": "patch_scores", "role": "output", "dtype": "float32", "shape": ["S", "C", 4, 4]}
+        )
+        patch["inputs"].append({"name": "scores", "role": "output", "dtype": "float32", "shape": ["S", "C"]})
+
+    change(bundle, edit)
+    with pytest.raises(BundleError, match="feed each other in a circle"):
+        framestep.load(bundle)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (
+            lambda m: m["graphs"]["backbone"]["outputs"][1].update(shape=["S", 5]),
+            r"output 'pooled' is float32 \[S, 96\]",
+        ),
+        (lambda m: m["graphs"]["backbone"]["inputs"][0].update(shape=["S", 32, 64, 3]), "input 'frame' is uint8"),
+        (lambda m: m["graphs"]["backbone"]["states"].pop(), "'layer2.value.past' is .* and absent in the manifest"),
+        (lambda m: m["states"][1].update(dtype="float16"), "'layer0.value.past' is float32"),
+    ],
+)
+def test_a_graph_that_is_not_what_the_manifest_says_is_refused(bundle, edit, message):
+    change(bundle, edit)
+    with pytest.raises(BundleError, match=message):
+        framestep.load(bundle, outputs=["features"])
+
+
+def test_a_state_key_follows_every_file_that_the_graph_reads(bundle):
+    before = Bundle.open(bundle).state_key()
+    content = bytearray((bundle / "backbone.bin").read_bytes())
+    content[-1] ^= 1
+    (bundle / "backbone.bin").write_bytes(content)
+    relist(bundle, "backbone.bin")
+    assert Bundle.open(bundle).state_key() != before
+
+
+def test_a_replacement_that_fails_at_the_last_step_puts_the_old_bundle_back(bundle, monkeypatch):
+    before = (bundle / "manifest.json").read_bytes()
+    manifest = Bundle.open(bundle).manifest
+    original = Path.rename
+
+    def rename(self, target):
+        if ".partial-" in self.name:
+            raise OSError(5, "Input/output error")
+        return original(self, target)
+
+    with pytest.raises(OutputError, match="Input/output error"), BundleWriter(bundle, replace=True) as writer:
+        writer.finish(manifest)
+        monkeypatch.setattr(Path, "rename", rename)
+    assert (bundle / "manifest.json").read_bytes() == before
+    assert [path.name for path in bundle.parent.iterdir()] == ["copy.bundle"]
+
+
+def test_a_link_to_a_bundle_is_followed_when_it_is_replaced(bundle, tmp_path):
+    link = tmp_path / "link.bundle"
+    link.symlink_to(bundle)
+    with BundleWriter(link, replace=True) as writer:
+        for file in bundle.iterdir():
+            if file.name != "manifest.json":
+                shutil.copyfile(file, writer.folder / file.name)
+        writer.finish(Bundle.open(bundle).manifest)
+    assert link.is_symlink()
+    Bundle.open(link)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy.bundle", "link.bundle"]
 
 
 def test_what_is_no_bundle_is_named(tmp_path):

@@ -231,17 +231,64 @@ def test_only_asked_outputs_are_fetched(golden_bundle):
     [
         ({"engine": "magic"}, "engine 'magic' is unknown; expected auto, onnxruntime"),
         ({"device": "tpu"}, "device 'tpu' is unknown"),
-        ({"device": "cuda"}, "device 'cuda' is not available"),
         ({"outputs": ["colour"]}, "outputs: 'colour' is unknown; this bundle has features, pooled"),
         ({"outputs": ["scores"]}, "outputs: 'scores' needs labels"),
         ({"outputs": []}, "outputs: expected at least one"),
         ({"streams": 0}, "streams: expected at least 1"),
-        ({"threads": 0}, "threads: expected at least 1"),
+        ({"threads": 0}, "threads: expected 1 to"),
+        ({"threads": 10_000}, "threads: expected 1 to .* found 10000"),
+        ({"outputs": "pooled"}, "outputs: expected a list of names, found the text 'pooled'"),
     ],
 )
 def test_bad_options_are_named(golden_bundle, options, message):
     with pytest.raises(EngineError, match=message):
         framestep.load(golden_bundle, **options)
+
+
+def test_a_gpu_build_without_a_gpu_falls_back_to_the_cpu(golden_bundle, monkeypatch):
+    import onnxruntime
+
+    def no_device(*given):
+        raise RuntimeError("no CUDA-capable device is detected")
+
+    providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: providers)
+    monkeypatch.setattr(onnxruntime.OrtValue, "ortvalue_from_numpy", staticmethod(no_device))
+    with framestep.load(golden_bundle) as session:
+        assert "on cpu" in session.engine_choice
+    with pytest.raises(EngineError, match="device 'cuda' is not available"):
+        framestep.load(golden_bundle, device="cuda")
+
+
+def test_a_copy_of_the_cache_would_be_logged(golden_bundle, tmp_path):
+    """The warning that the tests above look for does appear where an update cannot be done in place."""
+    code = f"""
+import numpy as np, onnxruntime
+session = onnxruntime.InferenceSession({str(golden_bundle / "backbone.onnx")!r}, providers=["CPUExecutionProvider"])
+feed = {{port.name: np.zeros([1 if n == "S" else n for n in port.shape], {{"tensor(uint8)": "uint8",
+        "tensor(int64)": "int64"}}.get(port.type, "float32")) for port in session.get_inputs()}}
+session.run(None, feed)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert "in-place optimization not activated" in done.stderr
+
+
+@pytest.mark.parametrize("position", [10**25, 2**63 - 1, -1])
+def test_a_state_with_an_impossible_position_is_refused_and_nothing_changes(golden_bundle, tmp_path, position):
+    frames = golden.load()["frames"]
+    with framestep.load(golden_bundle) as session, session.open_stream() as stream:
+        follow(stream, frames[:3])
+        stream.save_state(tmp_path / "state")
+        content = (tmp_path / "state").read_bytes()
+        length = int.from_bytes(content[:8], "little")
+        header = content[8 : 8 + length].replace(b'"position": "3"', f'"position": "{position}"'.encode())
+        (tmp_path / "state").write_bytes(len(header).to_bytes(8, "little") + header + content[8 + length :])
+        stream.step(frames[3])
+        before = session._engine.read_state("layer0.key", 0)
+        with pytest.raises(StateError, match="its position is"):
+            stream.load_state(tmp_path / "state")
+        assert np.array_equal(session._engine.read_state("layer0.key", 0), before)
+        assert stream.position == 4
 
 
 def test_closed_and_foreign_streams_are_refused(golden_bundle):
