@@ -30,6 +30,7 @@ def load(
     streams: int = 1,
     outputs: Sequence[str] | None = None,
     threads: int | None = None,
+    precision: str = "auto",
 ) -> Session:
     """Load a bundle.
 
@@ -41,6 +42,7 @@ def load(
         outputs: what to fetch for each frame, such as ("pooled", "scores"); what is not named is not computed where it
             has a graph of its own. Default: features and pooled, and scores where the bundle has labels.
         threads: threads of the engine; default: every core that this process may use.
+        precision: "auto" for the fastest in the bundle that the device runs well, or one of its own, such as "int8".
 
     Raises:
         FramestepError: the bundle is damaged, or the engine or device cannot be used here.
@@ -48,7 +50,7 @@ def load(
     from .runtime.bundle import Bundle
     from .runtime.session import Session
 
-    return Session(Bundle.open(path), engine, device, streams, outputs, threads)
+    return Session(Bundle.open(path), engine, device, streams, outputs, threads, precision)
 
 
 def open_source(spec: str | int | os.PathLike[str], **options: Any) -> Source:

@@ -7,22 +7,25 @@ Frames narrower than 640 pixels are enlarged first; text is too coarse to read b
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Callable, Sequence
+import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
 
 from ..runtime.errors import FramestepError
+from ..runtime.masks import NOT_SEEN, class_map, score_maps
+from ..runtime.preprocess import Preprocess
 from .latency import Latencies
 
 Colour = tuple[int, int, int]  # BGR
-Region = tuple[float, float, float, float]  # top, left, height, width in pixels of the frame
 
 SMALLEST_WIDTH = 640
 MOST_LABELS_SHOWN = 8
-LARGEST_MAP = 512  # pixels on the long side at which class maps are computed; then they are enlarged
+LARGEST_MAP = 512  # pixels on the long side at which maps are computed; then they are enlarged
 FONT = cv2.FONT_HERSHEY_SIMPLEX
+DRAWS_UNICODE = hasattr(cv2, "FontFace")  # from OpenCV 5 on; before, its fonts hold no more than ASCII
 WHITE: Colour = (245, 245, 245)
 GREY: Colour = (170, 170, 170)
 PANEL: Colour = (26, 24, 22)
@@ -33,6 +36,11 @@ MEDIAN: Colour = (130, 205, 120)
 TAIL: Colour = (80, 170, 250)
 LATE: Colour = (80, 80, 240)
 HEAT = cv2.COLORMAP_TURBO
+# Letters that Unicode does not take apart into a plain one and an accent
+WITHOUT_ACCENTS = str.maketrans(
+    {"ß": "ss", "æ": "ae", "Æ": "AE", "œ": "oe", "Œ": "OE", "ø": "o", "Ø": "O", "đ": "d", "Đ": "D", "ł": "l", "Ł": "L"}
+    | {"ı": "i", "–": "-", "—": "-", "‘": "'", "’": "'", "“": '"', "”": '"'}
+)
 # Okabe and Ito's colours, told apart with every kind of colour vision, in BGR
 DISTINCT: tuple[Colour, ...] = (
     (0, 159, 230),
@@ -76,7 +84,7 @@ class Annotator:
 
     Args:
         labels: names of the rows of `scores` and `patch_scores`; may be empty.
-        region: which part of a frame of (height, width) the model sees (`Preprocess.region`).
+        preprocess: the session's; it knows which part of a frame the model sees.
         latencies: the stream's latencies, for the strip; whoever runs the stream adds to them.
         overlay: None, a label (heat map of its patch scores) or "all" (class map).
         background: a label that stays clear in the class map, or None.
@@ -87,7 +95,7 @@ class Annotator:
     def __init__(
         self,
         labels: Sequence[str],
-        region: Callable[[int, int], Region],
+        preprocess: Preprocess,
         latencies: Latencies,
         *,
         overlay: str | None = None,
@@ -98,7 +106,7 @@ class Annotator:
         if overlay is not None:
             check_overlay(overlay, labels)
         self._labels = tuple(labels)
-        self._region = region
+        self._preprocess = preprocess
         self._latencies = latencies
         self._overlay = overlay
         self._background = background
@@ -113,43 +121,44 @@ class Annotator:
         width = canvas.shape[1]
         areas = None
         if self._overlay is not None and shown.patch_scores is not None:
-            scale = width / shown.rgb.shape[1]
-            top, left, tall, wide = (side * scale for side in self._region(shown.rgb.shape[0], shown.rgb.shape[1]))
-            region = (round(top), round(left), max(1, round(tall)), max(1, round(wide)))
             if self._overlay == "all":
-                areas = self._draw_class_map(canvas, region, shown.patch_scores)
+                areas = self._draw_class_map(canvas, shown.rgb, shown.patch_scores)
             else:
-                self._draw_heat_map(canvas, region, shown.patch_scores[self._labels.index(self._overlay)])
-            _draw_region(canvas, region)
+                self._draw_heat_map(canvas, shown.rgb, shown.patch_scores[self._labels.index(self._overlay)])
+            self._draw_region(canvas, shown.rgb)
         strip = self._latency_strip(width, shown)
         if shown.scores is not None and self._labels:
             self._draw_labels(canvas, shown.scores, areas)
         return np.vstack([canvas, strip])
 
-    def _draw_heat_map(self, canvas: np.ndarray, region: tuple[int, int, int, int], scores: np.ndarray) -> None:
+    def _draw_heat_map(self, canvas: np.ndarray, rgb: np.ndarray, scores: np.ndarray) -> None:
         low, high = self._heat_range.follow(float(scores.min()), float(scores.max()))
         relative = np.clip((scores.astype(np.float32) - low) / (high - low), 0, 1)
-        inside, part = _visible(canvas, region)
-        heat = cv2.resize(relative, (region[3], region[2]), interpolation=cv2.INTER_LINEAR)[part]
-        colour = cv2.applyColorMap(np.round(heat * 255).astype(np.uint8), HEAT)
-        _blend(canvas[inside], colour, 0.15 + 0.45 * heat)
+        heat = score_maps(relative[None], rgb.shape[0], rgb.shape[1], self._preprocess, _map_size(canvas))[0]
+        opacity = np.where(np.isnan(heat), 0, 0.15 + 0.45 * heat)
+        colour = cv2.applyColorMap(np.round(np.nan_to_num(heat) * 255).astype(np.uint8), HEAT)
+        _blend(canvas, _as_large(canvas, colour), _as_large(canvas, opacity))
 
-    def _draw_class_map(
-        self, canvas: np.ndarray, region: tuple[int, int, int, int], patch_scores: np.ndarray
-    ) -> np.ndarray:
+    def _draw_class_map(self, canvas: np.ndarray, rgb: np.ndarray, patch_scores: np.ndarray) -> np.ndarray:
         """Returns the share of the map that each label covers, [C]."""
-        shrink = min(1.0, LARGEST_MAP / max(region[2], region[3]))
-        size = (max(1, round(region[2] * shrink)), max(1, round(region[3] * shrink)))
-        classes, confidence = class_map(patch_scores, *size)
-        palette = np.array(self._colours, np.float32)
+        found = class_map(patch_scores, rgb.shape[0], rgb.shape[1], self._preprocess, _map_size(canvas))
+        palette = np.array(self._colours, np.uint8)
         opacity = np.full(len(self._labels), 0.5, np.float32)
         if self._background in self._labels:
             opacity[self._labels.index(self._background)] = 0.0
-        layer = np.dstack([palette[classes], opacity[classes] * (0.35 + 0.65 * confidence)])
-        inside, part = _visible(canvas, region)
-        layer = cv2.resize(layer, (region[3], region[2]), interpolation=cv2.INTER_LINEAR)[part]
-        _blend(canvas[inside], layer[..., :3], layer[..., 3])
-        return np.bincount(classes.ravel(), minlength=len(self._labels)) / classes.size
+        seen = found.classes != NOT_SEEN
+        strength = np.where(seen, opacity[found.classes] * (0.35 + 0.65 * found.probability), 0)
+        _blend(canvas, _as_large(canvas, palette[found.classes]), _as_large(canvas, strength))
+        areas = np.bincount(found.classes[seen], minlength=len(self._labels))
+        return areas / max(1, int(areas.sum()))
+
+    def _draw_region(self, canvas: np.ndarray, rgb: np.ndarray) -> None:
+        """A thin frame about what the model sees, where that is not everything."""
+        scale = canvas.shape[1] / rgb.shape[1]
+        region = self._preprocess.region(rgb.shape[0], rgb.shape[1])
+        top, left, height, width = (round(side * scale) for side in region)
+        if top > 0 or left > 0 or top + height < canvas.shape[0] or left + width < canvas.shape[1]:
+            cv2.rectangle(canvas, (left, top), (left + width - 1, top + height - 1), (225, 225, 225), 1, cv2.LINE_AA)
 
     def _draw_labels(self, canvas: np.ndarray, scores: np.ndarray, areas: np.ndarray | None) -> None:
         """A panel at the upper left. With more labels than fit: the largest areas, or else the highest
@@ -286,31 +295,6 @@ class Annotator:
                 cv2.line(area, (x, y), (min(x + round(5 * unit), width - 1), y), LATE, thickness)
 
 
-def class_map(patch_scores: np.ndarray, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which label each pixel belongs to: softmax over the labels of the bilinearly upsampled logits.
-
-    Args:
-        patch_scores: sigmoid scores, float [C, grid_h, grid_w].
-        height, width: of the result; it covers what the grid covers.
-
-    Returns:
-        classes: int32 [height, width], index of the likeliest label.
-        confidence: float32 [height, width], its softmax probability.
-    """
-    p = np.clip(patch_scores.astype(np.float64), 1e-7, 1 - 1e-7)
-    logits = np.log(p / (1 - p)).astype(np.float32)
-    best = np.full((height, width), -np.inf, np.float32)
-    classes = np.zeros((height, width), np.int32)
-    total = np.zeros((height, width), np.float32)  # sum over labels of exp(logit - best)
-    for label, grid in enumerate(logits):
-        logit = cv2.resize(grid, (width, height), interpolation=cv2.INTER_LINEAR)
-        higher = np.maximum(best, logit)
-        total = total * np.exp(best - higher) + np.exp(logit - higher)
-        classes[logit > best] = label
-        best = higher
-    return classes, 1 / total
-
-
 class _SlowRange:
     """The range of a heat map: widens at once, narrows slowly, so that colours do not flicker from frame to
     frame.
@@ -352,27 +336,22 @@ def _unit(width: int) -> float:
     return (width / SMALLEST_WIDTH) ** 0.8
 
 
-def _visible(canvas: np.ndarray, region: tuple[int, int, int, int]) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
-    """Where the two overlap, as slices of each; the region of a letterboxed frame exceeds the canvas."""
-    top, left, height, width = region
-    y0, y1 = max(top, 0), min(top + height, canvas.shape[0])
-    x0, x1 = max(left, 0), min(left + width, canvas.shape[1])
-    return (slice(y0, y1), slice(x0, x1)), (slice(y0 - top, y1 - top), slice(x0 - left, x1 - left))
+def _map_size(canvas: np.ndarray) -> tuple[int, int]:
+    """The size at which maps for this canvas are computed."""
+    height, width = canvas.shape[:2]
+    shrink = min(1.0, LARGEST_MAP / max(height, width))
+    return max(1, round(height * shrink)), max(1, round(width * shrink))
+
+
+def _as_large(canvas: np.ndarray, layer: np.ndarray) -> np.ndarray:
+    size = (canvas.shape[1], canvas.shape[0])
+    return cv2.resize(layer.astype(np.float32, copy=False) if layer.ndim == 2 else layer, size)
 
 
 def _blend(canvas: np.ndarray, colour: np.ndarray, opacity: np.ndarray) -> None:
     """canvas = canvas + opacity * (colour - canvas), in place; opacity is float32 [height, width]."""
     # blendLinear divides by the sum of the weights, which is 1
-    opacity = np.ascontiguousarray(opacity, np.float32)
-    colour = np.ascontiguousarray(colour if colour.dtype == np.uint8 else np.round(colour).astype(np.uint8))
-    canvas[:] = cv2.blendLinear(colour, np.ascontiguousarray(canvas), opacity, 1 - opacity)
-
-
-def _draw_region(canvas: np.ndarray, region: tuple[int, int, int, int]) -> None:
-    """A thin frame about what the model sees, where that is not everything."""
-    top, left, height, width = region
-    if top > 0 or left > 0 or top + height < canvas.shape[0] or left + width < canvas.shape[1]:
-        cv2.rectangle(canvas, (left, top), (left + width - 1, top + height - 1), (225, 225, 225), 1, cv2.LINE_AA)
+    canvas[:] = cv2.blendLinear(colour, canvas, opacity, 1 - opacity)
 
 
 def _panel(canvas: np.ndarray, left: int, top: int, width: int, height: int) -> None:
@@ -384,11 +363,21 @@ def _panel(canvas: np.ndarray, left: int, top: int, width: int, height: int) -> 
 
 
 def _text(canvas: np.ndarray, text: str, left: int, baseline: int, scale: float, colour: Colour) -> None:
-    cv2.putText(canvas, text, (left, baseline), FONT, scale, colour, _stroke(scale), cv2.LINE_AA)
+    cv2.putText(canvas, _drawable(text), (left, baseline), FONT, scale, colour, _stroke(scale), cv2.LINE_AA)
 
 
 def _text_width(text: str, scale: float) -> int:
-    return int(cv2.getTextSize(text, FONT, scale, _stroke(scale))[0][0])
+    return int(cv2.getTextSize(_drawable(text), FONT, scale, _stroke(scale))[0][0])
+
+
+def _drawable(text: str) -> str:
+    """What this OpenCV can draw of a text: all of it, or its letters without their accents."""
+    # A line break has no glyph, and half a surrogate pair cannot be handed to OpenCV at all.
+    text = "".join(c if c.isprintable() else " " for c in text)
+    if DRAWS_UNICODE or text.isascii():
+        return text
+    plain = unicodedata.normalize("NFKD", text.translate(WITHOUT_ACCENTS))
+    return "".join(c for c in plain if not unicodedata.combining(c)).encode("ascii", "replace").decode()
 
 
 def _stroke(scale: float) -> int:

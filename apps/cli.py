@@ -80,6 +80,13 @@ def run(
             "With several sources: NAME.0.npz, NAME.1.npz, ..."
         ),
     ] = None,
+    save_masks: Annotated[
+        Path | None,
+        typer.Option(
+            help="Class map of every frame as STREAM.INDEX.png, each byte a label of labels.json, 255 where the "
+            "model did not look (a new folder)."
+        ),
+    ] = None,
     outputs: Annotated[
         str | None,
         typer.Option(
@@ -103,6 +110,9 @@ def run(
     engine: Annotated[str, typer.Option(help="Engine; auto takes the fastest that runs here.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of the engine; default: all cores.")] = None,
+    precision: Annotated[
+        str, typer.Option(help="One of the bundle's precisions; auto takes the fastest that the device runs well.")
+    ] = "auto",
     width: Annotated[int | None, typer.Option(min=1, help="Width asked of a USB camera.")] = None,
     height: Annotated[int | None, typer.Option(min=1, help="Height asked of a USB camera.")] = None,
     camera_fps: Annotated[
@@ -133,6 +143,7 @@ def run(
         overlay=overlay,
         show=show,
         save_features=save_features,
+        save_masks=save_masks,
         outputs=tuple(name.strip() for name in outputs.split(",")) if outputs else (),
         on=on,
         off=off,
@@ -142,6 +153,7 @@ def run(
         engine=engine,
         device=device,
         threads=threads,
+        precision=precision,
         width=width,
         height=height,
         camera_fps=camera_fps,
@@ -230,6 +242,72 @@ def label(
 
 
 @app.command()
+def calibrate(
+    bundle: BundleArgument,
+    video: Annotated[
+        list[str],
+        typer.Option(
+            "--video",
+            "-v",
+            help="Clip to take ranges from: a video file, a folder of them, a camera or synthetic. Repeat it for"
+            " several. CLIP.labels.txt beside CLIP.mp4 holds the label of each frame, one a line.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the bundle to write.")] = Path(
+        "int8.bundle"
+    ),
+    check: Annotated[
+        list[str] | None, typer.Option(help="Clip to measure accuracy on. Default: the same clips.", show_default=False)
+    ] = None,
+    frames: Annotated[int, typer.Option(min=1, help="Frames to take ranges from, over all clips.")] = 256,
+    precision: Annotated[
+        list[str] | None,
+        typer.Option(help="int8, fp16 or fp16+int8; repeat it for several, the main one first. Default: int8."),
+    ] = None,
+    keep_float: Annotated[
+        bool, typer.Option("--keep-float", help="Keep the float32 graphs in the bundle too.")
+    ] = False,
+    method: Annotated[str, typer.Option(help="How ranges are taken: minmax, percentile or entropy.")] = "percentile",
+    smooth: Annotated[bool, typer.Option("--smooth", help="Move outlier channels into the weights.")] = False,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(
+            min=0, help="Leave layers in float until INT8 loses no more points of accuracy on labelled clips."
+        ),
+    ] = None,
+    min_cosine: Annotated[
+        float | None,
+        typer.Option(max=1, help="Leave layers in float until `pooled` has this mean cosine with float32."),
+    ] = None,
+    drift_frames: Annotated[int, typer.Option(min=0, help="Length of the stream on which drift is measured.")] = 1100,
+    force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is there already.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Quantize a bundle with sample video, and report what that costs in accuracy."""
+    from .calibrating import CalibrateArguments, as_text
+    from .calibrating import calibrate as calibrate_bundle
+
+    arguments = CalibrateArguments(
+        bundle,
+        output,
+        tuple(video),
+        tuple(check or ()),
+        frames,
+        tuple(precision or ()),
+        keep_float,
+        method,
+        smooth,
+        max_drop,
+        min_cosine,
+        drift_frames,
+        force,
+    )
+    facts = calibrate_bundle(arguments, lambda line: None if as_json else print(line, file=sys.stderr, flush=True))
+    _print_facts(facts, as_json, as_text(facts))
+
+
+@app.command()
 def inspect(bundle: BundleArgument, as_json: JsonOption = False) -> None:
     """Show a bundle's graphs, state, bytes per stream, rate, labels and origin."""
     from rich import print as show
@@ -257,6 +335,57 @@ def doctor(as_json: JsonOption = False) -> None:
 
 
 @app.command()
+def bench(
+    bundle: BundleArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the report.")] = Path("report"),
+    frames: Annotated[str, typer.Option(help="Stream positions to measure at.")] = "1,4,16,64,256,1024,4096",
+    streams: Annotated[str, typer.Option(help="Numbers of streams in one step.")] = "1,2,4,8",
+    compare: Annotated[
+        list[str] | None, typer.Option(help="Baselines to measure beside it: all, or names; repeat or use commas.")
+    ] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="The bundle's checkpoint, which the PyTorch baselines need.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Latencies at each position in each process.")] = 100,
+    processes: Annotated[int, typer.Option(min=1, help="Fresh processes for each path.")] = 5,
+    steady: Annotated[int, typer.Option(min=0, help="Frames of the steady run.")] = 1000,
+    every_frame: Annotated[
+        bool, typer.Option("--every-frame", help="Let the steady run go on to the last of --frames.")
+    ] = False,
+    budget_s: Annotated[float, typer.Option(min=0, help="Seconds that one baseline may take.")] = 600,
+    engine: Annotated[str, typer.Option(help="Engine; auto takes the fastest that runs here.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of every path; default: all cores.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure latency across stream positions, against what one would otherwise run."""
+    from ..runtime.schema import to_json
+    from .bench import BenchOptions
+    from .bench import bench as run_bench
+    from .bench.bench import parse_numbers
+    from .bench.progress import bench_status_for
+
+    options = BenchOptions(
+        bundle=bundle,
+        output=output,
+        frames=parse_numbers(frames, "--frames"),
+        streams=parse_numbers(streams, "--streams"),
+        compare=tuple(name for names in compare or [] for name in names.split(",") if name),
+        samples=samples,
+        processes=processes,
+        steady=steady,
+        every_frame=every_frame,
+        engine=engine,
+        device=device,
+        budget_s=budget_s,
+        threads=threads,
+        checkpoint=checkpoint,
+    )
+    report = run_bench(options, bench_status_for(quiet=as_json))
+    _print_facts(to_json(report), as_json, f"{output / 'report.md'}")
+
+
+@app.command()
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for all that it makes.")] = Path("out/demo"),
     source: Annotated[
@@ -264,12 +393,12 @@ def demo(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Export a small model, run it on a video, and say where the annotated video and the results are."""
+    """Run a small trained model on a video, in float32 and INT8, and say what came of it and where it is."""
+    from .demo import as_text
     from .demo import demo as run_demo
 
     facts = run_demo(output, source)
-    text = "\n".join(f"{name:>10}  {value}" for name, value in facts.items())
-    _print_facts(facts, as_json, text)
+    _print_facts(facts, as_json, as_text(facts))
 
 
 def _print_facts(facts: dict[str, Any], as_json: bool, text: str) -> None:

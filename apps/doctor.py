@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.table import Table
+from rich.text import Text
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,12 @@ def table(findings: list[Finding]) -> Table:
     rows.add_column(no_wrap=True)
     rows.add_column(style="bold", no_wrap=True)
     rows.add_column()
-    mark = {"ok": "[green]ok[/]", "absent": "[yellow]--[/]", "problem": "[red]!![/]"}
+    marks = {"ok": Text("ok", "green"), "absent": Text("--", "yellow"), "problem": Text("!!", "red")}
     for finding in findings:
-        text = finding.found + (f"\n[dim]{_plain(finding.advice)}[/]" if finding.advice else "")
-        rows.add_row(mark[finding.status], finding.name, text)
+        told = Text(finding.found)  # no markup: pip install 'framestep[cpu]' is to be read whole
+        if finding.advice:
+            told.append(f"\n{finding.advice}", "dim")
+        rows.add_row(marks[finding.status], Text(finding.name), told)
     return rows
 
 
@@ -80,6 +83,8 @@ def _python() -> Finding:
 
 
 def _processor() -> Finding:
+    from ..runtime.engines import usable_cores
+
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -87,7 +92,7 @@ def _processor() -> Finding:
             line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
         ]
         model = names[0] if names else model
-    return Finding("processor", "ok", f"{model}, {len(os.sched_getaffinity(0))} cores usable")
+    return Finding("processor", "ok", f"{model}, {usable_cores()} cores usable")
 
 
 def _onnxruntime() -> Finding:
@@ -160,6 +165,8 @@ def _opencv() -> Finding:
 def _gstreamer() -> Finding:
     from ..runtime.sources import has_gstreamer
 
+    if not _installed("cv2"):
+        return Finding("GStreamer sources", "absent", "OpenCV is not installed")
     if has_gstreamer():
         return Finding("GStreamer sources", "ok", "gst:PIPELINE works")
     advice = (
@@ -181,7 +188,7 @@ def _cameras() -> Finding:
     cameras = list_cameras()
     if not cameras:
         return Finding("cameras", "absent", "no /dev/video*", "plug one in, or use a file, an address or `synthetic`")
-    return Finding("cameras", "ok", "; ".join(str(camera) for camera in cameras))
+    return Finding("cameras", "ok", "; ".join(f"{c.path} ({c.name})" if c.name else c.path for c in cameras))
 
 
 def _package(name: str, extra: str, purpose: str) -> Finding:
@@ -192,8 +199,3 @@ def _package(name: str, extra: str, purpose: str) -> Finding:
 
 def _installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
-
-
-def _plain(text: str) -> str:
-    """Without rich taking [cpu] for markup."""
-    return text.replace("[", "\\[")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from ..runtime.bundle import Bundle
 
@@ -20,16 +23,16 @@ def describe(bundle: Bundle) -> dict[str, Any]:
             "outputs": {port.name: f"{port.dtype} {_shape(port.shape)}" for port in graph.outputs},
             "states": len(graph.states),
         }
-    frames = {state.capacity // state.rows_per_slot for state in manifest.states}
     return {
         "path": str(bundle.path),
         "family": manifest.family,
         "precision": manifest.precision,
+        "precisions": list(manifest.precisions),
         "origin": manifest.origin.checkpoint,
         "written_by": f"framestep {manifest.origin.framestep}",
         "frame": f"{manifest.frame.height}x{manifest.frame.width}, {manifest.frame.resize}",
         "rate": manifest.rate,
-        "window": max(frames, default=0),
+        "window": _window(bundle),
         "trained_frames": manifest.origin.trained_frames,
         "graphs": graphs,
         "states": len(manifest.states),
@@ -40,6 +43,7 @@ def describe(bundle: Bundle) -> dict[str, Any]:
         "scores": _scores(bundle),
         "text_graph": manifest.text is not None,
         "state_key": bundle.state_key(),
+        "calibration": _calibration(bundle),
         "notes": _notes(bundle),
     }
 
@@ -50,25 +54,38 @@ def table(bundle: Bundle) -> Table:
     rows = Table(show_header=False, box=None, pad_edge=False)
     rows.add_column(style="bold")
     rows.add_column()
+
+    def add(name: str, told: str) -> None:
+        rows.add_row(Text(name), Text(told))  # a label such as [b] is no markup
+
     rate = "every frame" if facts["rate"] is None else f"{facts['rate']:g} frames a second"
-    rows.add_row(
-        "bundle", f"{facts['path']}  ({facts['family']}, {facts['precision']}, {_size(facts['bytes_on_disk'])})"
-    )
-    rows.add_row("from", f"{facts['origin']}, written by {facts['written_by']}")
-    rows.add_row("sees", f"{facts['frame']}; {rate}")
-    rows.add_row("remembers", f"{facts['window']} frames, the current one included")
-    rows.add_row("state", f"{facts['states']} tensors, {_size(facts['bytes_per_stream'])} per stream")
+    add("bundle", f"{facts['path']}  ({facts['family']}, {facts['precision']}, {_size(facts['bytes_on_disk'])})")
+    add("from", f"{facts['origin']}, written by {facts['written_by']}")
+    add("sees", f"{facts['frame']}; {rate}")
+    add("remembers", f"{facts['window']} frames, the current one included")
+    add("state", f"{facts['states']} tensors, {_size(facts['bytes_per_stream'])} per stream")
     for name, graph in facts["graphs"].items():
-        rows.add_row(f"graph {name}", graph["file"])
+        add(f"graph {name}", graph["file"])
         for kind in ("inputs", "outputs"):
             for port, kind_shape in graph[kind].items():
-                rows.add_row("", f"{'<-' if kind == 'inputs' else '->'} {port}: {kind_shape}")
+                add("", f"{'<-' if kind == 'inputs' else '->'} {port}: {kind_shape}")
     if facts["labels"]:
-        rows.add_row("labels", ", ".join(facts["labels"]))
-    rows.add_row("scores", facts["scores"])
+        add("labels", ", ".join(facts["labels"]))
+    add("scores", facts["scores"])
+    if len(facts["precisions"]) > 1:
+        rows.add_row("precisions", ", ".join(facts["precisions"]))
+    if facts["calibration"] is not None:
+        for line in _calibration_lines(facts["calibration"]):
+            rows.add_row("calibrated", line)
+        rows.add_row("", f"see {bundle.path / 'report.md'}")
     for note in facts["notes"]:
-        rows.add_row("note", note)
+        add("note", note)
     return rows
+
+
+def _window(bundle: Bundle) -> int:
+    """Frames that a stream remembers, the current one included; 0 without memory."""
+    return max((state.capacity for state in bundle.manifest.states), default=0)
 
 
 def _scores(bundle: Bundle) -> str:
@@ -80,11 +97,32 @@ def _scores(bundle: Bundle) -> str:
     return "uncalibrated: scale and bias are the original SigLIP's; compare scores, do not read them as probabilities"
 
 
+def _calibration(bundle: Bundle) -> dict[str, Any] | None:
+    """The calibration's report, without what it says of each layer."""
+    if "report.json" not in bundle.manifest.files:
+        return None
+    report = json.loads(bundle.file("report.json").read_text("utf-8"))
+    return {name: value for name, value in report.items() if name not in ("layers", "trials")}
+
+
+def _calibration_lines(report: dict[str, Any]) -> Iterator[str]:
+    for item in report["accuracy"]:
+        line = f"{item['precision']}: cosine of pooled {item['cosine']:.5f} with fp32"
+        if item["accuracy"] is not None:
+            line += f", accuracy {item['accuracy']:.2%} ({item['reference_accuracy']:.2%})"
+        if item["ms"] is not None:
+            line += f", p50 {item['ms']:.1f} ms ({item['reference_ms']:.1f})"
+        yield line
+    for item in report["drift"]:
+        early, late = item["early_cosine"], item["late_cosine"]
+        yield f"{item['precision']} over {item['frames']} frames: cosine {early:.5f} early, {late:.5f} late"
+
+
 def _notes(bundle: Bundle) -> list[str]:
     manifest = bundle.manifest
     notes = []
     trained = manifest.origin.trained_frames
-    window = max((state.capacity for state in manifest.states), default=0)
+    window = _window(bundle)
     if trained is not None:
         notes.append(
             f"time embeddings were trained for {trained} frames; from frame {trained} on every frame carries the last"

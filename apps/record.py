@@ -1,4 +1,4 @@
-"""The files that a run writes: JSON lines, an annotated video, arrays.
+"""The files that a run writes: JSON lines, an annotated video, arrays, masks.
 
 Each writer fails before the first frame if its file cannot be written, and with an OutputError that names the
 file if the disk refuses later. `close()` after a failure still finishes the file with what was written until
@@ -44,6 +44,26 @@ def check_writable(path: Path, option: str) -> None:
         return
     try:
         with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OutputError(f"{option} {path}: cannot be written: {_reason(error)}") from error
+
+
+def check_new_folder(path: Path, option: str) -> None:
+    """Raises OutputError, naming `option` and `path`, unless `path` is an empty folder or can become one. Changes
+    nothing.
+    """
+    if not path.is_dir():
+        if path.exists():
+            raise OutputError(f"{option} {path}: is a file; name a folder")
+        check_writable(path, option)
+        return
+    try:
+        if any(path.iterdir()):
+            raise OutputError(
+                f"{option} {path}: is not empty; name a new folder, so that no older masks mix with these"
+            )
+        with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
         raise OutputError(f"{option} {path}: cannot be written: {_reason(error)}") from error
@@ -268,6 +288,29 @@ class ArrayRecorder:
         free = shutil.disk_usage(self.path.parent).free
         if free - packing < DISK_RESERVE:
             raise _disk_full(self.path, free, f"saving features stopped after {self.frames} frames")
+
+
+class MaskFolder:
+    """A PNG for each frame, `STREAM.INDEX.png`, whose bytes are labels, and `labels.json`, which names them."""
+
+    def __init__(self, path: Path, legend: dict[str, Any]) -> None:
+        self.path = path
+        try:
+            path.mkdir(exist_ok=True)
+        except OSError as error:
+            raise _unwritable(path, error) from error
+        self._write(path / "labels.json", json.dumps(legend, ensure_ascii=False, indent=1).encode() + b"\n")
+
+    def write(self, stream: int, index: int, mask: np.ndarray) -> None:
+        """Adds the mask of one frame, uint8 [height, width]."""
+        self._write(self.path / f"{stream}.{index:06d}.png", cv2.imencode(".png", mask)[1].tobytes())
+
+    def _write(self, file: Path, data: bytes) -> None:
+        try:
+            file.write_bytes(data)
+        except OSError as error:
+            file.unlink(missing_ok=True)  # no half picture
+            raise _unwritable(file, error) from error
 
 
 class _Column:

@@ -20,6 +20,7 @@ import numpy as np
 
 from ..runtime.bundle import Bundle
 from ..runtime.errors import OutputError, SourceError
+from ..runtime.preprocess import Preprocess
 from ..runtime.session import NonFiniteOutputError, Session, Stream
 from ..runtime.sources import Frame, Source, open_source
 from .annotate import Annotator
@@ -91,9 +92,9 @@ class Summary:
                 for source in self.sources
             ]
         lines.append(f"engine     {self.engine}")
-        if self.events is not None:
-            lines.append(f"events     {self.events}")
-        lines += [f"{kind:<10} {', '.join(paths)}" for kind, paths in self.files.items()]
+        for kind, paths in self.files.items():
+            count = f"{self.events} in " if kind == "events" else ""
+            lines.append(f"{kind:<10} {count}{', '.join(paths)}")
         return "\n".join(lines)
 
 
@@ -114,6 +115,7 @@ def run(options: RunOptions, status: Status) -> Summary:
                 len(options.sources),
                 plan.fetched,
                 options.threads,
+                options.precision,
             )
         )
         streams = [stack.enter_context(session.open_stream()) for _ in options.sources]
@@ -121,9 +123,9 @@ def run(options: RunOptions, status: Status) -> Summary:
         lanes = []
         for number, (name, stream) in enumerate(zip(options.sources, streams, strict=True)):
             source = stack.enter_context(_open_source(name, options, plan.rate, status))
-            lanes.append(_Lane(number, source, stream, plan))
+            lanes.append(_Lane(number, source, stream, session.preprocess, plan))
         stopping = stack.enter_context(_stop_on_signals())
-        sinks = open_sinks(plan, [lane.source for lane in lanes], stopping.ask)
+        sinks = open_sinks(plan, [lane.source for lane in lanes], session.preprocess, stopping.ask)
         return _Run(options, session, lanes, sinks, status, stopping).to_end()
 
 
@@ -177,7 +179,7 @@ def _stop_on_signals() -> Iterator[_Stopping]:
 class _Lane:
     """One source, its stream, and what is counted about it."""
 
-    def __init__(self, number: int, source: Source, stream: Stream, plan: Plan) -> None:
+    def __init__(self, number: int, source: Source, stream: Stream, preprocess: Preprocess, plan: Plan) -> None:
         self.number = number
         self.name = source.name
         self.source = source
@@ -192,7 +194,7 @@ class _Lane:
         self.ended = False
         self.annotator = Annotator(
             plan.labels,
-            plan.preprocess.region,
+            preprocess,
             self.latencies,
             overlay=plan.options.overlay,
             background=plan.background,
@@ -314,7 +316,7 @@ class _Run:
         if lane.ended:
             return
         lane.ended = True
-        lane.source.close()
+        lane.source.stop()  # closing may wait for a device, and the other sources go on
         for name, sink in list(self._open_sinks.items()):
             try:
                 sink.end(lane.number)

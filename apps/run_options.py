@@ -12,13 +12,13 @@ import cv2
 
 from ..runtime.bundle import Manifest
 from ..runtime.errors import FramestepError, OutputError
-from ..runtime.preprocess import Preprocess
 from .annotate import check_overlay
 from .events import EventDetector
-from .record import check_writable
+from .record import check_new_folder, check_writable
 
 LARGEST_LISTED = 4096  # values of one output that fit into a line of JSON
 OFF_PER_ON = 0.75
+MOST_MASK_LABELS = 255  # the byte 255 marks what the model did not see
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +37,7 @@ class RunOptions:
     fourcc: str | None = None
     rate: float | None = None  # None: the bundle's; 0: every frame
     threads: int | None = None
+    precision: str = "auto"
     outputs: tuple[str, ...] = ()
     output: Path | None = None
     events: Path | None = None
@@ -44,6 +45,7 @@ class RunOptions:
     overlay: str | None = None
     show: bool = False
     save_features: Path | None = None
+    save_masks: Path | None = None
     max_frames: int | None = None
     deadline_ms: float | None = None
 
@@ -63,7 +65,6 @@ class Plan:
     listed: tuple[str, ...]
     saved: tuple[str, ...]
     rate: float | None
-    preprocess: Preprocess
 
 
 def plan_run(options: RunOptions, manifest: Manifest) -> Plan:
@@ -90,10 +91,15 @@ def plan_run(options: RunOptions, manifest: Manifest) -> Plan:
             f"--outputs {','.join(options.outputs)}: goes into a file; "
             f"add --output FILE.jsonl or --save-features FILE.npz"
         )
-    if options.events is not None and not labels:
+    for option, path in (("--events", options.events), ("--save-masks", options.save_masks)):
+        if path is not None and not labels:
+            raise FramestepError(
+                f"{option} {path}: this bundle has no labels; add some with `framestep label BUNDLE --labels FILE`"
+            )
+    if options.save_masks is not None and len(labels) > MOST_MASK_LABELS:
         raise FramestepError(
-            f"--events {options.events}: this bundle has no labels; "
-            f"add some with `framestep label BUNDLE --labels FILE`"
+            f"--save-masks {options.save_masks}: a mask's pixels are bytes, which tell {MOST_MASK_LABELS} labels apart;"
+            f" this bundle has {len(labels)}"
         )
     if options.overlay is not None:
         check_overlay(options.overlay, labels)
@@ -112,12 +118,12 @@ def plan_run(options: RunOptions, manifest: Manifest) -> Plan:
     wanted = [*listed, *saved]
     if labels:
         wanted.append("scores")
-    if options.overlay is not None:
+    if options.overlay is not None or options.save_masks is not None:
         wanted.append("patch_scores")
     fetched = tuple(dict.fromkeys(wanted)) or (min(sizes, key=lambda name: sizes[name]),)
     background = manifest.labels.background if manifest.labels is not None else None
     rate = manifest.rate if options.rate is None else (options.rate or None)
-    return Plan(options, labels, background, fetched, listed, saved, rate, Preprocess(manifest.frame))
+    return Plan(options, labels, background, fetched, listed, saved, rate)
 
 
 def _values(shape: Sequence[int | str], labels: int) -> int:
@@ -134,18 +140,34 @@ def _check_files(options: RunOptions) -> None:
         "--events": [options.events] if options.events is not None else [],
         "--record": paths_for(options.record, options.sources),
         "--save-features": paths_for(options.save_features, options.sources),
+        "--save-masks": [options.save_masks] if options.save_masks is not None else [],
     }
     for option, suffix in (("--record", ".mp4"), ("--save-features", ".npz")):
         for path in asked[option]:
             if path.suffix.lower() != suffix:
                 raise OutputError(f"{option} {path}: is written as {suffix[1:]}; name it *{suffix}")
-    seen = {Path(source).resolve(): "--source" for source in options.sources}
+    bundle = options.bundle.resolve()
+    taken = {_identity(Path(source).expanduser()): "--source" for source in options.sources}
     for option, paths in asked.items():
         for path in paths:
-            check_writable(path, option)
-            other = seen.setdefault(path.resolve(), option)
+            if path.resolve().is_relative_to(bundle):
+                raise OutputError(f"{option} {path}: lies in the bundle {options.bundle}; name another place")
+            if option == "--save-masks":
+                check_new_folder(path, option)
+            else:
+                check_writable(path, option)
+            other = taken.setdefault(_identity(path), option)
             if other != option:
                 raise OutputError(f"{option} {path}: is also the file of {other}; name another")
+
+
+def _identity(path: Path) -> object:
+    """Equal for two names of one file."""
+    try:
+        found = path.stat()
+    except OSError:
+        return path.resolve()
+    return found.st_dev, found.st_ino
 
 
 def paths_for(path: Path | None, sources: Sequence[str]) -> list[Path]:

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import cv2
 import numpy as np
 
 from ..runtime.errors import OutputError
+from ..runtime.masks import NOT_SEEN, class_map
+from ..runtime.preprocess import Preprocess
 from ..runtime.session import Result
 from ..runtime.sources import Frame, Source
 from .annotate import Annotator, Shown
 from .events import Event, EventDetector
-from .record import ArrayRecorder, JsonLines, VideoRecorder
+from .record import ArrayRecorder, JsonLines, MaskFolder, VideoRecorder
 from .run_options import Plan, paths_for
 
 DEFAULT_RECORD_FPS = 30.0
 MAX_RECORD_FPS = 240.0
+NOT_SEEN_BYTE = 255  # in masks
 
 
 @dataclass
@@ -70,12 +73,15 @@ class Sink(Protocol):
         ...
 
 
-def open_sinks(plan: Plan, sources: Sequence[Source], stop: Callable[[], None]) -> dict[str, Sink]:
+def open_sinks(
+    plan: Plan, sources: Sequence[Source], preprocess: Preprocess, stop: Callable[[], None]
+) -> dict[str, Sink]:
     """Opens what the options ask for, by the name under which the summary lists the files.
 
     Args:
         plan: the checked options.
         sources: opened, in the order given.
+        preprocess: the session's.
         stop: called when the user closes a window.
 
     Raises:
@@ -91,11 +97,14 @@ def open_sinks(plan: Plan, sources: Sequence[Source], stop: Callable[[], None]) 
         if options.record is not None:
             fps = [_recorded_fps(source, plan.rate) for source in sources]
             videos = zip(paths_for(options.record, options.sources), fps, strict=True)
-            sinks["video"] = Recording([VideoRecorder(path, rate) for path, rate in videos])
+            sinks["video"] = FilePerSource([VideoRecorder(path, rate) for path, rate in videos], _record)
         if options.save_features is not None:
             constants = {"labels": np.array(plan.labels)} if "scores" in plan.saved else {}
             archives = paths_for(options.save_features, options.sources)
-            sinks["features"] = Features([ArrayRecorder(path, constants) for path in archives], plan.saved)
+            recorders = [ArrayRecorder(path, constants) for path in archives]
+            sinks["features"] = FilePerSource(recorders, partial(_save_arrays, plan.saved))
+        if options.save_masks is not None:
+            sinks["masks"] = Masks(options.save_masks, plan, sources, preprocess)
         if options.show:
             sinks["window"] = Window(stop)
     except OutputError:
@@ -174,14 +183,32 @@ class EventLines:
             self.count += 1
 
 
-class Recording:
-    """--record: an annotated video a source."""
+class Recorder(Protocol):
+    """The file of one source."""
 
-    def __init__(self, recorders: Sequence[VideoRecorder]) -> None:
+    path: Path
+    finished: bool
+
+    def close(self) -> None: ...
+
+
+AnyRecorder = TypeVar("AnyRecorder", bound=Recorder)
+
+
+class FilePerSource(Generic[AnyRecorder]):
+    """--record, --save-features: a file a source, finished when that source ends.
+
+    Args:
+        recorders: one for each source.
+        write: puts a frame and its result into the recorder of its source.
+    """
+
+    def __init__(self, recorders: Sequence[AnyRecorder], write: Callable[[AnyRecorder, Taken], None]) -> None:
         self._recorders = recorders
+        self._write = write
 
     def write(self, taken: Taken) -> None:
-        self._recorders[taken.stream].write(taken.picture, taken.frame.timestamp)
+        self._write(self._recorders[taken.stream], taken)
 
     def end(self, stream: int) -> None:
         self._recorders[stream].close()
@@ -193,27 +220,44 @@ class Recording:
         return [recorder.path for recorder in self._recorders if recorder.finished]
 
 
-class Features:
-    """--save-features: outputs of every frame as arrays, a file a source."""
+def _record(recorder: VideoRecorder, taken: Taken) -> None:
+    recorder.write(taken.picture, taken.frame.timestamp)
 
-    def __init__(self, recorders: Sequence[ArrayRecorder], names: Sequence[str]) -> None:
-        self._recorders = recorders
-        self._names = names
+
+def _save_arrays(names: Sequence[str], recorder: ArrayRecorder, taken: Taken) -> None:
+    arrays = {name: taken.result[name] for name in names}
+    arrays["timestamps"] = np.array(taken.frame.timestamp, np.float64)
+    arrays["indices"] = np.array(taken.frame.index, np.int64)
+    recorder.write(arrays)
+
+
+class Masks:
+    """--save-masks: the class map of every frame, in the frame's own pixels."""
+
+    def __init__(self, path: Path, plan: Plan, sources: Sequence[Source], preprocess: Preprocess) -> None:
+        self._preprocess = preprocess
+        legend = {
+            "labels": plan.labels,
+            "background": plan.background,
+            "not_seen": NOT_SEEN_BYTE,
+            "sources": [source.name for source in sources],
+        }
+        self._folder = MaskFolder(path, legend)
 
     def write(self, taken: Taken) -> None:
-        arrays = {name: taken.result[name] for name in self._names}
-        arrays["timestamps"] = np.array(taken.frame.timestamp, np.float64)
-        arrays["indices"] = np.array(taken.frame.index, np.int64)
-        self._recorders[taken.stream].write(arrays)
+        height, width = taken.frame.rgb.shape[:2]
+        classes = class_map(taken.result["patch_scores"], height, width, self._preprocess).classes
+        mask = np.where(classes == NOT_SEEN, NOT_SEEN_BYTE, classes).astype(np.uint8)
+        self._folder.write(taken.stream, taken.frame.index, mask)
 
     def end(self, stream: int) -> None:
-        self._recorders[stream].close()
+        pass
 
     def close(self) -> None:
-        _close_all(self._recorders)
+        pass
 
     def files(self) -> list[Path]:
-        return [recorder.path for recorder in self._recorders if recorder.finished]
+        return [self._folder.path]
 
 
 class Window:
@@ -247,7 +291,7 @@ def _recorded_fps(source: Source, rate: float | None) -> float | None:
     return min(fps, rate or fps, MAX_RECORD_FPS)
 
 
-def _close_all(recorders: Sequence[VideoRecorder | ArrayRecorder]) -> None:
+def _close_all(recorders: Sequence[Recorder]) -> None:
     """Closes every one, also after one failed; raises the first failure."""
     failures = []
     for recorder in recorders:

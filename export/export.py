@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -85,52 +84,60 @@ def export_streamformer(
         OutputError: the bundle cannot be written.
         FramestepError: the bundle disagrees with PyTorch.
     """
-    model = checkpoint.model
-    config = model.config
-    window = config.num_frames if options.window is None else options.window
-    image_size = options.image_size or config.image_size
-    _check_options(checkpoint, options, window, image_size)
-    grid = (image_size[0] // config.patch_size, image_size[1] // config.patch_size)
-    head = checkpoint.heads[options.head] if options.head else None
+    _check_options(checkpoint, options)
     if labels is not None:
         labels.check(has_text_graph=False)
+    head = checkpoint.heads[options.head] if options.head else None
     with BundleWriter(path, force) as writer:
-        folder = writer.folder
-        backbone_weights, label_weights = WeightFile(folder / "backbone.bin"), WeightFile(folder / "label.bin")
-        builder = GraphBuilder("backbone", backbone_weights)
-        backbone, states = write_backbone(model, window, image_size, builder, "backbone.onnx")
-        builder.save(folder / "backbone.onnx")
-        builder = GraphBuilder("label", label_weights)
-        label = write_label_graph(config, builder, "label.onnx")
-        builder.save(folder / "label.onnx")
-        builder = GraphBuilder("patch_label", label_weights, shared=[backbone_weights])
-        patch_label = write_patch_label_graph(model, head, grid, builder, "patch_label.onnx")
-        builder.save(folder / "patch_label.onnx")
-        backbone_weights.close()
-        label_weights.close()
-        manifest = Manifest(
-            format=FORMAT,
-            version=VERSION,
-            family="streamformer",
-            precision="fp32",
-            frame=FrameSpec(*image_size, options.resize),
-            graphs={"backbone": backbone, "label": label, "patch_label": patch_label},
-            states=tuple(states),
-            origin=Origin(checkpoint.origin, __version__, config.num_frames),
-            rate=options.rate,
-            grid=grid,
-            scoring=_head_scoring(options.head, head),
-        )
-        if labels is not None:
-            manifest = write_labels(folder, manifest, labels)
-        writer.finish(manifest)
-        difference, frames = replay(checkpoint, Bundle.open(folder, verify=False), head)
+        write_streamformer(checkpoint, writer, options, labels)
+        difference, frames = replay(checkpoint, Bundle.open(writer.folder, verify=False), head)
         if not difference <= AGREEMENT:
             raise FramestepError(
                 f"{path}: not kept, the bundle differs from PyTorch by {difference:.2e} over {frames} frames"
                 f" (at most {AGREEMENT:.0e} is accepted)"
             )
     return ExportReport(path, difference, frames)
+
+
+def write_streamformer(
+    checkpoint: Checkpoint, writer: BundleWriter, options: ExportOptions, labels: LabelOptions | None = None
+) -> None:
+    """Write a bundle and compare it with nothing: `export_streamformer` is what users want."""
+    _check_options(checkpoint, options)
+    model, folder = checkpoint.model, writer.folder
+    config = model.config
+    window = config.num_frames if options.window is None else options.window
+    image_size = options.image_size or config.image_size
+    grid = (image_size[0] // config.patch_size, image_size[1] // config.patch_size)
+    head = checkpoint.heads[options.head] if options.head else None
+    backbone_weights, label_weights = WeightFile(folder / "backbone.bin"), WeightFile(folder / "label.bin")
+    builder = GraphBuilder("backbone", backbone_weights)
+    backbone, states = write_backbone(model, window, image_size, builder, "backbone.onnx")
+    builder.save(folder / "backbone.onnx")
+    builder = GraphBuilder("label", label_weights)
+    label = write_label_graph(config, builder, "label.onnx")
+    builder.save(folder / "label.onnx")
+    builder = GraphBuilder("patch_label", label_weights, shared=[backbone_weights])
+    patch_label = write_patch_label_graph(model, head, grid, builder, "patch_label.onnx")
+    builder.save(folder / "patch_label.onnx")
+    backbone_weights.close()
+    label_weights.close()
+    manifest = Manifest(
+        format=FORMAT,
+        version=VERSION,
+        family="streamformer",
+        precision="fp32",
+        frame=FrameSpec(*image_size, options.resize),
+        graphs={"backbone": backbone, "label": label, "patch_label": patch_label},
+        states=tuple(states),
+        origin=Origin(checkpoint.origin, __version__, config.num_frames),
+        rate=options.rate,
+        grid=grid,
+        scoring=_head_scoring(options.head, head),
+    )
+    if labels is not None:
+        manifest = write_labels(folder, manifest, labels)
+    writer.finish(manifest)
 
 
 def replay(checkpoint: Checkpoint, bundle: Bundle, head: TaskHead | None = None) -> tuple[float, int]:
@@ -201,15 +208,16 @@ def _at_size(checkpoint: Checkpoint, image_size: tuple[int, int]) -> torch.nn.Mo
     return resized.eval()
 
 
-def _check_options(checkpoint: Checkpoint, options: ExportOptions, window: int, image_size: Sequence[int]) -> None:
+def _check_options(checkpoint: Checkpoint, options: ExportOptions) -> None:
     patch = checkpoint.model.config.patch_size
     kind = checkpoint.model.config.hidden_act
+    image_size = options.image_size or checkpoint.model.config.image_size
     if kind not in ACTIVATIONS:
         raise CheckpointError(
             f"{checkpoint.origin}: hidden_act '{kind}' has no ONNX form here; supported are {', '.join(ACTIVATIONS)}"
         )
-    if window < 1:
-        raise CheckpointError(f"--window: expected at least 1 frame, found {window}")
+    if options.window is not None and options.window < 1:
+        raise CheckpointError(f"--window: expected at least 1 frame, found {options.window}")
     if any(size < patch or size % patch for size in image_size):
         raise CheckpointError(
             f"--image-size: expected multiples of the patch size {patch}, found {image_size[0]}x{image_size[1]}"

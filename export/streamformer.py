@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 
 from ..runtime.errors import CheckpointError
 
@@ -98,8 +97,10 @@ class StreamFormerConfig:
                 f"{where}: hidden_size {config.hidden_size} is not a multiple of"
                 f" num_attention_heads {config.num_attention_heads}"
             )
-        if not isinstance(config.hidden_act, str) or config.hidden_act not in ACT2FN:
-            raise CheckpointError(f"{where}: hidden_act '{config.hidden_act}' is unknown to transformers")
+        try:
+            activation(config.hidden_act)
+        except KeyError:
+            raise CheckpointError(f"{where}: hidden_act '{config.hidden_act}' is unknown to transformers") from None
         return config
 
     def to_dict(self) -> dict[str, Any]:
@@ -114,6 +115,24 @@ class StreamFormerConfig:
             "enable_causal_temporal": True,
             **values,
         }
+
+
+def activation(kind: str) -> nn.Module:
+    """The activation that `transformers` calls `kind`; that package is asked only for the rarer ones.
+
+    Raises:
+        KeyError: unknown there too.
+    """
+    if kind == "gelu":
+        return nn.GELU()
+    if kind == "gelu_pytorch_tanh":
+        return nn.GELU(approximate="tanh")
+    from transformers.activations import ACT2FN
+
+    if not isinstance(kind, str):
+        raise KeyError(kind)
+    module: nn.Module = ACT2FN[kind]
+    return module
 
 
 class StreamFormer(nn.Module):
@@ -198,7 +217,7 @@ class Layer(nn.Module):
         self.intermediate.dense = nn.Linear(D, config.intermediate_size)
         self.output = nn.Module()
         self.output.dense = nn.Linear(config.intermediate_size, D)
-        self.act = ACT2FN[config.hidden_act]
+        self.act = activation(config.hidden_act)
 
     def forward(
         self, x: Tensor, past: tuple[Tensor, Tensor] | None, window: int | None
@@ -265,7 +284,7 @@ class PoolingHead(nn.Module):
         self.mlp = nn.Module()
         self.mlp.fc1 = nn.Linear(D, config.intermediate_size)
         self.mlp.fc2 = nn.Linear(config.intermediate_size, D)
-        self.act = ACT2FN[config.hidden_act]
+        self.act = activation(config.hidden_act)
 
     def forward(self, features: Tensor) -> Tensor:
         """features [B, N, D] -> pooled [B, D]"""
@@ -286,7 +305,7 @@ class PatchProjections(nn.Module):
         self.head_mlp = nn.Module()
         self.head_mlp.fc1 = nn.Linear(D, config.intermediate_size)
         self.head_mlp.fc2 = nn.Linear(config.intermediate_size, D)
-        self.act = ACT2FN[config.hidden_act]
+        self.act = activation(config.hidden_act)
 
     def forward(self, features: Tensor) -> Tensor:
         """features [..., N, D] -> [..., N, D]"""

@@ -261,7 +261,10 @@ def _score(g: GraphBuilder, x: str, embeddings: str, hidden: int) -> str:
     bias = g.input("logit_bias", "float32", [])
     length = g.node("ReduceL2", x, g.constant([-1]), keepdims=1)
     cosine = g.node("MatMul", g.node("Div", x, length), g.node("Transpose", text, perm=[1, 0]))
-    return g.node("Sigmoid", g.node("Add", g.node("Mul", cosine, g.node("Exp", scale)), bias))
+    logit = g.node("Add", g.node("Mul", cosine, g.node("Exp", scale)), bias)
+    # spelled out: ONNX Runtime's Sigmoid is 0 from -18 on, where SigLIP's biases put most labels
+    grown = g.node("Exp", g.node("Neg", logit))
+    return g.node("Reciprocal", g.node("Add", grown, g.scalar(1.0)))
 
 
 def _label_ports(embeddings: str, hidden: int) -> tuple[Port, ...]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -17,8 +18,8 @@ import numpy.typing as npt
 
 from . import state_file
 from .bundle import LABEL_ROLES, STREAM_ROLES, Bundle, FrameSpec, Manifest, graphs_for
-from .engines import choose_engine, make_engine, usable_cores
-from .errors import BundleError, EngineError, FramestepError, StateError
+from .engines import PrefillEngine, choose_engine, choose_precision, make_engine, usable_cores
+from .errors import BundleError, EngineError, FrameError, FramestepError, StateError
 from .labels import label_inputs, read_label_embeddings
 from .preprocess import Preprocess, check_frame
 
@@ -86,6 +87,7 @@ class Session:
         streams: int = 1,
         outputs: Sequence[str] | None = None,
         threads: int | None = None,
+        precision: str = "auto",
     ) -> None:
         if streams < 1:
             raise EngineError(f"streams: expected at least 1, found {streams}")
@@ -96,7 +98,9 @@ class Session:
             )
         if isinstance(outputs, str):
             raise EngineError(f"outputs: expected a list of names, found the text '{outputs}'")
-        self.bundle = bundle
+        choice = choose_engine(bundle.manifest, engine, device)
+        self.precision = choose_precision(bundle.manifest, precision, choice.device)
+        self.bundle = bundle = replace(bundle, manifest=bundle.manifest.at(self.precision))
         manifest = bundle.manifest
         self.available_outputs = tuple(_available_outputs(manifest))
         self.labels: tuple[str, ...] = manifest.labels.names if manifest.labels else ()
@@ -105,8 +109,7 @@ class Session:
         _check_outputs(self.outputs, manifest, bundle)
         self.preprocess = Preprocess(manifest.frame)
         self.streams = streams
-        choice = choose_engine(manifest, engine, device)
-        self.engine_choice = choice.reason
+        self.engine_choice = f"{choice.reason}, {self.precision}"
         self._engine = make_engine(
             choice,
             bundle,
@@ -172,6 +175,28 @@ class Session:
             slots = [stream.slot for stream in frames]
             self._engine.run(min(slots), max(slots) + 1)
             return self._collect(list(frames), start)
+
+    def prime(self, stream: Stream, frames: Iterable[Array]) -> Result:
+        """See `Stream.prime`."""
+        start = time.perf_counter()
+        with self._lock:
+            self._check_open()
+            stream._check_owner(self)
+            given = list(frames)
+            if not given:
+                raise FrameError("prime: expected at least one frame, found none")
+            for rgb in given:
+                check_frame(rgb)
+            engine = self._engine
+            if not isinstance(engine, PrefillEngine) or not engine.can_prefill():
+                for rgb in given[:-1]:
+                    self.step({stream: rgb})
+                return self.step({stream: given[-1]})[stream]
+            fitted = np.empty((len(given), *engine.frames.shape[1:]), np.uint8)
+            for rgb, out in zip(given, fitted, strict=True):
+                self.preprocess(rgb, out)
+            engine.prefill(stream.slot, fitted)
+            return self._collect([stream], start)[stream]
 
     def warm_up(self, steps: int = 2) -> None:
         """Run every number of streams, so that the first frames take no longer than the others."""
@@ -280,6 +305,23 @@ class Stream:
             rgb: uint8 [height, width, 3], RGB, any size.
         """
         return self._session.step({self: rgb})[self]
+
+    def prime(self, frames: Iterable[Array]) -> Result:
+        """Advance by several frames at once: from a clip before a stream begins, or to catch up after a stall.
+
+        The stream is left as if it had stepped through them. Engines that can take them together do; the others step.
+
+        Args:
+            frames: uint8 [height, width, 3] RGB of any size, at least one. All are held in memory at the model's size.
+
+        Returns:
+            The result for the last frame; its latency is that of the whole call.
+
+        Raises:
+            FrameError: a frame is of another kind, or there is none; the stream has not advanced.
+            NonFiniteOutputError: see there. Frames taken together are judged by what the last of them gives.
+        """
+        return self._session.prime(self, frames)
 
     def reset(self) -> None:
         """Forget every frame so far."""

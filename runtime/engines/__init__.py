@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from importlib.util import find_spec
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +14,8 @@ import numpy.typing as npt
 from ..bundle import Bundle, Manifest
 from ..errors import EngineError
 
-ENGINES = ("onnxruntime",)
+ENGINES = ("onnxruntime", "torch")
+ARITHMETIC = ("fp32", "tf32", "fp16", "bf16")  # what the torch engine computes in where it is asked to: "torch:fp16"
 DEVICES = ("cpu", "cuda")
 
 
@@ -40,13 +42,26 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
+@runtime_checkable
+class PrefillEngine(Engine, Protocol):
+    """An engine that can run many frames of one stream at once."""
+
+    def can_prefill(self) -> bool: ...
+    def prefill(self, slot: int, frames: npt.NDArray[np.uint8]) -> None: ...
+
+
 @dataclass(frozen=True)
 class EngineChoice:
-    """An engine on a device, and why it was taken."""
+    """An engine on a device, and why it was taken.
+
+    Attributes:
+        arithmetic: what the torch engine computes in, one of `ARITHMETIC`; None for what the graphs have.
+    """
 
     engine: str
     device: str
     reason: str
+    arithmetic: str | None = None
 
 
 def usable_cores() -> int:
@@ -59,13 +74,21 @@ def usable_cores() -> int:
 def choose_engine(manifest: Manifest, engine: str, device: str) -> EngineChoice:
     """Take the fastest engine that the bundle and the machine allow, or the one asked for.
 
+    Args:
+        engine: "auto", one of `ENGINES`, or "torch:" and one of `ARITHMETIC`.
+
     Raises:
         EngineError: unknown, or not usable here.
     """
-    if engine not in ("auto", *ENGINES):
-        raise EngineError(f"engine '{engine}' is unknown; expected auto, {', '.join(ENGINES)}")
+    name, _, arithmetic = engine.partition(":")
+    if name not in ("auto", *ENGINES):
+        raise EngineError(f"engine '{name}' is unknown; expected auto, {', '.join(ENGINES)}")
+    if arithmetic and (name != "torch" or arithmetic not in ARITHMETIC):
+        raise EngineError(f"engine '{engine}' is unknown; with ':' expected torch:{', torch:'.join(ARITHMETIC)}")
     if device not in ("auto", *DEVICES):
         raise EngineError(f"device '{device}' is unknown; expected auto, {', '.join(DEVICES)}")
+    if name == "torch" or (name == "auto" and find_spec("onnxruntime") is None and find_spec("torch") is not None):
+        return _choose_torch(engine, arithmetic or None, device)
     from .onnxruntime import available_devices
 
     found = available_devices()
@@ -79,6 +102,34 @@ def choose_engine(manifest: Manifest, engine: str, device: str) -> EngineChoice:
     return EngineChoice("onnxruntime", taken, f"onnxruntime on {taken} ({why})")
 
 
+def _choose_torch(engine: str, arithmetic: str | None, device: str) -> EngineChoice:
+    from .torch import available_devices
+
+    found = available_devices()
+    if device != "auto" and device not in found:
+        raise EngineError(
+            f"device '{device}' is not available to PyTorch here (found {', '.join(found)});"
+            " use a machine with an NVIDIA GPU and a PyTorch built for CUDA"
+        )
+    taken = found[0] if device == "auto" else device
+    why = "asked for" if engine != "auto" else "ONNX Runtime is not installed"
+    numbers = f" in {arithmetic}" if arithmetic else ""
+    return EngineChoice("torch", taken, f"torch on {taken}{numbers} ({why})", arithmetic)
+
+
+def choose_precision(manifest: Manifest, precision: str, device: str) -> str:
+    """Take the precision asked for, or the fastest one in the bundle that the device runs well.
+
+    Raises:
+        BundleError: the bundle does not have it.
+    """
+    if precision != "auto":
+        return manifest.at(precision).precision
+    # A CPU widens every FP16 number before it computes with it.
+    order = ("int8", "fp32") if device == "cpu" else ("fp16", "fp32", "fp16+int8", "int8")
+    return next((name for name in order if name in manifest.precisions), manifest.precision)
+
+
 def make_engine(
     choice: EngineChoice,
     bundle: Bundle,
@@ -87,6 +138,10 @@ def make_engine(
     streams: int,
     threads: int,
 ) -> Engine:
+    if choice.engine == "torch":
+        from .torch import TorchEngine
+
+        return TorchEngine(bundle, graphs, outputs, streams, choice.device, threads, choice.arithmetic)
     from .onnxruntime import OnnxRuntimeEngine
 
     return OnnxRuntimeEngine(bundle, graphs, outputs, streams, choice.device, threads)

@@ -20,6 +20,9 @@ from ..errors import BundleError, EngineError
 Array = npt.NDArray[Any]
 ALIGNMENT = 64  # bytes
 WARNING = 2  # ONNX Runtime's severity
+# MatMulAddFusion makes a Gemm with a float bias, which is no integer product; CommonSubexpressionElimination merges the
+# quantizers of layers that share an input, and a shared one is not fused. Such layers would run in float.
+BREAK_INTEGER_PRODUCTS = ["MatMulAddFusion", "CommonSubexpressionElimination"]
 _DTYPES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
@@ -76,12 +79,13 @@ class OnnxRuntimeEngine:
             if state.name in used
         }
         options = _session_options(ort, threads)
+        disabled = BREAK_INTEGER_PRODUCTS if "int8" in manifest.precision else None
         provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[device]
         self._sessions = []
         for graph in self._graphs:
             path = bundle.file(graph.file)
             try:
-                session = ort.InferenceSession(str(path), options, providers=[provider])
+                session = ort.InferenceSession(str(path), options, [provider], disabled_optimizers=disabled)
             except Exception as error:  # ONNX Runtime's own exception types are not stable
                 raise EngineError(f"{path}: ONNX Runtime {ort.__version__} cannot load it: {_line(error)}") from None
             if provider not in session.get_providers():

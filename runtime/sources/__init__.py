@@ -24,6 +24,7 @@ from .frame import Frame, Source
 from .image_folder import IMAGE_SUFFIXES, ImageFolder
 from .live import LiveSource, LiveTiming
 from .opencv import has_gstreamer
+from .redaction import redacted
 from .sampling import check_rate
 from .synthetic import MOTIONS, SyntheticSource, Truth
 from .video_file import VideoFile
@@ -98,7 +99,7 @@ def open_source(
     elif scheme := re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", text):
         if scheme[1].lower() not in NETWORK_SCHEMES:
             known = ", ".join(f"{name}://" for name in NETWORK_SCHEMES)
-            raise SourceError(f"source {text}: {scheme[1]}:// is not supported; the schemes are {known}")
+            raise SourceError(f"source {redacted(text)}: {scheme[1]}:// is not supported; the schemes are {known}")
         source = LiveSource(NetworkCamera(text), rate=rate, on_report=report, timing=timing)
     else:
         source = _open_path(Path(text), rate, camera_fps, report)
@@ -124,7 +125,7 @@ def _open_path(path: Path, rate: float | None, images_fps: float | None, report:
     try:
         if not path.exists():
             raise SourceError(
-                f"source {path}: no such file or folder"
+                f"source {redacted(str(path))}: no such file or folder"
                 " (a camera is 0, /dev/video0 or rtsp://…; moving shapes are `synthetic`)"
             )
         if path.is_dir() or path.suffix.lower() in IMAGE_SUFFIXES:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from ..errors import SourceError
 from .opencv import has_backend, has_gstreamer, require_cv2
+from .redaction import redacted
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +118,7 @@ class NetworkCamera:
 
     @property
     def name(self) -> str:
-        return re.sub(r"(?<=://)[^/]*@", "***@", self.address)
+        return redacted(self.address)
 
     @property
     def states_its_fps(self) -> bool:
@@ -143,8 +144,12 @@ class NetworkCamera:
 class GStreamerPipeline:
     """`gst:` and a pipeline. Where it has no `appsink`, one that takes BGR is put at its end."""
 
-    name: str
+    spec: str
     states_its_fps: bool = True
+
+    @property
+    def name(self) -> str:
+        return redacted(self.spec)
 
     def open(self, patience: Patience, on_report: Callable[[str], None]) -> Any:
         cv2 = require_cv2()
@@ -154,13 +159,15 @@ class GStreamerPipeline:
                 " use the system's (JetPack's, or apt install python3-opencv)"
                 " or one built with -D WITH_GSTREAMER=ON, or name the camera itself: 0, /dev/video0 or rtsp://…"
             )
-        pipeline = self.name.removeprefix("gst:").strip()
+        pipeline = self.spec.removeprefix("gst:").strip()
         if "appsink" not in pipeline:
             pipeline += " ! videoconvert ! video/x-raw,format=BGR ! appsink"
         capture = cv2.VideoCapture(pipeline, cv2.CAP_GSTREAMER, _timeouts(cv2, patience))
         if not capture.isOpened():
             capture.release()
-            raise SourceError(f"source {self.name}: GStreamer cannot run it; to see why: gst-launch-1.0 {pipeline}")
+            raise SourceError(
+                f"source {self.name}: GStreamer cannot run it; to see why: gst-launch-1.0 {redacted(pipeline)}"
+            )
         return capture
 
 

@@ -52,6 +52,10 @@ class Source(ABC):
         where nothing in the source can be read at all.
         """
 
+    def stop(self) -> None:
+        """End reading without waiting for the device, as `close` may have to; close it all the same."""
+        self.close()
+
     @abstractmethod
     def close(self) -> None:
         """Give the source back. Reading then ends; closing twice is fine."""

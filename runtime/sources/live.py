@@ -74,7 +74,7 @@ class LiveSource(Source):
             self._reader.start()
             self._wait_for_first_frame()
         except BaseException:
-            self._stop()
+            self.stop()
             raise
         self._report_rate_above_fps(rate)
 
@@ -98,8 +98,15 @@ class LiveSource(Source):
                 return Frame(to_rgb(picture.bgr), picture.index, picture.timestamp, picture.captured)
         return None
 
+    def stop(self) -> None:
+        self._closed.set()
+        with self._changed:
+            self.ended = True
+            self._newest = None
+            self._changed.notify_all()
+
     def close(self) -> None:
-        self._stop()
+        self.stop()
         self._reader.join(CLOSING)
         self._deliver_reports()
 
@@ -141,13 +148,6 @@ class LiveSource(Source):
         self._post(f"{what}, {silent:.1f} s; trying again in {pause:g} s")
         self._reader = _Reader(self._run, delay=pause)
         self._reader.start()
-
-    def _stop(self) -> None:
-        self._closed.set()
-        with self._changed:
-            self.ended = True
-            self._newest = None
-            self._changed.notify_all()
 
     # What the reader's thread does.
 

@@ -17,6 +17,9 @@ ASSUMED_FPS = 25.0  # where a header states none
 MAX_PLAUSIBLE_FPS = 1000.0
 # How many failures in a row end a file whose header does not say how many frames to expect.
 PATIENCE_WITHOUT_LENGTH = 64
+# The same where it does: a damaged header may announce billions, and OpenCV states no position while it fails, so that
+# the end of the file and a stretch of bad frames look alike. Failing this often takes some 30 ms.
+LONGEST_PATIENCE = 10_000
 
 
 class VideoFile(Source):
@@ -69,7 +72,9 @@ class VideoFile(Source):
     def _grab(self) -> bool:
         """Move to the next frame that can be decoded, and date it. False at the end."""
         # A failure is either a frame that cannot be decoded or the end: only trying on tells.
-        patience = PATIENCE_WITHOUT_LENGTH if self.length is None else self.length - self._next_index
+        patience = PATIENCE_WITHOUT_LENGTH
+        if self.length is not None:
+            patience = min(self.length - self._next_index, LONGEST_PATIENCE)
         failures = 0
         while not self._capture.grab():
             failures += 1

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from framestep.apps.annotate import Annotator, Shown, check_overlay, class_map
+from framestep.apps import annotate
+from framestep.apps.annotate import Annotator, Shown, check_overlay
 from framestep.apps.latency import Latencies
 from framestep.runtime.bundle import FrameSpec
 from framestep.runtime.errors import FramestepError
@@ -16,8 +17,7 @@ def annotator(labels=LABELS, resize="crop", values=(12.0, 13.0, 40.0), **options
     latencies = Latencies()
     for value in values:
         latencies.add(value)
-    region = Preprocess(FrameSpec(112, 112, resize)).region
-    return Annotator(labels, region, latencies, **options)
+    return Annotator(labels, Preprocess(FrameSpec(112, 112, resize)), latencies, **options)
 
 
 def shown(height=180, width=320, **results) -> Shown:
@@ -83,25 +83,43 @@ def test_the_background_stays_clear_in_the_class_map() -> None:
     assert (inside == 100).all()
 
 
-def test_class_map_is_the_softmax_over_bilinearly_upsampled_logits() -> None:
-    torch = pytest.importorskip("torch")
-    logits = np.random.default_rng(3).normal(0, 3, (5, 6, 7)).astype(np.float32)
-    upsampled = torch.nn.functional.interpolate(
-        torch.from_numpy(logits)[None], size=(60, 84), mode="bilinear", align_corners=False
-    )[0]
-    expected = upsampled.softmax(0)
-    classes, confidence = class_map(1 / (1 + np.exp(-logits)), 60, 84)
-    best, index = expected.max(0)
-    clear = (expected.topk(2, dim=0).values.diff(dim=0)[0].abs() > 1e-3).numpy()
-    assert clear.mean() > 0.95
-    assert np.array_equal(classes[clear], index.numpy()[clear])
-    np.testing.assert_allclose(confidence, best.numpy(), atol=1e-3)
+def test_what_the_model_did_not_see_is_left_as_it_is() -> None:
+    scores = np.random.default_rng(0).random((3, 4, 4), np.float32)
+    for overlay in ("all", "a dog"):
+        picture = annotator(overlay=overlay).draw(shown(720, 1280, patch_scores=scores))  # sees columns 280 to 1000
+        assert (picture[:720, :275] == 100).all() and (picture[:720, 1005:] == 100).all()
+        assert not (picture[:720, 285:995] == 100).all(axis=2).any()
 
 
-def test_class_map_bears_saturated_scores() -> None:
-    scores = np.stack([np.ones((2, 2)), np.zeros((2, 2))]).astype(np.float32)
-    classes, confidence = class_map(scores, 8, 8)
-    assert (classes == 0).all() and np.isfinite(confidence).all()
+@pytest.mark.parametrize("label", ["Größe", "猫", "кот"])
+def test_labels_in_any_script_are_told_apart(label: str) -> None:
+    if not annotate.DRAWS_UNICODE:
+        pytest.skip("this OpenCV's fonts hold ASCII only")
+    scores = np.array([0.5], np.float32)
+    question = annotator(labels=("?" * len(label),)).draw(shown(scores=scores))
+    assert not np.array_equal(annotator(labels=(label,)).draw(shown(scores=scores)), question)
+
+
+@pytest.mark.parametrize(
+    ("label", "drawn"),
+    [("Größe à côté", "Grosse a cote"), ("Łódź – ½", "Lodz - 1?2"), ("кот", "???"), ("a cat", "a cat")],
+)
+def test_an_opencv_with_ascii_fonts_draws_letters_without_their_accents(
+    monkeypatch: pytest.MonkeyPatch, label: str, drawn: str
+) -> None:
+    monkeypatch.setattr(annotate, "DRAWS_UNICODE", False)
+    scores = np.array([0.5], np.float32)
+    found = annotator(labels=(label,)).draw(shown(scores=scores))
+    assert np.array_equal(found, annotator(labels=(drawn,)).draw(shown(scores=scores)))
+
+
+@pytest.mark.parametrize("unicode", [True, False])
+def test_characters_that_cannot_be_drawn_do_no_harm(monkeypatch: pytest.MonkeyPatch, unicode: bool) -> None:
+    monkeypatch.setattr(annotate, "DRAWS_UNICODE", unicode and annotate.DRAWS_UNICODE)
+    labels = ("\ud800", "a\nb", "\x00", "\u202e", "🦜", "")
+    annotator(labels=labels, overlay="all").draw(
+        shown(scores=np.full(6, 0.5, np.float32), patch_scores=np.full((6, 2, 2), 0.5, np.float32))
+    )
 
 
 def test_hundreds_of_labels_and_long_names_fit() -> None:

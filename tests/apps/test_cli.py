@@ -78,7 +78,7 @@ def test_json_is_one_object_on_standard_output(asked, monkeypatch, capsys) -> No
 def test_every_option_reaches_the_run(asked, monkeypatch) -> None:
     arguments = (
         "run b -s 0 -s rtsp://x --output o.jsonl --events e.jsonl --record r.mp4 --overlay all --show "
-        "--save-features f.npz --outputs pooled,scores --on 0.7 --off 0.2 --rate 4 --max-frames 9 "
+        "--save-features f.npz --save-masks m --outputs pooled,scores --on 0.7 --off 0.2 --rate 4 --max-frames 9 "
         "--deadline-ms 50 --engine onnxruntime --device cpu --threads 2 --width 640 --height 480 "
         "--camera-fps 30 --fourcc MJPG"
     )
@@ -93,6 +93,7 @@ def test_every_option_reaches_the_run(asked, monkeypatch) -> None:
             overlay="all",
             show=True,
             save_features=Path("f.npz"),
+            save_masks=Path("m"),
             outputs=("pooled", "scores"),
             on=0.7,
             off=0.2,

@@ -295,3 +295,17 @@ def test_a_folder_without_permission_is_refused(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(OutputError, match="--output"):
         check_writable(tmp_path / "out.jsonl", "--output")
+
+
+def test_a_mask_that_does_not_fit_leaves_no_half_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = record.MaskFolder(tmp_path / "masks", {"labels": ["a"]})
+    folder.write(0, 1, np.zeros((4, 4), np.uint8))
+
+    def fill_disk(path: Path, data: bytes) -> int:
+        path.open("wb").close()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", fill_disk)
+    with pytest.raises(OutputError, match=r"0\.000002\.png: cannot be written: No space left on device"):
+        folder.write(0, 2, np.zeros((4, 4), np.uint8))
+    assert sorted(path.name for path in (tmp_path / "masks").iterdir()) == ["0.000001.png", "labels.json"]

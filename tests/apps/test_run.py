@@ -21,6 +21,7 @@ from framestep.apps.run_options import RunOptions
 from framestep.apps.status import LaneStatus
 from framestep.runtime.bundle import FORMAT, VERSION, FrameSpec, Graph, Labels, Manifest, Origin, Port
 from framestep.runtime.errors import FramestepError, SourceError
+from framestep.runtime.preprocess import Preprocess
 from framestep.runtime.session import NonFiniteOutputError, Result
 from framestep.runtime.sources import Frame
 
@@ -55,9 +56,10 @@ def manifest(labels=LABELS, rate=None) -> Manifest:
 class StandInSession:
     """`scores` say how bright a frame is; a frame of pure white gives NaN."""
 
-    def __init__(self, bundle, engine, device, streams, outputs, threads) -> None:
+    def __init__(self, bundle, engine, device, streams, outputs, threads, precision) -> None:
         self.labels = bundle.manifest.labels.names if bundle.manifest.labels else ()
         self.outputs = outputs
+        self.preprocess = Preprocess(bundle.manifest.frame)
         self.engine_choice = f"{engine} on {device}"
         self.steps: list[int] = []  # streams in each
         self.warmed_up = False
@@ -87,11 +89,13 @@ class StandInSession:
                 continue
             bright = float(rgb.mean()) / 255
             scores = np.array([1 - bright, bright, 0.9], np.float32)[: len(self.labels)]
+            patch_scores = np.full((len(scores), 4, 4), 0.1, np.float32)
+            patch_scores[1:2, :, :2] = patch_scores[:1, :, 2:] = 0.9
             values = {
                 "features": np.full((16, 512), bright, np.float32),
                 "pooled": np.full(8, bright, np.float32),
                 "scores": scores,
-                "patch_scores": np.full((len(scores), 4, 4), 0.5, np.float32),
+                "patch_scores": patch_scores,
             }
             results[stream] = Result({name: values[name] for name in self.outputs}, stream.position, 5.0)
             stream.position += 1
@@ -133,6 +137,9 @@ class StandInFile:
 
     def __exit__(self, *_) -> None:
         self.close()
+
+    def stop(self) -> None:
+        self.ended = True
 
     def close(self) -> None:
         self.closed = True
@@ -287,6 +294,7 @@ def test_events_have_hysteresis_and_none_is_of_the_background(stage: Stage, tmp_
     assert found == [("dark", 0, 2), ("bright", 3, 6), ("dark", 7, 8)]
     assert events[1]["start"] == 0.3 and events[1]["peak_score"] == pytest.approx(BRIGHT / 255)
     assert summary.events == 3
+    assert f"events     3 in {tmp_path}/events.jsonl" in summary.as_text().splitlines()
 
 
 def test_saved_features_are_every_frames(stage: Stage, tmp_path: Path) -> None:
@@ -297,6 +305,27 @@ def test_saved_features_are_every_frames(stage: Stage, tmp_path: Path) -> None:
         assert found["scores"].shape == (3, 3) and found["labels"].tolist() == list(LABELS)
         assert found["indices"].tolist() == [0, 1, 2] and found["timestamps"].tolist() == [0.0, 0.1, 0.2]
         assert "patch_scores" not in found and "text_embeddings" not in found
+
+
+def test_saved_masks_are_every_frames_class_map(stage: Stage, tmp_path: Path) -> None:
+    summary = stage.run(StandInFile("clip.mp4", [0, 51, 102], size=(36, 64)), save_masks=tmp_path / "masks")
+    names = ["0.000000.png", "0.000001.png", "0.000002.png", "labels.json"]
+    assert sorted(path.name for path in (tmp_path / "masks").iterdir()) == names
+    mask = cv2.imread(str(tmp_path / "masks" / names[1]), cv2.IMREAD_UNCHANGED)
+    assert mask.shape == (36, 64) and mask.dtype == np.uint8
+    # patch_scores put "bright" at the left and "dark" at the right; the crop shows columns 14 to 49
+    assert (mask[:, :14] == 255).all() and (mask[:, 50:] == 255).all()
+    assert (mask[:, 14:31] == 1).all() and (mask[:, 33:50] == 0).all()
+    legend = json.loads((tmp_path / "masks" / "labels.json").read_text("utf-8"))
+    assert legend == {"labels": list(LABELS), "background": "background", "not_seen": 255, "sources": ["clip.mp4"]}
+    assert summary.files == {"masks": [str(tmp_path / "masks")]}
+
+
+def test_masks_of_several_sources_lie_side_by_side(stage: Stage, tmp_path: Path) -> None:
+    (tmp_path / "masks").mkdir()  # an empty folder is fine
+    stage.run(StandInFile("a", [DARK] * 2), StandInFile("b", [DARK]), save_masks=tmp_path / "masks")
+    names = sorted(path.name for path in (tmp_path / "masks").glob("*.png"))
+    assert names == ["0.000000.png", "0.000001.png", "1.000000.png"]
 
 
 @pytest.mark.parametrize("overlay", [None, "all", "bright"])
@@ -361,6 +390,22 @@ def test_live_sources_are_stepped_with_what_each_has_now(stage: Stage, tmp_path:
     assert summary.sources[0].frames + summary.sources[0].dropped == 30
     indices = [line["index"] for line in lines_of(tmp_path / "out.jsonl") if line["source"] == "fast"]
     assert indices == sorted(set(indices))
+
+
+def test_a_camera_that_is_slow_to_close_does_not_hold_up_the_others(stage: Stage, tmp_path: Path) -> None:
+    slow, other = StandInCamera("slow to close", 0.01, 100), StandInFile("clip.mp4", [DARK] * 12)
+    left = []  # frames of the other source when the camera is closed
+    slow.close = lambda: left.append(12 - other.delivered)  # type: ignore[method-assign]
+    read = slow.read
+
+    def fail_after_3(timeout: float | None = None) -> Frame | None:
+        if slow.delivered >= 3:
+            raise SourceError("slow to close: gone")
+        return read(timeout)
+
+    slow.read = fail_after_3  # type: ignore[method-assign]
+    stage.run(slow, other, output=tmp_path / "out.jsonl")
+    assert slow.ended and left == [0]
 
 
 def test_a_slow_model_drops_live_frames_and_counts_them(stage: Stage) -> None:
@@ -476,6 +521,18 @@ def test_a_run_ends_when_nothing_can_be_written_any_more(stage: Stage) -> None:
         ({"save_features": "out.txt"}, r"--save-features .*out.txt: .*\.npz"),
         ({"output": "same", "events": "same"}, "--events .*same: is also the file of --output"),
         ({"record": "clip.mp4"}, "--record .*clip.mp4: is also the file of --source"),
+        ({"output": "clip.mp4"}, "--output .*clip.mp4: is also the file of --source"),
+        ({"save_masks": "clip.mp4"}, "--save-masks .*clip.mp4: is also the file of --source"),
+        ({"output": "same.mp4", "record": "same.mp4"}, "--record .*same.mp4: is also the file of --output"),
+        ({"save_masks": "same", "output": "same"}, "--save-masks .*same: is also the file of --output"),
+        ({"save_masks": "nowhere/masks"}, "--save-masks .*nowhere/masks: .*does not exist"),
+        ({"output": "b.bundle/manifest.json"}, "--output .*manifest.json: lies in the bundle b.bundle"),
+        ({"events": "b.bundle/new.jsonl"}, "--events .*new.jsonl: lies in the bundle"),
+        ({"record": "b.bundle/new.mp4"}, "--record .*new.mp4: lies in the bundle"),
+        ({"save_features": "b.bundle/new.npz"}, "--save-features .*new.npz: lies in the bundle"),
+        ({"save_masks": "b.bundle/masks"}, "--save-masks .*masks: lies in the bundle"),
+        ({"save_masks": "b.bundle"}, "--save-masks .*b.bundle: lies in the bundle"),
+        ({"output": "x/../b.bundle/labels"}, "--output .*labels: lies in the bundle"),
         ({"output": "out", "outputs": ("depth",)}, "--outputs depth: .*features, pooled, scores"),
         ({"output": "out", "outputs": ("features",)}, "--outputs features: 8192 values"),
         ({"outputs": ("pooled",)}, "--outputs pooled: .*--output"),
@@ -489,7 +546,7 @@ def test_impossible_options_are_refused(
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DISPLAY", raising=False)
     monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
-    paths = ("output", "events", "record", "save_features")
+    paths = ("output", "events", "record", "save_features", "save_masks")
     asked = {key: tmp_path / value if key in paths else value for key, value in options.items()}
     with pytest.raises(FramestepError, match=message) as caught:
         stage.run(StandInFile("clip.mp4", [DARK]), **asked)
@@ -497,7 +554,35 @@ def test_impossible_options_are_refused(
     assert stage.opened == [] and list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("options", [{"overlay": "all", "record": "out.mp4"}, {"events": "out.jsonl"}])
+@pytest.mark.parametrize("link", [Path.symlink_to, Path.hardlink_to])
+def test_a_source_under_another_name_is_not_overwritten(
+    stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, link: Callable
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("clip.mp4").write_text("video")
+    link(Path("other.jsonl"), Path("clip.mp4"))
+    with pytest.raises(FramestepError, match="--output other.jsonl: is also the file of --source"):
+        stage.run(StandInFile("clip.mp4", [DARK]), output=Path("other.jsonl"))
+    assert Path("clip.mp4").read_text() == "video"
+
+
+def test_masks_do_not_mix_with_older_ones(stage: Stage, tmp_path: Path) -> None:
+    (tmp_path / "0.000007.png").write_text("old")
+    with pytest.raises(FramestepError, match="--save-masks .*: is not empty; name a new folder"):
+        stage.run(StandInFile("clip.mp4", [DARK]), save_masks=tmp_path)
+    with pytest.raises(FramestepError, match="--save-masks .*: is a file; name a folder"):
+        stage.run(StandInFile("clip.mp4", [DARK]), save_masks=tmp_path / "0.000007.png")
+
+
+def test_more_labels_than_a_byte_holds_are_refused_for_masks(stage: Stage, tmp_path: Path) -> None:
+    stage.manifest = manifest(labels=tuple(map(str, range(256))))
+    with pytest.raises(FramestepError, match="--save-masks .*255 labels apart; this bundle has 256"):
+        stage.run(StandInFile("clip.mp4", [DARK]), save_masks=tmp_path / "masks")
+
+
+@pytest.mark.parametrize(
+    "options", [{"overlay": "all", "record": "out.mp4"}, {"events": "out.jsonl"}, {"save_masks": "out.masks"}]
+)
 def test_what_needs_labels_is_refused_without(stage: Stage, tmp_path: Path, options: dict) -> None:
     stage.manifest = manifest(labels=())
     asked = {key: tmp_path / value if "." in value else value for key, value in options.items()}

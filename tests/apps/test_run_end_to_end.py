@@ -93,6 +93,102 @@ def test_a_video_file_gives_every_result_and_an_annotated_video(bundle: Path, cl
         assert event["label"] in LABELS[:3] and event["start"] <= event["peak"] <= event["end"]
 
 
+def test_several_sources_of_one_session_each_get_what_they_get_alone(bundle: Path, tmp_path: Path) -> None:
+    long, short = shapes(tmp_path / "long.mp4", 24, 1), shapes(tmp_path / "short.mp4", 9, 4)
+    sources = {str(long): 24, str(short): 9, "synthetic:frames=15,seed=3,width=160,height=120": 15}
+    (tmp_path / "alone").mkdir()
+    alone = {}
+    for name, count in sources.items():
+        run_here(bundle, tmp_path / "alone", "--source", name)
+        alone[name] = lines_of(tmp_path / "alone" / "out.jsonl")
+        assert len(alone[name]) == count
+
+    asked = [argument for name in sources for argument in ("--source", name)]
+    saved = ["--save-features", f"{tmp_path}/out.npz", "--save-masks", f"{tmp_path}/masks"]
+    summary = run_here(bundle, tmp_path, *asked, *saved, "--overlay", "all")
+    assert summary["stopped"] == "every source ended" and summary["frames"] == 48
+    assert [(source["source"], source["frames"]) for source in summary["sources"]] == list(sources.items())
+    for number, (name, count) in enumerate(sources.items()):
+        lines = [line for line in lines_of(tmp_path / "out.jsonl") if line["stream"] == number]
+        assert [line["index"] for line in lines] == [line["position"] for line in lines] == list(range(count))
+        assert {line["source"] for line in lines} == {name}
+        for line, expected in zip(lines, alone[name], strict=True):
+            assert line["timestamp"] == expected["timestamp"]
+            assert line["scores"] == pytest.approx(expected["scores"], abs=1e-4)
+        assert video_frames(tmp_path / f"out.{number}.mp4") == count
+        with np.load(tmp_path / f"out.{number}.npz", allow_pickle=False) as arrays:
+            assert arrays["pooled"].shape == (count, 96) and arrays["indices"].tolist() == list(range(count))
+        masks = sorted((tmp_path / "masks").glob(f"{number}.*.png"))
+        assert [path.name for path in masks] == [f"{number}.{index:06d}.png" for index in range(count)]
+    assert alone[str(long)][3]["scores"] != pytest.approx(alone[str(short)][3]["scores"], abs=1e-4)
+    mask = cv2.imread(str(tmp_path / "masks" / "2.000000.png"), cv2.IMREAD_UNCHANGED)
+    assert mask.shape == (120, 160) and set(np.unique(mask)) <= {0, 1, 2, 3, 255}
+    assert (mask[:, 60:100] < 255).all() and (
+        mask[:, :15] == 255
+    ).all()  # of 4:3 the model sees the square in the middle
+
+
+def test_the_bundle_is_never_overwritten(bundle: Path, tmp_path: Path) -> None:
+    before = (bundle / "manifest.json").read_bytes()
+    found = subprocess.run(
+        [*RUN, bundle, "--source", "synthetic:frames=2", "--output", bundle / "manifest.json"],
+        capture_output=True,
+        text=True,
+    )
+    assert found.returncode == 2 and "lies in the bundle" in found.stderr and found.stderr.count("\n") == 1
+    assert (bundle / "manifest.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        [
+            "run",
+            "BUNDLE",
+            "--source",
+            "synthetic:frames=3",
+            "--output",
+            "o.jsonl",
+            "--record",
+            "o.mp4",
+            "--overlay",
+            "all",
+        ],
+        ["inspect", "BUNDLE"],
+        ["inspect", "BUNDLE", "--json"],
+        ["doctor"],
+    ],
+    ids=" ".join,
+)
+def test_running_needs_neither_torch_nor_onnx_nor_transformers(
+    bundle: Path, tmp_path: Path, command: list[str]
+) -> None:
+    code = """
+import importlib.util, sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "onnx", "transformers", "safetensors", "tokenizers"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Absent())
+find_spec = importlib.util.find_spec
+def find(name, package=None):
+    try:
+        return find_spec(name, package)
+    except ModuleNotFoundError:
+        return None
+importlib.util.find_spec = find
+from framestep.apps.cli import main
+main()
+"""
+    arguments = [str(bundle) if argument == "BUNDLE" else argument for argument in command]
+    found = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=tmp_path)
+    assert (found.returncode, found.stderr) == (0, "")
+    if command[0] == "run":
+        assert len(lines_of(tmp_path / "o.jsonl")) == 3 and video_frames(tmp_path / "o.mp4") == 3
+    if command[0] == "doctor":
+        assert "framestep[export]" in found.stdout
+
+
 def test_a_camera_that_goes_away_and_returns_gives_its_results(bundle: Path, mjpeg_camera: Any, tmp_path: Path) -> None:
     process = subprocess.Popen(
         [*RUN, bundle, "--source", mjpeg_camera.address, *files(tmp_path), "--max-frames", "325", "--json"],
@@ -162,6 +258,25 @@ def test_a_full_disk_is_one_line_and_exit_2(bundle: Path) -> None:
     )
     assert found.returncode == 2
     assert found.stderr == "framestep: /dev/full: cannot be written: No space left on device\n"
+
+
+def shapes(path: Path, frames: int, step: int) -> Path:
+    """A video of a disc that moves by `step` pixels a frame."""
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), 25, (160, 120))
+    for i in range(frames):
+        picture = np.full((120, 160, 3), 60, np.uint8)
+        cv2.circle(picture, (30 + i * step, 60), 20, (40, 40 * step, 240), cv2.FILLED)
+        writer.write(picture)
+    writer.release()
+    return path
+
+
+def run_here(bundle: Path, folder: Path, *arguments: str) -> dict[str, Any]:
+    """The summary of a run whose files go into `folder`."""
+    found = subprocess.run([*RUN, bundle, *files(folder), "--json", *arguments], capture_output=True, text=True)
+    assert (found.returncode, found.stderr) == (0, "")
+    summary: dict[str, Any] = json.loads(found.stdout)
+    return summary
 
 
 def wait_for_lines(path: Path, count: int) -> None:

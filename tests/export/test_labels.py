@@ -137,6 +137,18 @@ def test_scores_of_a_published_checkpoint_are_siglips_and_marked_uncalibrated(te
     assert not scoring.calibrated
 
 
+def test_scores_of_unlikely_labels_keep_their_digits(tmp_path):
+    numbers = {"logit_scale": torch.tensor(1.0), "logit_bias": torch.tensor(-22.0)}
+    save_file({"text_embeddings": torch.eye(96)[:3].contiguous(), **numbers}, tmp_path / "t.safetensors")
+    options = LabelOptions(LABELS, text_embeddings=tmp_path / "t.safetensors")
+    bundle = export(golden.CHECKPOINT, tmp_path / "x", options)
+    with framestep.load(bundle, outputs=["pooled", "scores"]) as session, session.open_stream() as stream:
+        result = stream.step(golden.load()["frames"][0])
+    pooled = result["pooled"].astype(np.float64)
+    logits = np.exp(1.0) * pooled[:3] / np.linalg.norm(pooled) - 22
+    np.testing.assert_allclose(result["scores"], 1 / (1 + np.exp(-logits)), rtol=1e-4)
+
+
 @pytest.mark.parametrize(("name", "numbers"), [("SSV2", (1.1, 0.3)), ("TaskVIS", (1.7, -0.4))])
 def test_a_task_head_brings_its_own_numbers_and_projections(training_checkpoint, text_model, tmp_path, name, numbers):
     bundle = export(training_checkpoint, tmp_path / "x", LabelOptions(LABELS, str(text_model)), head=name)

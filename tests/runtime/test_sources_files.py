@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -137,6 +138,22 @@ def test_truncated_video_is_read_to_its_end_and_reported(tmp_path: Path, reports
     assert source.bad_frames == 0
     assert len(reports) == 1
     assert "short.avi: ends early: 30 of the 50 frames" in reports[0]
+
+
+def test_damaged_header_that_announces_billions_of_frames_does_not_hold_up_the_end(
+    tmp_path: Path, reports: list[str]
+) -> None:
+    data = bytearray(write_video(tmp_path / "clip.avi", "MJPG").read_bytes())
+    for chunk, offset in ((b"avih", 16), (b"strh", 32)):
+        start = data.find(chunk) + 8 + offset
+        data[start : start + 4] = (2_000_000_000).to_bytes(4, "little")
+    (tmp_path / "huge.avi").write_bytes(data)
+    source = open_source(tmp_path / "huge.avi", on_report=reports.append)
+    assert source.length == 2_000_000_000
+    started = time.perf_counter()
+    assert [step_of(frame.rgb) for frame in source] == list(range(50))
+    assert time.perf_counter() - started < 5
+    assert "ends early: 50 of the 2000000000 frames" in reports[-1]
 
 
 def _missing(folder: Path) -> Path:

@@ -1,0 +1,377 @@
+"""From a float32 bundle and clips to a quantized bundle with its report."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import onnx
+
+from ..export.graph import INLINE_BYTES, WeightFile
+from ..runtime.bundle import Bundle, BundleWriter, Manifest, State, Variant
+from ..runtime.onnx_files import external_files
+from ..runtime.session import NonFiniteOutputError, Session
+from .clips import Clip
+from .compare import compare, long_clip
+from .errors import CalibrationError
+from .half import LARGEST, round_as_half, to_half
+from .integer import IntegerProducts, integer_products
+from .linears import linears, read_graph
+from .observe import PERCENTILE, Observations, largest_values, observe
+from .quantize import LEVELS, centre_pixels, check_float, quantize
+from .report import Accuracy, Drift, Report, write_report
+from .sensitivity import LayerNoise, Trial, fewest_kept, layer_noise
+from .smooth import smooth
+
+FLOAT = "fp32"
+INT8 = "int8"
+HALF = "fp16"
+PRECISIONS = (INT8, HALF, "fp16+int8")
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """How to quantize.
+
+    Attributes:
+        precisions: of `PRECISIONS`; the first is the bundle's main one.
+        keep_float: whether the float32 graphs stay in the bundle as a variant.
+        method: how ranges are taken: "minmax", "percentile" or "entropy".
+        percentile: of absolute values, for "percentile".
+        smooth: whether outlier channels move into the weights.
+        max_drop: percentage points of accuracy that INT8 may lose on labelled clips; None for no budget.
+        min_cosine: least mean cosine of `pooled`; None for no budget.
+        drift_frames: length of the stream on which drift is measured; 0 for none.
+    """
+
+    precisions: tuple[str, ...] = (INT8,)
+    keep_float: bool = False
+    method: str = "percentile"
+    percentile: float = PERCENTILE
+    smooth: bool = False
+    max_drop: float | None = None
+    min_cosine: float | None = None
+    drift_frames: int = 1100
+
+
+def calibrate(
+    bundle: Bundle,
+    clips: Sequence[Clip],
+    check: Sequence[Clip],
+    path: Path,
+    options: CalibrationOptions,
+    overwrite: bool = False,
+    progress: Callable[[str], None] = lambda line: None,
+) -> Report:
+    """Quantize a bundle.
+
+    Args:
+        bundle: has float32.
+        clips: to take the ranges from.
+        check: to measure accuracy on.
+        path: of the bundle to write.
+        options: see there.
+        overwrite: whether a bundle at `path` is replaced.
+        progress: takes a line about each stage.
+
+    Raises:
+        CalibrationError: see the functions of this folder.
+        OutputError: the bundle cannot be written.
+    """
+    _check_options(bundle, options, check)
+    bundle = replace(bundle, manifest=bundle.manifest.at(FLOAT))
+    start = time.perf_counter()
+    models = _read_models(bundle)
+    with BundleWriter(path, overwrite) as writer:
+        progress(f"observing {sum(len(clip.frames) for clip in clips)} frames of {len(clips)} clips")
+        seen, smoothed = _observe(bundle, models, clips, options)
+        noise = layer_noise(models, seen)
+        trials: list[Trial] = []
+        if any(INT8 in precision for precision in options.precisions):
+            trials = _choose(bundle, models, seen, noise, check, options, progress)
+        kept = trials[-1].kept if trials else ()
+        seconds = time.perf_counter() - start
+        progress("writing")
+        manifest, products = _write(writer.folder, bundle, models, seen, kept, options)
+        accuracies, drifts = [], []
+        for precision in options.precisions:
+            progress(f"comparing {precision} with fp32")
+            written = Bundle(writer.folder, manifest.at(precision))
+            accuracy, drift = _measure(bundle, written, check, options, models, seen, kept)
+            accuracies.append(accuracy)
+            drifts += [drift] if drift else []
+        report = Report(
+            source=str(bundle.path),
+            clips=[clip.name for clip in clips],
+            frames=sum(len(clip.frames) for clip in clips),
+            checked_on=[clip.name for clip in check],
+            method=options.method,
+            smoothed_norms=smoothed,
+            calibration_seconds=round(seconds, 1),
+            layers=noise,
+            kept=list(kept),
+            trials=trials,
+            integer_products=products,
+            accuracy=accuracies,
+            drift=drifts,
+        )
+        write_report(writer.folder, report)
+        writer.finish(manifest)
+    return report
+
+
+def _check_options(bundle: Bundle, options: CalibrationOptions, check: Sequence[Clip]) -> None:
+    for precision in options.precisions:
+        if precision not in PRECISIONS:
+            raise CalibrationError(f"--precision: expected {', '.join(PRECISIONS)}, found '{precision}'")
+    if FLOAT not in bundle.manifest.precisions:
+        found = ", ".join(bundle.manifest.precisions)
+        raise CalibrationError(
+            f"{bundle.path}: is quantized already ({found}); calibrate the float32 bundle it came from"
+        )
+    if options.max_drop is not None and any(clip.truth is None for clip in check):
+        raise CalibrationError(
+            "--max-drop: needs the truth about every frame: put CLIP.labels.txt beside CLIP.mp4, one label a line,"
+            " or give --min-cosine instead"
+        )
+
+
+def _read_models(bundle: Bundle) -> dict[str, onnx.ModelProto]:
+    """The graphs that have linear layers and run on frames."""
+    models = {}
+    for name, graph in bundle.manifest.graphs.items():
+        if any(port.role == "input_ids" for port in graph.inputs):
+            continue
+        model = read_graph(bundle.file(graph.file))
+        check_float(model)
+        if linears(model):
+            models[name] = model
+    if not models:
+        raise CalibrationError(f"{bundle.path}: has no linear layer to quantize")
+    return models
+
+
+def _observe(
+    bundle: Bundle, models: Mapping[str, onnx.ModelProto], clips: Sequence[Clip], options: CalibrationOptions
+) -> tuple[Observations, int]:
+    pixels = {name: centre_pixels(model) for name, model in models.items()}
+    smoothed = 0
+    if options.smooth:
+        first = observe(bundle, models, clips, "minmax")
+        shared = _shared_weights(models)
+        smoothed = sum(smooth(model, first[name], shared) for name, model in models.items())
+    seen = observe(bundle, models, clips, options.method, options.percentile)
+    for name, value in pixels.items():
+        if value is not None:
+            seen[name][value].amax = float(LEVELS)  # a scale of 1: every pixel value exactly
+    return seen, smoothed
+
+
+def _shared_weights(models: Mapping[str, onnx.ModelProto]) -> set[str]:
+    names = [item.name for model in models.values() for item in model.graph.initializer]
+    return {name for name in names if names.count(name) > 1}
+
+
+def _choose(
+    bundle: Bundle,
+    models: Mapping[str, onnx.ModelProto],
+    seen: Observations,
+    noise: list[LayerNoise],
+    check: Sequence[Clip],
+    options: CalibrationOptions,
+    progress: Callable[[str], None],
+) -> list[Trial]:
+    """The layers that stay in float, by trials of whole graphs."""
+    if options.max_drop is None and options.min_cosine is None:
+        return []
+    of_backbone = [item for item in noise if item.graph != "patch_label"]  # the only one that the budget sees
+
+    def trial(kept: tuple[str, ...]) -> Trial:
+        with tempfile.TemporaryDirectory(prefix="framestep-") as folder:
+            only = replace(options, precisions=(INT8,), keep_float=False)
+            manifest, _ = _write(Path(folder), bundle, models, seen, kept, only)
+            found = compare(bundle, Bundle(Path(folder), manifest), check)
+        drop = found.drop
+        reached = -drop if options.max_drop is not None and drop is not None else float(found.cosine.mean())
+        progress(f"{len(kept)} layers in float: {'drop' if drop is not None else 'cosine'} {abs(reached):.4f}")
+        return Trial(kept, reached, round(found.ms, 2))
+
+    if options.max_drop is not None:
+        most = options.max_drop
+        return fewest_kept(of_backbone, trial, lambda reached: -reached <= most, f"--max-drop {most:g}")
+    least = options.min_cosine
+    assert least is not None
+    return fewest_kept(of_backbone, trial, lambda reached: reached >= least, f"--min-cosine {least:g}")
+
+
+def _write(
+    folder: Path,
+    bundle: Bundle,
+    models: Mapping[str, onnx.ModelProto],
+    seen: Observations,
+    kept: Collection[str],
+    options: CalibrationOptions,
+) -> tuple[Manifest, list[IntegerProducts]]:
+    """Write graphs and all other files of the bundle into `folder`."""
+    old = bundle.manifest
+    variants: dict[str, Variant] = {}
+    products: list[IntegerProducts] = []
+    for precision in options.precisions:
+        graphs, quantized = {}, {}
+        with _weights(folder, precision) as weights:
+            for name, model in _copies(models):
+                graph = old.graphs[name]
+                if INT8 in precision:
+                    quantized[name] = quantize(model, seen[name], kept)
+                if HALF in precision:
+                    to_half(model, [port for use in graph.states for port in (use.input, use.output) if port])
+                graphs[name] = replace(graph, file=f"{name}.{_suffix(precision)}.onnx")
+                _save(model, folder / graphs[name].file, weights)
+        for name, graph in graphs.items():
+            onnx.checker.check_model(str(folder / graph.file), full_check=True)
+            if precision == INT8:
+                products.append(integer_products(folder / graph.file, name, quantized[name]))
+        variants[precision] = Variant(graphs, _states(old.states, precision))
+    if options.keep_float:
+        variants[FLOAT] = Variant({name: old.graphs[name] for name in models}, old.states)
+    main, *others = variants
+    manifest = replace(
+        old,
+        precision=main,
+        graphs={**old.graphs, **variants[main].graphs},
+        states=variants[main].states,
+        variants={name: variants[name] for name in others},
+    )
+    for name in _other_files(bundle, manifest):
+        shutil.copyfile(bundle.file(name), folder / name)
+    return manifest, products
+
+
+def _write_rounded(
+    folder: Path,
+    bundle: Bundle,
+    models: Mapping[str, onnx.ModelProto],
+    seen: Observations,
+    kept: Collection[str],
+    precision: str,
+) -> Bundle:
+    """Write a stand-in for an FP16 precision that rounds as it does, in float32; see `round_as_half`."""
+    graphs = dict(bundle.manifest.graphs)
+    with _weights(folder, precision) as weights:
+        for name, model in _copies(models):
+            if INT8 in precision:
+                quantize(model, seen[name], kept)
+            round_as_half(model)
+            graphs[name] = replace(graphs[name], file=f"{name}.rounded.onnx")
+            _save(model, folder / graphs[name].file, weights)
+    manifest = replace(bundle.manifest, precision=precision, graphs=graphs)
+    for name in _other_files(bundle, manifest):
+        shutil.copyfile(bundle.file(name), folder / name)
+    return Bundle(folder, manifest)
+
+
+def _copies(models: Mapping[str, onnx.ModelProto]) -> Iterator[tuple[str, onnx.ModelProto]]:
+    for name, model in models.items():
+        copy = onnx.ModelProto()
+        copy.CopyFrom(model)
+        yield name, copy
+
+
+@contextlib.contextmanager
+def _weights(folder: Path, precision: str) -> Iterator[WeightFile]:
+    weights = WeightFile(folder / f"{_suffix(precision)}.bin")
+    try:
+        yield weights
+    finally:
+        weights.close()
+
+
+def _suffix(precision: str) -> str:
+    return precision.replace("+", "-")
+
+
+def _states(states: Sequence[State], precision: str) -> tuple[State, ...]:
+    return tuple(replace(state, dtype="float16") if HALF in precision else state for state in states)
+
+
+def _other_files(bundle: Bundle, manifest: Manifest) -> set[str]:
+    """Files of the old bundle that the new one goes on using."""
+    old = bundle.manifest
+    graphs = [graph for precision in manifest.precisions for graph in manifest.at(precision).graphs.values()]
+    files = {graph.file for graph in graphs} & set(old.files)
+    for name in list(files):
+        files |= external_files(bundle.file(name))
+    if old.labels is not None:
+        files.add(old.labels.file)
+    if old.text is not None:
+        files.add(old.text.tokenizer)
+    return files
+
+
+def _save(model: onnx.ModelProto, path: Path, weights: WeightFile) -> None:
+    """Write a graph; equal constants of all graphs of a precision are stored once."""
+    for item in model.graph.initializer:
+        array = onnx.numpy_helper.to_array(item)
+        if array.nbytes < INLINE_BYTES:
+            continue
+        content = hashlib.sha256(array.tobytes()).hexdigest()
+        key = f"{content}/{array.dtype}/{'x'.join(map(str, array.shape))}"
+        if key not in weights:
+            weights.add(key, array)
+        tensor = weights.tensor(key, array)
+        tensor.name = item.name
+        item.CopyFrom(tensor)
+    model.producer_name = "framestep"
+    onnx.save(model, path)
+
+
+def _measure(
+    reference: Bundle,
+    written: Bundle,
+    check: Sequence[Clip],
+    options: CalibrationOptions,
+    models: Mapping[str, onnx.ModelProto],
+    seen: Observations,
+    kept: Collection[str],
+) -> tuple[Accuracy, Drift | None]:
+    precision = written.manifest.precision
+    with tempfile.TemporaryDirectory(prefix="framestep-") as folder:
+        measured = written
+        if HALF in precision:
+            _run_once(written, check[0])
+            measured = _write_rounded(Path(folder), reference, models, seen, kept, precision)
+        try:
+            found = compare(reference, measured, check)
+        except CalibrationError as error:
+            if HALF not in precision:
+                raise
+            raise CalibrationError(
+                f"{error}; {_largest(reference, models, check[0])}; leave {precision} out"
+            ) from error
+        accuracy = Accuracy.of(precision, found, written, reference, timed=measured is written)
+        if not options.drift_frames:
+            return accuracy, None
+        return accuracy, Drift.of(precision, compare(reference, measured, [long_clip(check, options.drift_frames)]))
+
+
+def _run_once(bundle: Bundle, clip: Clip) -> None:
+    """Whether the graph that goes into the bundle runs at all."""
+    with Session(bundle, "onnxruntime", "cpu", precision=bundle.manifest.precision) as session:
+        try:
+            session.open_stream().step(clip.frames[0])
+        except NonFiniteOutputError as error:
+            raise CalibrationError(f"{bundle.manifest.precision}: NaN or infinity at the first frame") from error
+
+
+def _largest(bundle: Bundle, models: Mapping[str, onnx.ModelProto], clip: Clip) -> str:
+    """Where float32 first exceeds what FP16 holds, in words."""
+    for graph, value, largest in largest_values(bundle, models, clip):
+        if largest > LARGEST:
+            return f"FP16 holds up to {LARGEST:g}, and {graph} reaches {largest:.3g} in {value}"
+    return f"no value of the float32 graphs exceeds {LARGEST:g}"

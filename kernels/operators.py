@@ -1,0 +1,370 @@
+"""Attention over a stream's memory as `torch.library` operators.
+
+Each has a fake implementation and declares what it writes, so `torch.compile` and CUDA graphs see through it. On CUDA
+it runs a Triton kernel, elsewhere the reference. Weights and sums are float32 whatever the inputs are. None of them is
+differentiable.
+
+Alignment: the last axis of every tensor is contiguous; rings and caches are contiguous within a stream, so a range of
+streams of a larger buffer will do. Any address works; loads are widest (16 bytes) where the tensors' starts and strides
+are multiples of 16 bytes, which they are for head_dim 32, 64, 96 and 128 and buffers as PyTorch allocates them.
+
+Sizes: S streams, N patches, H heads, W window, d head_dim, T frames or tokens.
+"""
+
+# mypy: disable-error-code="untyped-decorator"
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MOST_WINDOW = 4096
+LEAST_HEAD_DIM, MOST_HEAD_DIM = 16, 128
+MOST_TOKENS = 64
+MOST_WIDTH = 8192
+
+
+@torch.library.custom_op("framestep::temporal_attention", mutates_args=("key_ring", "value_ring"))
+def temporal_attention(
+    query: Tensor, key: Tensor, value: Tensor, key_ring: Tensor, value_ring: Tensor, position: Tensor, scale: float
+) -> Tensor:
+    """One step of attention over time: write the new key and value into the ring, and attend to its valid slots.
+
+    Slot `position mod W` is written; slots `<= position` are attended to, so all of them once the ring has filled up.
+
+    Args:
+        query, key, value: [S, N, H, d], of the ring's dtype; may be views, such as slices of one QKV product.
+        key_ring, value_ring: [S, N * H, W, d], float16, bfloat16 or float32. Row n * H + h is patch n and head h.
+        position: int64 [S], frames of each stream since its reset.
+        scale: of the logits.
+
+    Returns:
+        [S, N, H, d] of the query's dtype.
+
+    Reads the inputs and the valid slots but the one that it writes; writes one slot of each ring and the result.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or strides that do not fit.
+    """
+    _check_temporal("temporal_attention", query, key, value, key_ring, value_ring, position)
+    _check_dtypes("temporal_attention", query, key, value, key_ring, value_ring)
+    if not query.is_cuda:
+        return reference.temporal_attention(query, key, value, key_ring, value_ring, position, scale)
+    from .temporal import launch
+
+    return launch(query, key, value, key_ring, value_ring, position, scale)
+
+
+@torch.library.custom_op("framestep::temporal_attention_int8", mutates_args=("key_ring", "value_ring"))
+def temporal_attention_int8(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_ring: Tensor,
+    value_ring: Tensor,
+    key_scale: Tensor,
+    value_scale: Tensor,
+    position: Tensor,
+    scale: float,
+) -> Tensor:
+    """`temporal_attention` over an int8 ring.
+
+    A key x of head h is kept as `clamp(floor(x * (1 / key_scale[h]) + 0.5), -127, 127)` and read as that times
+    `key_scale[h]`, the new one too; values alike.
+
+    Args:
+        query, key, value: [S, N, H, d], float16, bfloat16 or float32.
+        key_ring, value_ring: int8 [S, N * H, W, d].
+        key_scale, value_scale: float32 [H], above 0.
+        position: int64 [S].
+        scale: of the logits.
+
+    Returns:
+        [S, N, H, d] of the query's dtype.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or strides that do not fit.
+    """
+    name = "temporal_attention_int8"
+    _check_temporal(name, query, key, value, key_ring, value_ring, position)
+    _check_dtypes(name, query, key, value)
+    for part, ring in (("key_ring", key_ring), ("value_ring", value_ring)):
+        if ring.dtype != torch.int8:
+            raise ValueError(f"{name}: {part}: expected int8, found {_plain(ring.dtype)}")
+    for part, steps in (("key_scale", key_scale), ("value_scale", value_scale)):
+        _check_shape(name, part, steps, (query.shape[2],))
+        if steps.dtype != torch.float32 or not steps.is_contiguous() or steps.device != query.device:
+            raise ValueError(f"{name}: {part}: expected contiguous float32 on {query.device}, found {_kind(steps)}")
+    if not query.is_cuda:
+        return reference.temporal_attention_int8(
+            query, key, value, key_ring, value_ring, key_scale, value_scale, position, scale
+        )
+    from .temporal import launch
+
+    return launch(query, key, value, key_ring, value_ring, position, scale, (key_scale, value_scale))
+
+
+@torch.library.custom_op("framestep::causal_prefill", mutates_args=("key_ring", "value_ring"))
+def causal_prefill(
+    query: Tensor, key: Tensor, value: Tensor, key_ring: Tensor, value_ring: Tensor, position: Tensor, scale: float
+) -> Tensor:
+    """T steps of `temporal_attention` at once: a frame attends to the W frames up to itself, held or among the T.
+
+    The ring is left as T single steps would leave it, bit for bit. T may exceed W.
+
+    Args:
+        query, key, value: [S, T, N, H, d], of the ring's dtype.
+        key_ring, value_ring: [S, N * H, W, d], float16, bfloat16 or float32.
+        position: int64 [S], frames of each stream since its reset, without these.
+        scale: of the logits.
+
+    Returns:
+        [S, T, N, H, d] of the query's dtype.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or strides that do not fit.
+    """
+    name = "causal_prefill"
+    if query.dim() != 5:
+        raise ValueError(f"{name}: query: expected [S, T, N, H, d], found {list(query.shape)}")
+    if query.shape[1] < 1:
+        raise ValueError(f"{name}: query: expected at least one frame, found {list(query.shape)}")
+    for part, tensor in (("key", key), ("value", value)):
+        _check_shape(name, part, tensor, tuple(query.shape))
+    _check_temporal(name, query[:, 0], key[:, 0], value[:, 0], key_ring, value_ring, position)
+    _check_dtypes(name, query, key, value, key_ring, value_ring)
+    if not query.is_cuda:
+        return reference.causal_prefill(query, key, value, key_ring, value_ring, position, scale)
+    from .prefill import launch
+
+    return launch(query, key, value, key_ring, value_ring, position, scale)
+
+
+@torch.library.custom_op("framestep::decode_attention", mutates_args=("key_cache", "value_cache"))
+def decode_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    write_index: Tensor,
+    slot_mask: Tensor,
+    scale: float,
+) -> Tensor:
+    """A decoder's step: write T new tokens into a linear cache, and attend with grouped queries under a slot mask.
+
+    Query head h reads key head `h // (Hq / Hkv)`. A token that sees no slot gets zeros.
+
+    Args:
+        query: [B, Hq, T, d], T from 1 to 64, of the cache's dtype.
+        key, value: [B, Hkv, T, d]; Hkv divides Hq.
+        key_cache, value_cache: [B, Hkv, C, d], float16, bfloat16 or float32.
+        write_index: int64 [B]; slots write_index..write_index + T - 1 are written and have to lie inside of the cache.
+        slot_mask: bool [B, T, C], true where a token sees a slot, those of the new tokens included.
+        scale: of the logits.
+
+    Returns:
+        [B, Hq, T, d] of the query's dtype.
+
+    Reads the inputs and those tiles of the caches of which something is visible; writes T slots of each cache and the
+    result.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or strides that do not fit.
+    """
+    name = "decode_attention"
+    for part, tensor in (("query", query), ("key", key), ("value", value), ("key_cache", key_cache)):
+        if tensor.dim() != 4:
+            raise ValueError(f"{name}: {part}: expected 4 dimensions, found {list(tensor.shape)}")
+    B, Hq, T, d = query.shape
+    Hkv, C = key_cache.shape[1], key_cache.shape[2]
+    _check_head_dim(name, d)
+    if not 1 <= T <= MOST_TOKENS:
+        raise ValueError(f"{name}: query: expected 1 to {MOST_TOKENS} tokens, found {T}")
+    if Hkv < 1 or Hq % Hkv:
+        raise ValueError(f"{name}: expected a multiple of the {Hkv} key heads, found {Hq} query heads")
+    if T > C:
+        raise ValueError(f"{name}: key_cache: {T} tokens do not fit into {C} slots")
+    for part, tensor, shape in (
+        ("key", key, (B, Hkv, T, d)),
+        ("value", value, (B, Hkv, T, d)),
+        ("key_cache", key_cache, (B, Hkv, C, d)),
+        ("value_cache", value_cache, (B, Hkv, C, d)),
+        ("write_index", write_index, (B,)),
+        ("slot_mask", slot_mask, (B, T, C)),
+    ):
+        _check_shape(name, part, tensor, shape)
+    _check_dtypes(name, query, key, value, key_cache, value_cache)
+    _check_memory(name, query, ("key_cache", key_cache), ("value_cache", value_cache))
+    _check_rows(name, query, ("query", query), ("key", key), ("value", value), ("slot_mask", slot_mask))
+    _check_integers(name, "write_index", write_index, query)
+    if slot_mask.dtype != torch.bool:
+        raise ValueError(f"{name}: slot_mask: expected bool, found {_plain(slot_mask.dtype)}")
+    if not query.is_cuda:
+        return reference.decode_attention(query, key, value, key_cache, value_cache, write_index, slot_mask, scale)
+    from .decode import launch
+
+    return launch(query, key, value, key_cache, value_cache, write_index, slot_mask, scale)
+
+
+@torch.library.custom_op("framestep::residual_norm", mutates_args=())
+def residual_norm(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """x + update, and the layer norm of that over the last axis.
+
+    Args:
+        x: [..., D], contiguous, of the dtype of the update or float32.
+        update: [..., D], contiguous, float16, bfloat16 or float32.
+        weight, bias: [D], of the dtype of the update.
+        epsilon: added to the variance.
+
+    Returns:
+        The sum [..., D] in the dtype of x, and its norm [..., D] in that of the update.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or strides that do not fit.
+    """
+    name = "residual_norm"
+    if x.dim() < 1 or not 1 <= x.shape[-1] <= MOST_WIDTH:
+        raise ValueError(f"{name}: x: expected a last axis of 1 to {MOST_WIDTH}, found {list(x.shape)}")
+    width = x.shape[-1:]
+    for part, tensor, shape in (("update", update, x.shape), ("weight", weight, width), ("bias", bias, width)):
+        _check_shape(name, part, tensor, shape)
+        if tensor.device != x.device:
+            raise ValueError(f"{name}: {part}: expected on {x.device}, found on {tensor.device}")
+    for part, tensor in (("x", x), ("update", update), ("weight", weight), ("bias", bias)):
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name}: {part}: expected contiguous, found strides {tensor.stride()}")
+    _check_dtypes(name, update, weight, bias)
+    if x.dtype not in (update.dtype, torch.float32):
+        raise ValueError(f"{name}: x: expected {_plain(update.dtype)} or float32, found {_plain(x.dtype)}")
+    if not x.is_cuda:
+        return reference.residual_norm(x, update, weight, bias, epsilon)
+    from .residual_norm import launch
+
+    return launch(x, update, weight, bias, epsilon)
+
+
+@temporal_attention.register_fake
+def _(
+    query: Tensor, key: Tensor, value: Tensor, key_ring: Tensor, value_ring: Tensor, position: Tensor, scale: float
+) -> Tensor:
+    return query.new_empty(query.shape)
+
+
+@temporal_attention_int8.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_ring: Tensor,
+    value_ring: Tensor,
+    key_scale: Tensor,
+    value_scale: Tensor,
+    position: Tensor,
+    scale: float,
+) -> Tensor:
+    return query.new_empty(query.shape)
+
+
+@causal_prefill.register_fake
+def _(
+    query: Tensor, key: Tensor, value: Tensor, key_ring: Tensor, value_ring: Tensor, position: Tensor, scale: float
+) -> Tensor:
+    return query.new_empty(query.shape)
+
+
+@decode_attention.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    write_index: Tensor,
+    slot_mask: Tensor,
+    scale: float,
+) -> Tensor:
+    return query.new_empty(query.shape)
+
+
+@residual_norm.register_fake
+def _(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(update)
+
+
+def _check_temporal(
+    name: str, query: Tensor, key: Tensor, value: Tensor, key_ring: Tensor, value_ring: Tensor, position: Tensor
+) -> None:
+    """Shapes, strides and devices of query, key and value [S, N, H, d] and of their rings."""
+    if query.dim() != 4:
+        raise ValueError(f"{name}: query: expected [S, N, H, d], found {list(query.shape)}")
+    S, N, H, d = query.shape
+    _check_head_dim(name, d)
+    if key_ring.dim() != 4:
+        raise ValueError(f"{name}: key_ring: expected [S, N * H, W, d], found {list(key_ring.shape)}")
+    W = key_ring.shape[2]
+    if not 1 <= W <= MOST_WINDOW:
+        raise ValueError(f"{name}: key_ring: expected a window of 1 to {MOST_WINDOW}, found {W}")
+    for part, tensor, shape in (
+        ("key", key, (S, N, H, d)),
+        ("value", value, (S, N, H, d)),
+        ("key_ring", key_ring, (S, N * H, W, d)),
+        ("value_ring", value_ring, (S, N * H, W, d)),
+        ("position", position, (S,)),
+    ):
+        _check_shape(name, part, tensor, shape)
+    _check_memory(name, query, ("key_ring", key_ring), ("value_ring", value_ring))
+    _check_rows(name, query, ("query", query), ("key", key), ("value", value))
+    _check_integers(name, "position", position, query)
+
+
+def _check_head_dim(name: str, head_dim: int) -> None:
+    if not LEAST_HEAD_DIM <= head_dim <= MOST_HEAD_DIM:
+        raise ValueError(f"{name}: expected head_dim {LEAST_HEAD_DIM} to {MOST_HEAD_DIM}, found {head_dim}")
+
+
+def _check_shape(name: str, part: str, tensor: Tensor, shape: Sequence[int]) -> None:
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name}: {part}: expected shape {list(shape)}, found {list(tensor.shape)}")
+
+
+def _check_dtypes(name: str, query: Tensor, *others: Tensor) -> None:
+    if query.dtype not in DTYPES:
+        raise ValueError(f"{name}: expected float16, bfloat16 or float32, found {_plain(query.dtype)}")
+    for tensor in others:
+        if tensor.dtype != query.dtype:
+            raise ValueError(f"{name}: expected one dtype, found {_plain(query.dtype)} and {_plain(tensor.dtype)}")
+
+
+def _check_memory(name: str, query: Tensor, *caches: tuple[str, Tensor]) -> None:
+    for part, cache in caches:
+        if cache.device != query.device:
+            raise ValueError(f"{name}: {part}: expected on {query.device}, found on {cache.device}")
+        if cache.shape[0] and not cache[0].is_contiguous():
+            raise ValueError(f"{name}: {part}: expected contiguous within a stream, found strides {cache.stride()}")
+
+
+def _check_rows(name: str, query: Tensor, *inputs: tuple[str, Tensor]) -> None:
+    for part, tensor in inputs:
+        if tensor.device != query.device:
+            raise ValueError(f"{name}: {part}: expected on {query.device}, found on {tensor.device}")
+        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+            raise ValueError(f"{name}: {part}: expected its last axis contiguous, found strides {tensor.stride()}")
+
+
+def _check_integers(name: str, part: str, tensor: Tensor, query: Tensor) -> None:
+    if tensor.dtype != torch.int64 or not tensor.is_contiguous() or tensor.device != query.device:
+        raise ValueError(f"{name}: {part}: expected contiguous int64 on {query.device}, found {_kind(tensor)}")
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{_plain(tensor.dtype)} with strides {tensor.stride()} on {tensor.device}"
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

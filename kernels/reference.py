@@ -1,0 +1,102 @@
+"""What the kernels compute, in plain PyTorch. Inputs of any floating dtype; sums are float32 or wider.
+
+Sizes: S streams, N patches, H heads, R = N * H rows, W window, d head_dim, T frames or tokens, C capacity.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def temporal_attention(
+    query: Tensor, key: Tensor, value: Tensor, key_ring: Tensor, value_ring: Tensor, position: Tensor, scale: float
+) -> Tensor:
+    """See `operators.temporal_attention`."""
+    write_ring(key, key_ring, position)
+    write_ring(value, value_ring, position)
+    return _attend_ring(query, key_ring, value_ring, position, scale)
+
+
+def temporal_attention_int8(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_ring: Tensor,
+    value_ring: Tensor,
+    key_scale: Tensor,
+    value_scale: Tensor,
+    position: Tensor,
+    scale: float,
+) -> Tensor:
+    """See `operators.temporal_attention_int8`."""
+    write_ring(quantize(key, key_scale), key_ring, position)
+    write_ring(quantize(value, value_scale), value_ring, position)
+    patches = query.shape[1]
+    keys = key_ring * key_scale.repeat(patches)[:, None, None]  # row n * H + h has the scale of head h
+    values = value_ring * value_scale.repeat(patches)[:, None, None]
+    return _attend_ring(query, keys, values, position, scale)
+
+
+def causal_prefill(
+    query: Tensor, key: Tensor, value: Tensor, key_ring: Tensor, value_ring: Tensor, position: Tensor, scale: float
+) -> Tensor:
+    """See `operators.causal_prefill`."""
+    outputs = [
+        temporal_attention(query[:, t], key[:, t], value[:, t], key_ring, value_ring, position + t, scale)
+        for t in range(query.shape[1])
+    ]
+    return torch.stack(outputs, dim=1)
+
+
+def decode_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    write_index: Tensor,
+    slot_mask: Tensor,
+    scale: float,
+) -> Tensor:
+    """See `operators.decode_attention`."""
+    tokens, group = key.shape[2], query.shape[1] // key.shape[1]
+    batch = torch.arange(key.shape[0], device=key.device)[:, None]
+    slots = write_index[:, None] + torch.arange(tokens, device=key.device)  # [B, T]
+    key_cache[batch, :, slots] = key.transpose(1, 2)
+    value_cache[batch, :, slots] = value.transpose(1, 2)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    keys = key_cache.to(wide).repeat_interleave(group, dim=1)  # [B, Hq, C, d]
+    values = value_cache.to(wide).repeat_interleave(group, dim=1)
+    scores = (query.to(wide) * scale) @ keys.transpose(2, 3)
+    scores = scores.masked_fill(~slot_mask[:, None], -torch.inf)
+    weights = scores.softmax(dim=-1).nan_to_num(0.0)  # a token that sees nothing gets zeros
+    return (weights @ values).to(query.dtype)
+
+
+def residual_norm(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """See `operators.residual_norm`."""
+    total = x + update.to(x.dtype)
+    normed = torch.nn.functional.layer_norm(total, weight.shape, weight.to(x.dtype), bias.to(x.dtype), epsilon)
+    return total, normed.to(update.dtype)
+
+
+def write_ring(new: Tensor, ring: Tensor, position: Tensor) -> None:
+    """new [S, N, H, d] into slot `position mod W` of ring [S, N * H, W, d]"""
+    streams = torch.arange(ring.shape[0], device=ring.device)
+    ring[streams, :, position % ring.shape[2]] = new.flatten(1, 2).to(ring.dtype)
+
+
+def quantize(x: Tensor, scale: Tensor) -> Tensor:
+    """x [..., H, d] to int8 steps of scale [H], rounding halves up."""
+    return torch.floor(x.float() * (1 / scale)[:, None] + 0.5).clamp(-127, 127).to(torch.int8)
+
+
+def _attend_ring(query: Tensor, keys: Tensor, values: Tensor, position: Tensor, scale: float) -> Tensor:
+    wide = torch.promote_types(query.dtype, torch.float32)
+    rows = query.flatten(1, 2).unsqueeze(2).to(wide) * scale  # [S, R, 1, d]
+    visible = torch.arange(keys.shape[2], device=keys.device) <= position[:, None]  # [S, W]
+    scores = rows @ keys.to(wide).transpose(2, 3)  # [S, R, 1, W]
+    scores = scores.masked_fill(~visible[:, None, None], -torch.inf)
+    mixed = scores.softmax(dim=-1) @ values.to(wide)
+    return mixed.view(query.shape).to(query.dtype)

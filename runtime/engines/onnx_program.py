@@ -1,0 +1,278 @@
+"""Reading an ONNX graph into a list of nodes and constants, and rewriting what has a faster form.
+
+The rewrites change no arithmetic but the order of sums:
+- `TensorScatter` of keys and of values and the `Attention` over both become one `RingAttention`, where slot and mask
+  are a ring's: slot `position mod window`, slots `<= position` visible;
+- `MatMul` by a constant and `Add` of a constant vector become one `Linear`, and several of one input one `LinearGroup`;
+- `Add` and the `LayerNormalization` of its sum become one `ResidualNorm`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import EngineError
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Node:
+    """One operator; `op` is an ONNX operator, or one of the rewrites' own."""
+
+    op: str
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    attributes: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class OnnxGraph:
+    """Nodes in an order in which each follows those that feed it, and the constants."""
+
+    path: Path
+    nodes: tuple[Node, ...]
+    constants: dict[str, Array]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+def read_graph(path: Path) -> OnnxGraph:
+    """Read a graph whose weights lie in it or beside it.
+
+    Raises:
+        EngineError: `onnx` is not installed, or the file uses what this engine cannot run.
+    """
+    try:
+        import onnx
+    except ImportError:
+        raise EngineError("the torch engine needs the onnx package: pip install 'framestep[torch]'") from None
+    model = onnx.load(str(path), load_external_data=False)
+    for opset in model.opset_import:
+        if opset.domain not in ("", "ai.onnx"):
+            raise EngineError(
+                f"{path}: uses the operator domain '{opset.domain}'; the torch engine has the default one"
+            )
+    constants = {tensor.name: _array(tensor, path.parent) for tensor in model.graph.initializer}
+    nodes = []
+    for node in model.graph.node:
+        attributes = {item.name: onnx.helper.get_attribute_value(item) for item in node.attribute}
+        texts = {key: value.decode() for key, value in attributes.items() if isinstance(value, bytes)}
+        inputs, outputs = tuple(node.input), tuple(node.output)
+        nodes.append(Node(node.op_type, node.name or outputs[0], inputs, outputs, {**attributes, **texts}))
+    return OnnxGraph(
+        path,
+        tuple(nodes),
+        constants,
+        tuple(item.name for item in model.graph.input),
+        tuple(item.name for item in model.graph.output),
+    )
+
+
+def rewrite(graph: OnnxGraph, position: str, rings: Sequence[tuple[str, str]]) -> OnnxGraph:
+    """Put faster forms in place of what has one.
+
+    Args:
+        position: the input that counts a stream's frames.
+        rings: input and output of each state of the graph.
+    """
+    graph = _merge_rings(graph, position, rings)
+    graph = _merge_linears(graph)
+    graph = _group_linears(graph)
+    return _merge_norms(graph)
+
+
+def _array(tensor: Any, folder: Path) -> Array:
+    import onnx
+
+    if tensor.data_location != onnx.TensorProto.EXTERNAL:
+        inline: Array = onnx.numpy_helper.to_array(tensor)
+        return inline
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    file = folder / entries["location"]
+    shape = tuple(tensor.dims)
+    if 0 in shape:
+        return np.zeros(shape, dtype)
+    mapped = np.memmap(file, dtype, "r", int(entries.get("offset", 0)), shape)
+    return np.asarray(mapped)
+
+
+def _merge_rings(graph: OnnxGraph, position: str, rings: Sequence[tuple[str, str]]) -> OnnxGraph:
+    makers = {output: node for node in graph.nodes for output in node.outputs}
+    uses = Counter(name for node in graph.nodes for name in node.inputs)
+    present = {output: past for past, output in rings}
+    merged: dict[str, Node] = {}  # by the attention's output
+    gone: set[str] = set()
+    for node in graph.nodes:
+        if node.op != "Attention" or len(node.inputs) != 4 or set(node.attributes) - {"scale"}:
+            continue
+        query, key, value, mask = node.inputs
+        scatters = [makers.get(name) for name in (key, value)]
+        pasts = []
+        for scatter in scatters:
+            if scatter is None or scatter.op != "TensorScatter" or len(scatter.inputs) != 3:
+                break
+            past, _, slot = scatter.inputs
+            if present.get(scatter.outputs[0]) != past or uses[past] != 1 or uses[scatter.outputs[0]] != 1:
+                break
+            if scatter.attributes.get("axis", -2) not in (2, -2):
+                break
+            pasts.append((past, slot))
+        if len(pasts) != 2 or pasts[0][1] != pasts[1][1] or pasts[0][0] == pasts[1][0]:
+            continue
+        window = _ring_window(graph, makers, pasts[0][1], mask, position)
+        if window is None:
+            continue
+        assert scatters[0] is not None and scatters[1] is not None
+        sources = [_rows_source(graph, makers, name) for name in (query, scatters[0].inputs[1], scatters[1].inputs[1])]
+        merged[node.outputs[0]] = Node(
+            "RingAttention",
+            node.name,
+            (*sources, pasts[0][0], pasts[1][0], position),
+            (*node.outputs, key, value),
+            {**node.attributes, "window": window},
+        )
+        gone.update(scatter.outputs[0] for scatter in scatters if scatter is not None)
+    nodes = [merged.get(node.outputs[0], node) for node in graph.nodes if node.outputs[0] not in gone]
+    return _without_unused(replace(graph, nodes=tuple(nodes)))
+
+
+def _ring_window(graph: OnnxGraph, makers: dict[str, Node], slot: str, mask: str, position: str) -> int | None:
+    """The window, where `slot` is `position mod window` and `mask` is `0..window - 1 <= position`."""
+    mod, compare = makers.get(slot), makers.get(mask)
+    if mod is None or mod.op != "Mod" or mod.inputs[0] != position or mod.attributes.get("fmod", 0):
+        return None
+    size = graph.constants.get(mod.inputs[1])
+    if size is None or size.size != 1 or compare is None or compare.op != "LessOrEqual":
+        return None
+    window = int(size.ravel()[0])
+    slots, age = graph.constants.get(compare.inputs[0]), makers.get(compare.inputs[1])
+    if slots is None or slots.shape[-1:] != (window,) or not np.array_equal(slots.ravel(), np.arange(window)):
+        return None
+    if age is None or age.op != "Unsqueeze" or age.inputs[0] != position:
+        return None
+    axes = graph.constants.get(age.inputs[1])
+    return window if axes is not None and axes.tolist() == [1, 2, 3] else None
+
+
+def _rows_source(graph: OnnxGraph, makers: dict[str, Node], name: str) -> str:
+    """What [S, rows, 1, d] was before it was reshaped from [S, N, H * d], or itself."""
+    node = makers.get(name)
+    if node is None or node.op != "Reshape" or node.attributes.get("allowzero", 0):
+        return name
+    shape = graph.constants.get(node.inputs[1])
+    if shape is None or shape.tolist()[:1] != [0] or shape.size != 4 or shape[2] != 1:
+        return name
+    return node.inputs[0]
+
+
+def _merge_linears(graph: OnnxGraph) -> OnnxGraph:
+    """`MatMul` by a constant matrix, and the `Add` of a constant vector where one follows."""
+    uses = _uses(graph)
+    users = {name: node for node in graph.nodes for name in node.inputs}  # the only one, where there is one
+    nodes: list[Node] = []
+    gone: set[str] = set()
+    for node in graph.nodes:
+        if node.outputs[0] in gone:
+            continue
+        weight = graph.constants.get(node.inputs[1]) if node.op == "MatMul" else None
+        if weight is None or weight.ndim != 2 or node.inputs[0] in graph.constants:
+            nodes.append(node)
+            continue
+        inputs, outputs = node.inputs, node.outputs
+        user = users.get(outputs[0])
+        if user is not None and user.op == "Add" and uses[outputs[0]] == 1:
+            other = next((name for name in user.inputs if name != outputs[0]), None)
+            bias = graph.constants.get(other) if other is not None else None
+            if other is not None and bias is not None and bias.shape == (weight.shape[1],):
+                inputs, outputs = (*inputs, other), user.outputs
+                gone.add(user.outputs[0])
+        nodes.append(Node("Linear", node.name, inputs, outputs))
+    return replace(graph, nodes=tuple(nodes))
+
+
+def _group_linears(graph: OnnxGraph) -> OnnxGraph:
+    """Linears of one input as one product, whose result is cut apart."""
+    groups: dict[str, list[Node]] = {}
+    for node in graph.nodes:
+        if node.op == "Linear":
+            groups.setdefault(node.inputs[0], []).append(node)
+    constants = dict(graph.constants)
+    grouped: dict[str, Node | None] = {}
+    for source, members in groups.items():
+        if len(members) == 1:
+            continue
+        name = members[0].name + "/group"
+        weights = [constants[node.inputs[1]] for node in members]
+        sizes = [weight.shape[1] for weight in weights]
+        constants[f"{name}.weight"] = np.concatenate(weights, axis=1)
+        inputs: tuple[str, ...] = (source, f"{name}.weight")
+        if any(len(node.inputs) == 3 for node in members):
+            biases = [
+                constants[node.inputs[2]] if len(node.inputs) == 3 else np.zeros(weight.shape[1], weight.dtype)
+                for node, weight in zip(members, weights, strict=True)
+            ]
+            constants[f"{name}.bias"] = np.concatenate(biases)
+            inputs = (*inputs, f"{name}.bias")
+        outputs = tuple(node.outputs[0] for node in members)
+        grouped[members[0].outputs[0]] = Node("LinearGroup", name, inputs, outputs, {"sizes": sizes})
+        grouped.update({node.outputs[0]: None for node in members[1:]})
+    nodes = [grouped.get(node.outputs[0], node) for node in graph.nodes]
+    return _without_unused(replace(graph, nodes=tuple(node for node in nodes if node is not None), constants=constants))
+
+
+def _merge_norms(graph: OnnxGraph) -> OnnxGraph:
+    makers = {output: node for node in graph.nodes for output in node.outputs}
+    merged: dict[str, Node | None] = {}
+    for node in graph.nodes:
+        if node.op != "LayerNormalization" or len(node.inputs) != 3 or len(node.outputs) != 1:
+            continue
+        add = makers.get(node.inputs[0])
+        axis = node.attributes.get("axis", -1)
+        if add is None or add.op != "Add" or add.outputs[0] in merged or axis != -1:
+            continue
+        if any(name in graph.constants for name in add.inputs) or any(
+            n not in graph.constants for n in node.inputs[1:]
+        ):
+            continue
+        attributes = {"epsilon": node.attributes.get("epsilon", 1e-5)}
+        outputs = (add.outputs[0], node.outputs[0])
+        merged[add.outputs[0]] = Node("ResidualNorm", node.name, (*add.inputs, *node.inputs[1:]), outputs, attributes)
+        merged[node.outputs[0]] = None
+    kept = [merged.get(node.outputs[0], node) for node in graph.nodes]
+    nodes = [node for node in kept if node is not None]
+    others = set(graph.outputs)  # what is used elsewhere than as the running sum of a residual
+    for node in nodes:
+        others.update(node.inputs[1:] if node.op == "ResidualNorm" else node.inputs)
+    return replace(graph, nodes=tuple(_mark_wide(node, others) for node in nodes))
+
+
+def _mark_wide(node: Node, others: set[str]) -> Node:
+    if node.op != "ResidualNorm":
+        return node
+    return replace(node, attributes={**node.attributes, "wide": node.outputs[0] not in others})
+
+
+def _uses(graph: OnnxGraph) -> Counter[str]:
+    return Counter([name for node in graph.nodes for name in node.inputs] + list(graph.outputs))
+
+
+def _without_unused(graph: OnnxGraph) -> OnnxGraph:
+    """Drop nodes and constants that nothing needs any more."""
+    wanted = set(graph.outputs)
+    kept: list[Node] = []
+    for node in reversed(graph.nodes):
+        if wanted.intersection(node.outputs):
+            kept.append(node)
+            wanted.update(node.inputs)
+    constants = {name: value for name, value in graph.constants.items() if name in wanted}
+    return replace(graph, nodes=tuple(reversed(kept)), constants=constants)

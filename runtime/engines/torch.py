@@ -1,0 +1,288 @@
+"""The torch engine: a bundle's ONNX graphs run by PyTorch, with our kernels for attention over a ring.
+
+On a CPU it is the readable reference. On CUDA a step is captured once for each range of slots as a CUDA graph, copies
+from and to pinned host memory included: a frame is then one launch and one synchronisation.
+
+What it computes in is asked for with the engine's name: `torch` computes in the types of the graph, and `torch:fp16`,
+`torch:bf16`, `torch:tf32` and `torch:fp32` in that, whatever the graph has: weights, state and arithmetic of every
+graph that carries state. (`torch:tf32` keeps float32 and lets the matrix units round the operands of products to 10
+bits; no other lets them.) Graphs without state, the scoring of labels, always compute in float32: they are small, and a
+score depends on small differences. What enters and leaves, saved states included, has the types of the manifest.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..bundle import STREAMS, Bundle, Graph, Port
+from ..errors import EngineError
+from .onnx_program import read_graph
+
+try:
+    import torch
+    from torch import Tensor
+
+    from ...kernels import operators
+    from .torch_program import Attend, Program
+except ImportError as error:
+    raise EngineError(f"the torch engine needs PyTorch: pip install 'framestep[torch]' ({error})") from None
+
+Array = npt.NDArray[Any]
+PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+MOST_GRAPHS = 64  # captured ranges of slots that are kept
+WARM_UPS = 3  # runs before a capture: libraries choose their kernels and allocate in the first ones
+PREFILL_FRAMES = 32  # at once; bounds the memory of `prefill`
+
+
+class TorchEngine:
+    """Runs the graphs of a bundle for a range of stream slots.
+
+    Args:
+        bundle: where the graphs are.
+        graphs: names of the graphs to run, in order.
+        outputs: names of the outputs to bring to the host.
+        streams: number of slots.
+        device: "cpu" or "cuda".
+        threads: of PyTorch, on a CPU; the whole process has one number.
+        precision: one of `PRECISIONS`, or None for the graphs' own types.
+
+    Attributes:
+        frames: uint8 [streams, height, width, 3], the input of the next step; write into it.
+        positions: int64 [streams], frames since reset; write into it.
+        outputs: [streams, ...] by name, filled by `run`.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        graphs: Sequence[str],
+        outputs: Sequence[str],
+        streams: int,
+        device: str,
+        threads: int,
+        precision: str | None = None,
+    ) -> None:
+        if device == "cuda" and importlib.util.find_spec("triton") is None:
+            raise EngineError("the torch engine needs Triton on a GPU: pip install 'framestep[torch]'")
+        manifest = bundle.manifest
+        self._device = torch.device(device)
+        self._threads = threads
+        self._tf32 = precision == "tf32"
+        self._streams = streams
+        self._asked = tuple(outputs)
+        self._graphs = [manifest.graphs[name] for name in graphs]
+        frame = manifest.frame
+        self._host_frames = self._host((streams, frame.height, frame.width, 3), torch.uint8)
+        self._host_positions = self._host((streams,), torch.int64)
+        self.frames: npt.NDArray[np.uint8] = self._host_frames.numpy()
+        self.positions: npt.NDArray[np.int64] = self._host_positions.numpy()
+        self._frames = self._twin(self._host_frames)
+        self._positions = self._twin(self._host_positions)
+        self._host_outputs: dict[str, Tensor] = {}
+        self.outputs: dict[str, Array] = {}
+        self._constants: dict[str, Tensor] = {}
+        self._declared = {state.name: state for state in manifest.states}
+        dtype = None if precision is None else PRECISIONS[precision]
+        self._programs = [self._program(bundle, graph, dtype) for graph in self._graphs]
+        used = dict.fromkeys(use.state for graph in self._graphs for use in graph.states)
+        self._states: dict[str, Tensor] = {}
+        try:
+            for name in used:
+                shape = (streams, *(int(size) for size in self._declared[name].shape[1:]))
+                kind = getattr(torch, self._declared[name].dtype)
+                floating = dtype is not None and kind.is_floating_point
+                self._states[name] = torch.zeros(shape, dtype=dtype if floating else kind, device=self._device)
+        except RuntimeError as error:
+            raise EngineError(f"no memory on {device} for {streams} streams ({_line(error)}); load fewer") from None
+        self._captured: OrderedDict[tuple[int, int], Any] = OrderedDict()
+        self._pool: Any = None
+        self._side = torch.cuda.Stream() if device == "cuda" else None
+        self._allocate_outputs({})
+
+    def set_constants(self, values: Mapping[str, Array]) -> None:
+        """Set the inputs that do not change from step to step (label embeddings and their scale), by input name."""
+        self._constants = {name: torch.tensor(value, device=self._device) for name, value in values.items()}
+        self._allocate_outputs({"C": len(values["text_embeddings"])})
+
+    def run(self, first: int, stop: int) -> None:
+        """One step of the slots first..stop; every slot in the range runs, in place."""
+        with self._guard("a step"):
+            if self._side is None:
+                self._step(first, stop)
+                return
+            graph = self._captured.get((first, stop))
+            if graph is None:
+                graph = self._capture(first, stop, self._side)
+            self._captured.move_to_end((first, stop))
+            graph.replay()
+            torch.cuda.current_stream().synchronize()
+
+    def can_prefill(self) -> bool:
+        """Whether `prefill` can run these graphs: every state is a ring that our attention reads and writes."""
+        return all(program.prefills for program in self._programs)
+
+    def prefill(self, slot: int, frames: npt.NDArray[np.uint8]) -> None:
+        """Many frames of one stream at once, as so many steps would.
+
+        Args:
+            frames: uint8 [T, height, width, 3]. `positions[slot]` is the index of the first, and afterwards of the
+                last one, whose `outputs` are given.
+        """
+        with self._guard("a prefill"):
+            for start in range(0, len(frames), PREFILL_FRAMES):
+                part = torch.tensor(frames[start : start + PREFILL_FRAMES], device=self._device)
+                first = int(self.positions[slot])
+                positions = torch.arange(first, first + len(part), device=self._device)
+                made = self._compute(part, positions, slot, slot + 1, _prefill)
+                last_part = start + len(part) == len(frames)
+                self.positions[slot] = first + len(part) - last_part
+            for name, host in self._host_outputs.items():
+                host[slot].copy_(made[name][-1])
+
+    def state_names(self) -> list[str]:
+        return list(self._states)
+
+    def state_address(self, name: str) -> int:
+        """Address of a state's memory, for showing that nothing moves it."""
+        return int(self._states[name].data_ptr())
+
+    def read_state(self, name: str, slot: int) -> Array:
+        """A copy of one stream's state, in the manifest's type."""
+        kind = getattr(torch, self._declared[name].dtype)
+        array: Array = self._states[name][slot].to("cpu", kind, copy=True).numpy()
+        return array
+
+    def write_state(self, name: str, slot: int, value: Array) -> None:
+        self._states[name][slot].copy_(torch.tensor(value))
+
+    def zero_states(self, slot: int) -> None:
+        for state in self._states.values():
+            state[slot].zero_()
+
+    def close(self) -> None:
+        if self._side is not None:
+            torch.cuda.synchronize()
+        self._captured.clear()
+        self._programs.clear()
+        self._states.clear()
+        self._constants.clear()
+
+    def _program(self, bundle: Bundle, graph: Graph, dtype: torch.dtype | None) -> Program:
+        position = next((port.name for port in graph.inputs if port.role == "position"), None)
+        rings = [(use.input, use.output) for use in graph.states if use.output is not None]
+        floats = dtype if graph.states else torch.float32
+        return Program(read_graph(bundle.file(graph.file)), position, rings, floats, self._device)
+
+    def _capture(self, first: int, stop: int, side: torch.cuda.Stream) -> Any:
+        # A step may run twice on the same frame: it writes the same slot with the same keys and values.
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UPS):
+                self._step(first, stop)
+        side.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        # other sessions' threads go on allocating meanwhile
+        with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
+            self._step(first, stop)
+        self._pool = graph.pool()  # one range runs at a time, so all may use the same memory
+        while len(self._captured) >= MOST_GRAPHS:
+            self._captured.popitem(last=False)
+        self._captured[first, stop] = graph
+        return graph
+
+    def _step(self, first: int, stop: int) -> None:
+        """From the host's inputs to the host's outputs; on CUDA nothing of it waits."""
+        if self._frames is not self._host_frames:
+            self._frames[first:stop].copy_(self._host_frames[first:stop], non_blocking=True)
+            self._positions[first:stop].copy_(self._host_positions[first:stop], non_blocking=True)
+        made = self._compute(self._frames[first:stop], self._positions[first:stop], first, stop, _step)
+        for name, host in self._host_outputs.items():
+            host[first:stop].copy_(made[name].to(host.dtype).contiguous(), non_blocking=True)
+
+    def _compute(self, frames: Tensor, positions: Tensor, first: int, stop: int, attend: Attend) -> dict[str, Tensor]:
+        made: dict[str, Tensor] = {}
+        for graph, program in zip(self._graphs, self._programs, strict=True):
+            inputs = {port.name: self._input(port, frames, positions, made, graph) for port in graph.inputs}
+            inputs.update({use.input: self._states[use.state][first:stop] for use in graph.states})
+            found = program(inputs, attend)
+            made.update({port.name: found[port.name] for port in graph.outputs})
+        return made
+
+    def _input(self, port: Port, frames: Tensor, positions: Tensor, made: Mapping[str, Tensor], graph: Graph) -> Tensor:
+        if port.role == "frame":
+            return frames
+        if port.role == "position":
+            return positions
+        if port.role == "output":
+            return made[port.name] if graph.states else made[port.name].float()
+        if port.role not in self._constants:
+            raise EngineError(f"input '{port.name}' needs labels; set them before the first step")
+        return self._constants[port.role]
+
+    def _allocate_outputs(self, sizes: Mapping[str, int]) -> None:
+        self._captured.clear()
+        sizes = {STREAMS: self._streams, "C": 0, **sizes}
+        ports = {port.name: port for graph in self._graphs for port in graph.outputs}
+        self._host_outputs = {}
+        for name in self._asked:
+            shape = tuple(sizes[n] if isinstance(n, str) else n for n in ports[name].shape)
+            self._host_outputs[name] = self._host(shape, getattr(torch, ports[name].dtype))
+        self.outputs = {name: tensor.numpy() for name, tensor in self._host_outputs.items()}
+
+    def _host(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Zeroed host memory; pinned where a GPU copies from and to it."""
+        return torch.zeros(tuple(shape), dtype=dtype, pin_memory=self._device.type == "cuda")
+
+    def _twin(self, host: Tensor) -> Tensor:
+        """The same on the device; on a CPU the very same."""
+        return host if self._device.type == "cpu" else torch.zeros_like(host, device=self._device)
+
+    @contextmanager
+    def _guard(self, what: str) -> Iterator[None]:
+        """PyTorch's process-wide settings as this engine wants them, and its errors as ours."""
+        before = torch.get_float32_matmul_precision()
+        wanted = "high" if self._tf32 else "highest"
+        try:
+            if before != wanted:
+                torch.set_float32_matmul_precision(wanted)
+            if self._device.type == "cpu" and torch.get_num_threads() != self._threads:
+                torch.set_num_threads(self._threads)
+            with torch.inference_mode():
+                yield
+        except (RuntimeError, ValueError) as error:
+            raise EngineError(f"PyTorch failed in {what}: {_line(error)}") from None
+        finally:
+            if before != wanted:
+                torch.set_float32_matmul_precision(before)
+
+
+def available_devices() -> list[str]:
+    """Devices that PyTorch can use here, fastest first."""
+    return ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+
+
+def _step(
+    query: Tensor, key: Tensor, value: Tensor, key_ring: Tensor, value_ring: Tensor, position: Tensor, scale: float
+) -> Tensor:
+    mixed: Tensor = operators.temporal_attention(query, key, value, key_ring, value_ring, position, scale)
+    return mixed
+
+
+def _prefill(
+    query: Tensor, key: Tensor, value: Tensor, key_ring: Tensor, value_ring: Tensor, position: Tensor, scale: float
+) -> Tensor:
+    """The first axis holds the frames of one stream; the rest of the graph takes them for streams."""
+    frames = (x.unsqueeze(0) for x in (query, key, value))
+    mixed: Tensor = operators.causal_prefill(*frames, key_ring, value_ring, position[:1], scale)
+    return mixed[0]
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,271 @@
+"""The ONNX operators that step graphs use, in PyTorch.
+
+`OPERATORS` maps an operator's name to a function that takes its node and gives what computes it: a function of the
+node's inputs. `HOST_INPUTS` are the inputs that steer shapes; they are needed on the host before anything runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .onnx_program import Node
+
+Compute = Callable[..., Any]  # inputs to the output, or to a tuple of outputs
+
+HOST_INPUTS = {"Reshape": (1,), "Expand": (1,), "Unsqueeze": (1,), "Squeeze": (1,), "ReduceL2": (1,)}
+HOST_OUTPUTS = ("Shape",)
+FLOATS = {1: torch.float32, 10: torch.float16, 11: torch.float64, 16: torch.bfloat16}  # by ONNX's numbers
+OTHERS = {2: torch.uint8, 3: torch.int8, 6: torch.int32, 7: torch.int64, 9: torch.bool}
+INTEGER_RANGE = {torch.int8: (-128, 127), torch.uint8: (0, 255)}
+
+
+class Unsupported(Exception):
+    """A node in a form that is not here; the message says which."""
+
+
+def attention(node: Node) -> Compute:
+    """Inputs [S, heads, T, d], or [S, T, heads * d] with the number of heads in attributes; boolean or float mask."""
+    unknown = set(node.attributes) - {"scale", "q_num_heads", "kv_num_heads"}
+    if unknown:
+        raise Unsupported(f"the attribute {sorted(unknown)[0]}")
+    if len([name for name in node.inputs if name]) > 4 or len(node.outputs) > 1:
+        raise Unsupported("more than query, key, value and mask")
+    scale = node.attributes.get("scale")
+    heads = node.attributes.get("q_num_heads"), node.attributes.get("kv_num_heads")
+
+    def compute(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        flat = query.dim() == 3
+        if flat:
+            query = query.unflatten(-1, (heads[0], -1)).transpose(1, 2)
+            key, value = (x.unflatten(-1, (heads[1], -1)).transpose(1, 2) for x in (key, value))
+        grouped = query.shape[1] != key.shape[1]
+        mixed = F.scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=grouped)
+        return mixed.transpose(1, 2).flatten(2) if flat else mixed
+
+    return compute
+
+
+def tensor_scatter(node: Node) -> Compute:
+    """Writes in place: the output of a state is the memory of its input."""
+    axis, mode = node.attributes.get("axis", -2), node.attributes.get("mode", "linear")
+
+    def compute(past: Tensor, update: Tensor, first: Tensor) -> Tensor:
+        slots = first[:, None] + torch.arange(update.shape[axis], device=past.device)  # [S, T]
+        if mode == "circular":
+            slots = slots % past.shape[axis]
+        streams = torch.arange(past.shape[0], device=past.device)[:, None]
+        past.movedim(axis, 1)[streams, slots] = update.movedim(axis, 1)
+        return past
+
+    return compute
+
+
+def layer_normalization(node: Node) -> Compute:
+    axis, epsilon = node.attributes.get("axis", -1), node.attributes.get("epsilon", 1e-5)
+    if len(node.outputs) > 1:
+        raise Unsupported("outputs besides the norm")
+
+    def compute(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.layer_norm(x, x.shape[axis:], weight, bias, epsilon)
+
+    return compute
+
+
+def reshape(node: Node) -> Compute:
+    keep_zeros = node.attributes.get("allowzero", 0)
+
+    def compute(x: Tensor, shape: Tensor) -> Tensor:
+        sizes = shape.tolist()
+        if not keep_zeros:
+            sizes = [x.shape[axis] if size == 0 else size for axis, size in enumerate(sizes)]
+        return x.reshape(sizes)
+
+    return compute
+
+
+def unsqueeze(node: Node) -> Compute:
+    def compute(x: Tensor, axes: Tensor) -> Tensor:
+        rank = x.dim() + axes.numel()
+        for axis in sorted(axis % rank for axis in axes.tolist()):
+            x = x.unsqueeze(axis)
+        return x
+
+    return compute
+
+
+def squeeze(node: Node) -> Compute:
+    def compute(x: Tensor, axes: Tensor | None = None) -> Tensor:
+        return x.squeeze() if axes is None else x.squeeze(tuple(axes.tolist()))
+
+    return compute
+
+
+def reduce_l2(node: Node) -> Compute:
+    keep = bool(node.attributes.get("keepdims", 1))
+
+    def compute(x: Tensor, axes: Tensor | None = None) -> Tensor:
+        dims = None if axes is None else tuple(axes.tolist())
+        wide = torch.promote_types(x.dtype, torch.float32)  # squares overflow float16
+        length: Tensor = torch.linalg.vector_norm(x, dim=dims, keepdim=keep, dtype=wide).to(x.dtype)
+        return length
+
+    return compute
+
+
+def expand(node: Node) -> Compute:
+    def compute(x: Tensor, shape: Tensor) -> Tensor:
+        return x.expand(torch.broadcast_shapes(x.shape, tuple(shape.tolist())))
+
+    return compute
+
+
+def cast(node: Node) -> Compute:
+    dtype = {**FLOATS, **OTHERS}.get(node.attributes["to"])
+    if dtype is None:
+        raise Unsupported(f"the data type {node.attributes['to']}")
+    return lambda x: x.to(dtype)
+
+
+def gather(node: Node) -> Compute:
+    axis = node.attributes.get("axis", 0)
+
+    def compute(x: Tensor, indices: Tensor) -> Tensor:
+        picked = x.index_select(axis, indices.flatten())
+        return picked.reshape(*x.shape[: axis % x.dim()], *indices.shape, *x.shape[axis % x.dim() + 1 :])
+
+    return compute
+
+
+def quantize_linear(node: Node) -> Compute:
+    axis = node.attributes.get("axis", 1)
+
+    def compute(x: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
+        low, high = INTEGER_RANGE[zero.dtype if zero is not None else torch.uint8]
+        steps = torch.round(x / _along(scale, x, axis))
+        if zero is not None:
+            steps = steps + _along(zero, x, axis)
+        return steps.clamp(low, high).to(zero.dtype if zero is not None else torch.uint8)
+
+    return compute
+
+
+def dequantize_linear(node: Node) -> Compute:
+    axis = node.attributes.get("axis", 1)
+    if node.attributes.get("block_size", 0):
+        raise Unsupported("blocks")
+
+    def compute(x: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
+        steps = x.to(scale.dtype)
+        if zero is not None:
+            steps = steps - _along(zero, x, axis).to(scale.dtype)
+        return steps * _along(scale, x, axis)
+
+    return compute
+
+
+def mod(node: Node) -> Compute:
+    compute: Compute = torch.fmod if node.attributes.get("fmod", 0) else torch.remainder
+    return compute
+
+
+def gelu(node: Node) -> Compute:
+    kind = node.attributes.get("approximate", "none")
+    return lambda x: F.gelu(x, approximate=kind)
+
+
+def clip(node: Node) -> Compute:
+    return lambda x, low=None, high=None: torch.clamp(x, low, high)
+
+
+def linear(node: Node) -> Compute:
+    """x [..., in] @ weight [in, out] + bias [out]"""
+
+    def compute(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        product = torch.mm(rows, weight) if bias is None else torch.addmm(bias, rows, weight)
+        return product.view(*x.shape[:-1], weight.shape[1])
+
+    return compute
+
+
+def linear_group(node: Node) -> Compute:
+    """Several products of one input; the results are slices of one tensor."""
+    sizes, product = node.attributes["sizes"], linear(node)
+
+    def compute(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, ...]:
+        return tuple(product(x, weight, bias).split(sizes, dim=-1))
+
+    return compute
+
+
+def residual_norm(node: Node) -> Compute:
+    """A sum and its norm. A sum that only leads to further ones is kept in float32: it is rounded once a layer else."""
+    from ...kernels import operators
+
+    epsilon, wide = node.attributes["epsilon"], node.attributes["wide"]
+
+    def compute(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        x, update = torch.broadcast_tensors(x, update)
+        x = x.float() if wide else x.to(update.dtype)
+        total, normed = operators.residual_norm(x.contiguous(), update.contiguous(), weight, bias, epsilon)
+        return total, normed
+
+    return compute
+
+
+def _along(values: Tensor, x: Tensor, axis: int) -> Tensor:
+    """A scalar, or values along one axis of x, in a shape that broadcasts."""
+    if values.numel() == 1:
+        return values.reshape(())
+    return values.reshape([-1 if index == axis % x.dim() else 1 for index in range(x.dim())])
+
+
+OPERATORS: dict[str, Callable[[Node], Compute]] = {
+    "Add": lambda node: torch.add,
+    "Attention": attention,
+    "Cast": cast,
+    "Clip": clip,
+    "Concat": lambda node: lambda *parts: torch.cat(parts, dim=node.attributes["axis"]),
+    "DequantizeLinear": dequantize_linear,
+    "Div": lambda node: torch.div,
+    "Erf": lambda node: torch.erf,
+    "Exp": lambda node: torch.exp,
+    "Expand": expand,
+    "Gather": gather,
+    "Gelu": gelu,
+    "HardSwish": lambda node: F.hardswish,
+    "Identity": lambda node: lambda x: x,
+    "LayerNormalization": layer_normalization,
+    "LeakyRelu": lambda node: lambda x: F.leaky_relu(x, node.attributes.get("alpha", 0.01)),
+    "LessOrEqual": lambda node: torch.le,
+    "MatMul": lambda node: torch.matmul,
+    "Min": lambda node: torch.minimum,
+    "Mish": lambda node: F.mish,
+    "Mod": mod,
+    "Mul": lambda node: torch.mul,
+    "Neg": lambda node: torch.neg,
+    "QuantizeLinear": quantize_linear,
+    "Reciprocal": lambda node: torch.reciprocal,
+    "ReduceL2": reduce_l2,
+    "Relu": lambda node: torch.relu,
+    "Reshape": reshape,
+    "Shape": lambda node: lambda x: torch.tensor(x.shape),
+    "Sigmoid": lambda node: torch.sigmoid,
+    "Softplus": lambda node: F.softplus,
+    "Sqrt": lambda node: torch.sqrt,
+    "Squeeze": squeeze,
+    "Sub": lambda node: torch.sub,
+    "Tanh": lambda node: torch.tanh,
+    "TensorScatter": tensor_scatter,
+    "Transpose": lambda node: lambda x: x.permute(node.attributes["perm"]),
+    "Unsqueeze": unsqueeze,
+    # of our own rewrites
+    "Linear": linear,
+    "LinearGroup": linear_group,
+    "ResidualNorm": residual_norm,
+}

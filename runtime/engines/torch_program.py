@@ -1,0 +1,196 @@
+"""An ONNX graph as a list of PyTorch calls on one device.
+
+The list is walked in Python: that is the whole engine on a CPU, and on CUDA it happens once, while a CUDA graph is
+captured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import EngineError
+from .onnx_program import Node, OnnxGraph, rewrite
+from .torch_operators import FLOATS, HOST_INPUTS, HOST_OUTPUTS, OPERATORS, Compute, Unsupported
+
+HOST = "host:"  # prefix of what has to be on the host
+RING = "RingAttention"
+
+# query, key, value [S, N, H, d], key ring, value ring [S, N * H, W, d], position [S], scale -> [S, N, H, d]
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
+
+
+@dataclass(frozen=True)
+class _Call:
+    node: Node
+    compute: Compute | None  # None for what the caller computes
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    last_uses: tuple[str, ...]  # values that nothing needs afterwards
+
+
+class Program:
+    """What computes a graph's outputs from its inputs.
+
+    Args:
+        graph: as read.
+        position: the input that counts a stream's frames; None for a graph without state.
+        rings: input and output of each state.
+        dtype: of every floating number; None for the file's own.
+        device: where constants lie and everything runs.
+
+    Raises:
+        EngineError: an operator, or a form of one, that is not here.
+    """
+
+    def __init__(
+        self,
+        graph: OnnxGraph,
+        position: str | None,
+        rings: Sequence[tuple[str, str]],
+        dtype: torch.dtype | None,
+        device: torch.device,
+    ) -> None:
+        graph = _fold_constants(graph)
+        graph = rewrite(graph, position or "", rings)
+        graph = _with_floats(graph, dtype)
+        self.outputs = graph.outputs
+        self.rings = sum(node.op == RING for node in graph.nodes)
+        self.prefills = self.rings * 2 == len(rings) and not any(node.op == "TensorScatter" for node in graph.nodes)
+        on_host = _host_values(graph)
+        self._calls = _calls(graph, on_host)
+        read = {name for call in self._calls for name in call.inputs} | set(graph.outputs)
+        self._constants: dict[str, Any] = {"": None}  # an input that is left out
+        for name, array in graph.constants.items():
+            value = torch.from_numpy(np.array(array))  # a copy: mapped files are read-only
+            if value.is_floating_point() and dtype is not None:
+                value = value.to(dtype)
+            if name in read:
+                self._constants[name] = value.to(device)
+            if HOST + name in read:
+                self._constants[HOST + name] = value
+
+    def __call__(self, inputs: Mapping[str, Tensor], attend: Attend) -> dict[str, Tensor]:
+        """Run.
+
+        Args:
+            inputs: by name, those of state included; state is updated in place.
+            attend: one step of attention over rings.
+
+        Returns:
+            The graph's outputs by name.
+        """
+        values: dict[str, Any] = {**self._constants, **inputs}
+        for call in self._calls:
+            given = [values[name] for name in call.inputs]
+            made = _attend(call.node, attend, *given) if call.compute is None else call.compute(*given)
+            if len(call.outputs) == 1:
+                values[call.outputs[0]] = made
+            else:
+                values.update(zip(call.outputs, made, strict=True))
+            for name in call.last_uses:
+                del values[name]
+        return {name: values[name] for name in self.outputs}
+
+
+def _attend(
+    node: Node,
+    attend: Attend,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_ring: Tensor,
+    value_ring: Tensor,
+    position: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The result has the shape that ONNX gives it: [S, N * H, 1, d]."""
+    head_dim = key_ring.shape[-1]
+    # [S, N, H * d] as it was before it was reshaped, or rows, each of which then counts as a patch of one head
+    query, key, value = (
+        x.unflatten(-1, (-1, head_dim)) if x.dim() == 3 else x.reshape(x.shape[0], -1, 1, head_dim)
+        for x in (query, key, value)
+    )
+    scale = node.attributes.get("scale", head_dim**-0.5)
+    mixed = attend(query, key, value, key_ring, value_ring, position, scale)
+    return mixed.flatten(1, 2).unsqueeze(2), key_ring, value_ring
+
+
+def _fold_constants(graph: OnnxGraph) -> OnnxGraph:
+    """Compute once what depends on constants alone, such as weights that are kept as integers."""
+    constants = dict(graph.constants)
+    nodes = []
+    for node in graph.nodes:
+        if not node.inputs or any(name and name not in constants for name in node.inputs):
+            nodes.append(node)
+            continue
+        given = [torch.from_numpy(np.array(constants[name])) if name else None for name in node.inputs]
+        made = _compute(graph, node)(*given)
+        made = made if isinstance(made, tuple) else (made,)
+        constants.update(zip(node.outputs, (value.numpy() for value in made), strict=True))
+    return replace(graph, nodes=tuple(nodes), constants=constants)
+
+
+def _with_floats(graph: OnnxGraph, dtype: torch.dtype | None) -> OnnxGraph:
+    """Let casts to a floating type cast to `dtype`."""
+    if dtype is None:
+        return graph
+    number = next(number for number, known in FLOATS.items() if known == dtype)
+    nodes = [
+        replace(node, attributes={**node.attributes, "to": number})
+        if node.op == "Cast" and node.attributes["to"] in FLOATS
+        else node
+        for node in graph.nodes
+    ]
+    return replace(graph, nodes=tuple(nodes))
+
+
+def _host_values(graph: OnnxGraph) -> set[str]:
+    """Values that steer shapes, and what they are made of."""
+    needed: set[str] = set()
+    for node in reversed(graph.nodes):
+        needed.update(node.inputs[at] for at in HOST_INPUTS.get(node.op, ()) if at < len(node.inputs))
+        if needed.intersection(node.outputs) and node.op not in HOST_OUTPUTS:
+            needed.update(node.inputs)
+    return needed
+
+
+def _calls(graph: OnnxGraph, on_host: set[str]) -> tuple[_Call, ...]:
+    calls = []
+    for node in graph.nodes:
+        steering = HOST_INPUTS.get(node.op, ())
+        runs_on_host = node.outputs[0] in on_host
+        inputs = tuple(
+            HOST + name if name and (at in steering or (runs_on_host and node.op not in HOST_OUTPUTS)) else name
+            for at, name in enumerate(node.inputs)
+        )
+        outputs = tuple(HOST + name if runs_on_host else name for name in node.outputs)
+        compute = None if node.op == RING else _compute(graph, node)
+        calls.append(_Call(node, compute, inputs, outputs, ()))
+    seen = (
+        set(graph.outputs) | set(graph.inputs) | set(graph.constants) | {HOST + name for name in graph.constants} | {""}
+    )
+    for at in reversed(range(len(calls))):
+        names = dict.fromkeys((*calls[at].inputs, *calls[at].outputs))
+        calls[at] = replace(calls[at], last_uses=tuple(name for name in names if name not in seen))
+        seen.update(names)
+    return tuple(calls)
+
+
+def _compute(graph: OnnxGraph, node: Node) -> Compute:
+    if node.op not in OPERATORS:
+        raise EngineError(
+            f"{graph.path}: node '{node.name}' is a {node.op}, which the torch engine does not have;"
+            " use the engine 'onnxruntime'"
+        )
+    try:
+        return OPERATORS[node.op](node)
+    except Unsupported as error:
+        raise EngineError(
+            f"{graph.path}: node '{node.name}' is a {node.op} with {error}, which the torch engine does not have;"
+            " use the engine 'onnxruntime'"
+        ) from None

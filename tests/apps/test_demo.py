@@ -1,0 +1,97 @@
+"""The demo's scenes are fair, and its model sees in them what only memory can show."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from framestep.apps.demo import MODEL
+from framestep.apps.demo.scenes import GRACE, LABELS, draw_scene, name_frames
+
+MEGABYTE = 1_000_000
+
+
+def test_a_scene_is_the_same_every_time_and_others_are_others() -> None:
+    first, again, other = draw_scene(5, 60), draw_scene(5, 60), draw_scene(6, 60)
+    np.testing.assert_array_equal(first.frames, again.frames)
+    np.testing.assert_array_equal(first.labels, again.labels)
+    assert (first.frames != other.frames).any()
+
+
+def test_any_size_tells_the_same_story() -> None:
+    small, large = draw_scene(9, 80), draw_scene(9, 80, 160)
+    np.testing.assert_array_equal(small.labels, large.labels)
+    assert large.frames.shape == (80, 160, 160, 3)
+    shrunk = large.frames.reshape(80, 80, 2, 80, 2, 3).mean((2, 4))[::16, ::16, ::16]
+    assert np.abs(shrunk.mean() - small.frames.mean()) < 6
+
+
+def test_a_frames_label_does_not_depend_on_frames_to_come() -> None:
+    rng = np.random.default_rng(0)
+    past, one, other = (rng.integers(0, len(LABELS), count) for count in (30, 20, 20))
+    np.testing.assert_array_equal(
+        name_frames(np.concatenate([past, one]))[:30], name_frames(np.concatenate([past, other]))[:30]
+    )
+
+
+def test_a_new_motion_gives_the_label_from_its_seventh_frame_on() -> None:
+    motions = np.array([1] * 20 + [2] * 20)
+    assert GRACE == 13
+    assert name_frames(motions).tolist() == [1] * 26 + [2] * 14
+
+
+def test_scenes_hold_every_label_and_several_events() -> None:
+    labels = [draw_scene(seed, 320, 16).labels for seed in range(8)]
+    assert set(np.concatenate(labels)) == set(range(len(LABELS)))
+    assert all((np.diff(stream) != 0).sum() >= 5 for stream in labels)
+    share = np.bincount(np.concatenate(labels)) / sum(map(len, labels))
+    assert share.max() < 0.25  # no label can be guessed
+
+
+def test_the_model_takes_at_most_eight_megabytes() -> None:
+    assert sum(file.stat().st_size for file in MODEL.iterdir()) <= 8 * MEGABYTE
+
+
+def test_training_was_within_its_budget_and_memory_made_the_difference() -> None:
+    facts = json.loads((MODEL / "training.json").read_text())
+    assert facts["with_memory"]["accuracy"] >= 0.90
+    assert facts["without_memory"]["accuracy"] <= 0.45
+    assert facts["with_memory"]["steps"] == facts["without_memory"]["steps"]
+    assert facts["with_memory"]["frames"] / facts["with_memory"]["streams"] >= 300
+    assert facts["with_memory"]["cpu_minutes"] < 40
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    from framestep.apps.demo import demo
+
+    folder = tmp_path_factory.mktemp("demo")
+    return folder, demo(folder)
+
+
+def test_the_demo_names_what_happens_in_the_video_that_it_annotates(made) -> None:
+    folder, facts = made
+    assert facts["accuracy_of_clip"] >= 0.85
+    truth = (folder / "clip.labels.txt").read_text().split("\n")
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    long = [event for event in events if event["end_index"] - event["start_index"] >= 12]
+    assert len(long) >= 5
+    right = [truth[(event["start_index"] + event["end_index"]) // 2] == event["label"] for event in long]
+    assert np.mean(right) >= 0.8
+
+
+def test_int8_keeps_the_accuracy_of_the_demo_model(made) -> None:
+    _, facts = made
+    assert facts["accuracy"]["fp32"] >= 0.88  # compressed video of another size, none of it seen in training
+    assert facts["accuracy"]["int8"] >= facts["accuracy"]["fp32"] - 0.005
+    assert facts["bytes"]["int8"] < facts["bytes"]["fp32"]
+
+
+def test_the_demo_leaves_everything_it_speaks_of(made) -> None:
+    from pathlib import Path
+
+    _, facts = made
+    for name in ("bundle", "video", "picture", "results", "events", "report"):
+        assert Path(facts[name]).exists(), name

@@ -1,0 +1,123 @@
+"""What `framestep doctor` finds on machines of all kinds."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+from io import StringIO
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from framestep.apps import cli, doctor
+from framestep.apps.doctor import Finding, examine, table
+from framestep.runtime.sources import Camera
+
+
+def without(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
+    """A machine on which these packages are not installed."""
+    find_spec = importlib.util.find_spec
+
+    def find(name: str, package: str | None = None) -> Any:
+        return None if name.split(".")[0] in packages else find_spec(name, package)
+
+    monkeypatch.setattr(importlib.util, "find_spec", find)
+
+
+def found(name: str) -> Finding:
+    (finding,) = [finding for finding in examine() if finding.name == name]
+    return finding
+
+
+def printed(findings: list[Finding]) -> str:
+    console = Console(file=StringIO(), width=200)
+    console.print(table(findings))
+    return console.file.getvalue()
+
+
+def main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["framestep", *arguments])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    return exit_.value.code
+
+
+def test_what_is_here_is_found() -> None:
+    findings = {finding.name: finding for finding in examine()}
+    assert findings["Python"].found.startswith(".".join(map(str, sys.version_info[:3])))
+    assert findings["ONNX Runtime"].status == findings["OpenCV"].status == "ok"
+    assert "CPU" in findings["ONNX Runtime"].found and "video through" in findings["OpenCV"].found
+    assert "cores usable" in findings["processor"].found
+    assert {finding.status for finding in findings.values()} <= {"ok", "absent", "problem"}
+
+
+@pytest.mark.parametrize(
+    ("package", "name", "status", "advice"),
+    [
+        ("onnxruntime", "ONNX Runtime", "problem", "framestep[cpu]"),
+        ("cv2", "OpenCV", "problem", "opencv-python"),
+        ("torch", "torch", "absent", "framestep[export]"),
+        ("onnx", "onnx", "absent", "framestep[export]"),
+        ("transformers", "transformers", "absent", "framestep[export]"),
+        ("tokenizers", "tokenizers", "absent", "framestep[text]"),
+    ],
+)
+def test_an_absent_package_comes_with_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, package: str, name: str, status: str, advice: str
+) -> None:
+    without(monkeypatch, package)
+    finding = found(name)
+    assert finding.status == status and "not installed" in finding.found
+    assert advice in finding.advice
+    assert advice in printed([finding])
+
+
+def test_a_missing_opencv_is_one_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    without(monkeypatch, "cv2")
+    assert [finding.name for finding in examine() if finding.status == "problem"] == ["OpenCV"]
+
+
+def test_a_broken_package_does_not_hide_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> Finding:
+        raise RuntimeError("libfoo.so: [cannot] open\nsecond line")
+
+    monkeypatch.setattr(doctor, "_opencv", broken)
+    findings = examine()
+    (problem,) = [finding for finding in findings if finding.name == "broken"]
+    assert (problem.status, problem.found) == ("problem", "RuntimeError: libfoo.so: [cannot] open")
+    assert len(findings) > 10 and "[cannot]" in printed(findings)
+
+
+def test_cores_are_counted_where_the_system_has_no_affinity(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 7)
+    finding = found("processor")
+    assert finding.status == "ok" and finding.found.endswith("7 cores usable")
+
+
+def test_cameras_are_listed_by_path_and_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    cameras = (Camera("/dev/video0", "HD [Pro] C920"), Camera("/dev/video2", ""))
+    monkeypatch.setattr("framestep.runtime.sources.list_cameras", lambda: cameras)
+    finding = found("cameras")
+    assert (finding.status, finding.found) == ("ok", "/dev/video0 (HD [Pro] C920); /dev/video2")
+    assert finding.found in printed([finding])
+
+
+def test_the_command_prints_a_table_and_exits_1_on_a_problem(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(monkeypatch, "doctor") == 0
+    assert "ONNX Runtime" in capsys.readouterr().out
+    without(monkeypatch, "onnxruntime")
+    assert main(monkeypatch, "doctor") == 1
+    assert "framestep[cpu]" in capsys.readouterr().out
+
+
+def test_json_is_a_list_of_findings(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(monkeypatch, "doctor", "--json") == 0
+    findings = json.loads(capsys.readouterr().out)
+    assert {"name", "status", "found", "advice"} == set(findings[0])
+    assert "Python" in [finding["name"] for finding in findings]

@@ -1,0 +1,70 @@
+"""Video that can be calibrated on, and video that cannot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from framestep.apps.record import VideoRecorder
+from framestep.calibration.clips import read_clips, there_and_back
+from framestep.calibration.errors import CalibrationError
+from framestep.runtime.bundle import Bundle
+from framestep.runtime.errors import SourceError
+
+
+def write_video(path: Path, frames) -> str:
+    recorder = VideoRecorder(path, 25.0)
+    for index, frame in enumerate(frames):
+        recorder.write(frame, index / 25)
+    recorder.close()
+    return str(path)
+
+
+def noise(count: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [cv2.resize(rng.integers(0, 256, (8, 8, 3), np.uint8), (96, 64)) for _ in range(count)]
+
+
+def test_frames_come_at_the_models_size_and_are_shared_among_clips(golden_bundle, tmp_path) -> None:
+    manifest = Bundle.open(golden_bundle).manifest
+    write_video(tmp_path / "a.mp4", noise(30))
+    write_video(tmp_path / "b.mp4", noise(5))
+    write_video(tmp_path / "c.mp4", noise(30))
+    clips = read_clips([str(tmp_path)], manifest, 40)
+    assert [len(clip.frames) for clip in clips] == [14, 5, 21]  # what a short clip leaves goes to the others
+    assert clips[0].frames.shape[1:] == (64, 64, 3)
+
+
+def test_synthetic_and_single_files_are_clips_too(golden_bundle, tmp_path) -> None:
+    manifest = Bundle.open(golden_bundle).manifest
+    file = write_video(tmp_path / "a.mp4", noise(12))
+    clips = read_clips(["synthetic:frames=20", file], manifest, 100)
+    assert [len(clip.frames) for clip in clips] == [20, 12]
+
+
+@pytest.mark.parametrize("grey", [0, 128])
+def test_black_or_even_video_is_refused(golden_bundle, tmp_path, grey) -> None:
+    file = write_video(tmp_path / "even.mp4", [np.full((64, 64, 3), grey, np.uint8)] * 20)
+    with pytest.raises(CalibrationError, match="every frame is one even colour"):
+        read_clips([file], Bundle.open(golden_bundle).manifest, 100)
+
+
+def test_too_few_frames_are_refused(golden_bundle, tmp_path) -> None:
+    file = write_video(tmp_path / "short.mp4", noise(3))
+    with pytest.raises(CalibrationError, match="3 frames are too few to calibrate on; give at least 8"):
+        read_clips([file], Bundle.open(golden_bundle).manifest, 100)
+
+
+def test_an_unreadable_clip_is_refused(golden_bundle, tmp_path) -> None:
+    (tmp_path / "damaged.mp4").write_bytes(b"no video")
+    with pytest.raises(SourceError, match="damaged.mp4"):
+        read_clips([str(tmp_path / "damaged.mp4")], Bundle.open(golden_bundle).manifest, 100)
+
+
+def test_a_long_stream_is_made_without_a_jump() -> None:
+    order = there_and_back(4, 11)
+    assert order.tolist() == [0, 1, 2, 3, 2, 1, 0, 1, 2, 3, 2]
+    assert there_and_back(1, 3).tolist() == [0, 0, 0]

@@ -1,0 +1,67 @@
+"""Kernels compiled without a GPU, in a process where Triton compiles instead of interpreting."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+TARGETS = ("sm_80", "sm_87", "sm_90", "sm_110", "sm_120")
+
+
+def run(*arguments, interpret=False):
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["TRITON_DEFAULT_FP_FUSION"] = "1"
+    if interpret:
+        environment["TRITON_INTERPRET"] = "1"
+    command = [sys.executable, "-m", "framestep.kernels.aot", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """The step's kernel for every target, and each kind of kernel for sm_90."""
+    folder = tmp_path_factory.mktemp("aot")
+    done = run("-o", folder, "--kernel", "temporal_fp16_w16")
+    assert done.returncode == 0, done.stderr
+    others = ("temporal_int8_w16", "merge_fp16_split4", "prefill_fp16_w16", "decode_fp16_t1", "residual_norm_fp16")
+    done = run("-o", folder, "--target", "sm_90", *(part for name in others for part in ("--kernel", name)))
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_step_kernel_compiles_for_every_target_without_spilling(compiled, target):
+    place = compiled / target
+    found = json.loads((place / "temporal_fp16_w16.json").read_text())
+    assert (place / "temporal_fp16_w16.cubin").read_bytes()[:4] == b"\x7fELF"
+    text = (place / "temporal_fp16_w16.ptx").read_text()
+    assert f".target {target}" in text
+    assert f".entry {found['entry']}(" in text
+    assert found["spill_bytes"] == 0
+    assert 0 < found["registers"] <= 128
+    assert found["threads"] == 32 * found["warps"]
+    parameters = text[: text.index(")", text.index(".entry"))].count(".param")
+    assert parameters == len(found["arguments"]) + found["scratch_arguments"]
+
+
+def test_the_step_kernel_loads_16_bytes_at_a_time_and_far_ahead(compiled):
+    text = (compiled / "sm_90" / "temporal_fp16_w16.ptx").read_text()
+    assert text.count("cp.async.cg.shared.global") >= 2 * 16  # two tiles of eight keys and eight values
+    assert "ld.global.b16" not in text
+
+
+def test_every_kind_of_kernel_compiles(compiled):
+    names = {file.stem for file in (compiled / "sm_90").glob("*.cubin")}
+    assert names >= {"temporal_int8_w16", "merge_fp16_split4", "prefill_fp16_w16", "decode_fp16_t1"}
+    for file in (compiled / "sm_90").glob("*.json"):
+        assert json.loads(file.read_text())["spill_bytes"] <= 16, file
+
+
+def test_interpreted_kernels_cannot_be_compiled_and_it_says_so(tmp_path):
+    done = run("-o", tmp_path, "--target", "sm_90", interpret=True)
+    assert done.returncode != 0
+    assert "TRITON_INTERPRET is set" in done.stderr
