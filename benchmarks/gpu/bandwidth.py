@@ -110,7 +110,7 @@ def _compare(section: Section, hardware: Hardware, sizes: Sizes, ring: Ring, cop
     heads = sizes.model.num_attention_heads
     count = max(1, min(hardware.sets(ring.held()), hardware.room() // ring.held()))
     filled = [fill(hardware, ring, heads) for _ in range(count)]
-    _check(section, filled[0], ring)
+    check_rows(section, filled[0], ring)
     ours = hardware.time([step(one) for one in filled])
     share = ring.moved() / ours / copy
     others = {"sdpa": _sdpa(masked=True), "sdpa, ring full": _sdpa(masked=False), "matmul": _matmul}
@@ -160,7 +160,7 @@ def _int8(section: Section, hardware: Hardware, sizes: Sizes, ring: Ring, copy: 
     )
 
 
-def _check(section: Section, filled: Filled, ring: Ring) -> None:
+def check_rows(section: Section, filled: Filled, ring: Ring, cut: Launch | None = None) -> None:
     """A few rows of the first and the last stream against float64."""
     patches = min(2, filled.query.shape[1])
     rows = patches * filled.query.shape[2]
@@ -169,8 +169,9 @@ def _check(section: Section, filled: Filled, ring: Ring) -> None:
         wide = [x[part, -patches:].double() for x in (filled.query, filled.key, filled.value)]
         rings = [x[part, -rows:].double() for x in (filled.key_ring, filled.value_ring)]
         expected = reference.temporal_attention(*wide, *rings, filled.position[part], filled.scale)
-        found = step(filled)()[part, -patches:]
-        section.check(f"{ring.streams} streams, window {ring.window}, stream {stream}", error(found, expected), 2e-3)
+        found = step(filled, cut)()[part, -patches:]
+        label = f"temporal_attention, {ring.streams} streams, window {ring.window}, stream {stream}"
+        section.check(f"{label}, {cut}" if cut else label, error(found, expected), 2e-3)
 
 
 def _write(filled: Filled) -> Callable[[], None]:

@@ -21,7 +21,7 @@ from .section import Section
 from .sizes import Sizes
 
 OUTPUTS = ("features", "pooled")
-LIMITS = {"fp32": 1e-4, "tf32": 1e-2, "fp16": 1e-2, "bf16": 8e-2}
+LIMITS = {"fp32": 1e-4, "tf32": 5e-3, "fp16": 5e-3, "bf16": 4e-2}  # on a CPU: 1.3e-6, 2e-3 and 1.5e-2
 FRAME_SECONDS = 1 / 30
 WARM_RUNS = 20
 

@@ -6,7 +6,7 @@ import itertools
 
 from ...kernels import temporal
 from ...kernels.temporal import Launch
-from .bandwidth import Ring, fill, measure_copy, step
+from .bandwidth import Ring, check_rows, fill, measure_copy, step
 from .hardware import Hardware
 from .section import Section
 from .sizes import Sizes
@@ -33,6 +33,7 @@ def run(section: Section, hardware: Hardware, sizes: Sizes) -> None:
                 section.skip(f"{streams} streams at window {window}, {cut}: no time left")
                 break
             try:
+                check_rows(section, filled[0], ring, cut)
                 found.append((hardware.time([step(one, cut) for one in filled], 0.03), cut))
             except RuntimeError as problem:  # more shared memory than there is
                 section.skip(f"{cut}: {str(problem)[:100]}")
