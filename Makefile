@@ -19,7 +19,7 @@ lint: $(VENV)/installed
 types: $(VENV)/installed
 	mkdir -p $(NAMED) && ln -sfn "$(CURDIR)" $(NAMED)/framestep
 	cd $(NAMED) && "$(abspath $(BIN))/mypy" --config-file "$(CURDIR)/pyproject.toml" --cache-dir "$(CURDIR)/.mypy_cache" \
-	    -p framestep.runtime -p framestep.export -p framestep.apps
+	    -p framestep.runtime -p framestep.export -p framestep.apps -p framestep.kernels -p framestep.calibration
 
 unit: $(VENV)/installed
 	$(BIN)/python -m pytest -c pyproject.toml --rootdir=tests tests

@@ -36,7 +36,7 @@ def load(
 
     Args:
         path: the bundle's folder.
-        engine: "auto" or "onnxruntime".
+        engine: "auto", "onnxruntime" or "torch", the latter with a precision where wanted: "torch:fp16".
         device: "auto", "cpu" or "cuda".
         streams: number of streams that can be open at once; each takes `framestep inspect`'s bytes per stream.
         outputs: what to fetch for each frame, such as ("pooled", "scores"); what is not named is not computed where it

@@ -83,7 +83,9 @@ def as_text(facts: dict[str, Any]) -> str:
             text += f"; same best label {item['agreement']:.2%}"
         if item["accuracy"] is not None:
             text += f"; accuracy {item['accuracy']:.2%} (fp32 {item['reference_accuracy']:.2%})"
-        lines.append(f"{text}; p50 {item['ms']:.1f} ms (fp32 {item['reference_ms']:.1f})")
+        if item["ms"] is not None:
+            text += f"; p50 {item['ms']:.1f} ms (fp32 {item['reference_ms']:.1f})"
+        lines.append(text)
     for item in facts["drift"]:
         lines.append(
             f"{'drift':>9}  {item['precision']} over {item['frames']} frames: cosine {item['early_cosine']:.5f} early,"

@@ -115,7 +115,7 @@ def _start(name: str, seconds: float, gpu: bool, work: Path, output: Path) -> di
     file.unlink(missing_ok=True)
     command = [sys.executable, str(Path(__file__).resolve()), "-o", str(parts), "--section", name]
     command += ["--seconds", str(seconds), "--work", str(work)]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "TRITON_DEFAULT_FP_FUSION": "1"}
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     if not gpu:
         command.append("--rehearse")
         environment["TRITON_INTERPRET"] = "1"

@@ -86,6 +86,7 @@ def variants() -> list[Variant]:
         temporal_variant("int8", 64),
         merge_variant(4, 64),
         prefill_variant("fp16", 16),
+        prefill_write_variant("fp16", 16),
         decode_variant("fp16", 1),
         decode_variant("fp16", 64),
         norm_variant("fp16", 768),
@@ -146,6 +147,19 @@ def prefill_variant(dtype: str, window: int, head_dim: int = 64) -> Variant:
     return Variant(f"prefill_{dtype}_w{window}", prefill.prefill_kernel, types, constants, grid)
 
 
+def prefill_write_variant(dtype: str, window: int, head_dim: int = 64) -> Variant:
+    """`causal_prefill`'s update of the ring."""
+    pointer = POINTERS[dtype]
+    types = {name: pointer for name in ("key", "value", "key_ring", "value_ring")}
+    types |= {"position": "*i64", "first": "i32", "rows": "i32", "heads": "i32"}
+    types |= {f"{part}_{axis}": "i64" for part in ("key", "value") for axis in "stnh"}
+    types |= {"key_ring_s": "i64", "value_ring_s": "i64"}
+    constants: dict[str, int | bool] = {"WINDOW": window, "HEAD_DIM": head_dim}
+    constants |= {"BLOCK_D": triton.next_power_of_2(head_dim), "BLOCK_R": prefill.WRITE_ROWS}
+    grid = (f"ceil(rows / {prefill.WRITE_ROWS})", "min(frames, window)", "streams")
+    return Variant(f"prefill_write_{dtype}_w{window}", prefill.write_kernel, types, constants, grid)
+
+
 def decode_variant(dtype: str, tokens: int, head_dim: int = 64) -> Variant:
     """`decode_attention` of so many tokens, unsplit, for up to 64 queries of a key head in a program."""
     pointer = POINTERS[dtype]
@@ -197,7 +211,11 @@ def compile_variant(variant: Variant, target: str, folder: Path) -> Compiled:
         constexprs=dict(variant.constants),
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in divisible},
     )
-    built = triton.compile(source, target=GPUTarget("cuda", TARGETS[target], 32), options={"num_warps": variant.warps})
+    built = triton.compile(
+        source,
+        target=GPUTarget("cuda", TARGETS[target], 32),
+        options={"num_warps": variant.warps, "enable_fp_fusion": True},
+    )
     arguments = tuple(
         {"name": name, "type": variant.types[name], "divisible": name in divisible}
         for name in names

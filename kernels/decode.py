@@ -185,6 +185,7 @@ def launch(
         BLOCK_C=TILE_SLOTS,
         SPLITS=splits,
         num_warps=4,
+        enable_fp_fusion=True,
     )
     if parts is not None:
         parts.merge(out)

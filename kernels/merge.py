@@ -75,4 +75,5 @@ class Parts:
             BLOCK_D=triton.next_power_of_2(self.head_dim),
             BLOCK_R=MERGE_ROWS,
             num_warps=4,
+            enable_fp_fusion=True,
         )

@@ -176,6 +176,7 @@ def launch(
         BLOCK_T=block_t,
         BLOCK_W=block_w,
         num_warps=4,
+        enable_fp_fusion=True,
     )
     kept = min(frames, window)
     write_kernel[(triton.cdiv(rows, WRITE_ROWS), kept, streams)](
@@ -196,5 +197,6 @@ def launch(
         BLOCK_D=block_d,
         BLOCK_R=WRITE_ROWS,
         num_warps=4,
+        enable_fp_fusion=True,
     )
     return out

@@ -62,5 +62,6 @@ def launch(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, epsilon: flo
         WIDTH=width,
         BLOCK_D=triton.next_power_of_2(width),
         num_warps=WARPS,
+        enable_fp_fusion=True,
     )
     return total, normed

@@ -243,6 +243,7 @@ def launch(
         INT8=scales is not None,
         STAGES=cut.stages,
         num_warps=cut.warps,
+        enable_fp_fusion=True,
     )
     if parts is not None:
         parts.merge(out)

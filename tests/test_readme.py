@@ -40,7 +40,7 @@ def reader(tmp_path_factory) -> Path:
 def test_block_runs_as_pasted(reader, number):
     kind, text = BLOCKS[number]
     if kind == "text":
-        assert re.findall(r"'\.\[([\w,]+)\]'", text) == ["cpu", "gpu", "cpu,text", "cpu,export"]
+        assert re.findall(r"'\.\[([\w,]+)\]'", text) == ["cpu", "gpu", "cpu,text", "cpu,export", "cpu,torch"]
         return
     if kind == "python":
         run([sys.executable, "-c", text], reader)

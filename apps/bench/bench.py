@@ -451,7 +451,8 @@ def _run_process(task: _Task, progress: Any) -> _Answer:
     environment = {name: value for name, value in os.environ.items() if name not in RAISED_THRESHOLDS}
     environment |= task.environment
     answer = _Answer()
-    command = [sys.executable, "-P", "-m", f"{__package__}.measure"]
+    # not -m: the package imports the module too, and runpy warns of that
+    command = [sys.executable, "-P", "-c", f"import sys; from {__package__}.measure import main; sys.exit(main())"]
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=environment, text=True

@@ -1,8 +1,8 @@
 """The process that measures: one job from standard input, lines of JSON to standard output.
 
-`python -m framestep.apps.bench.measure` is started afresh for every job, so that no path inherits another's allocator,
-thread pools or page cache of its own. Lines are `{"progress": 0..1}`, `{"position": {...}}` as each position is done,
-and at the end `{"result": {...}}` or `{"error": "..."}`.
+Such a process is started afresh for every job, so that no path inherits another's allocator or thread pools. Lines are
+`{"progress": 0..1}`, `{"position": {...}}` as each position is done, and at the end `{"result": {...}}` or
+`{"error": "..."}`.
 """
 
 from __future__ import annotations
@@ -436,7 +436,3 @@ JOBS: dict[str, Callable[[Job, Emit], dict[str, Any]]] = {
     "steady": measure_steady,
     "split": measure_split,
 }
-
-
-if __name__ == "__main__":
-    sys.exit(main())

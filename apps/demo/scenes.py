@@ -57,15 +57,10 @@ class Scene:
     Attributes:
         frames: uint8 [T, size, size, 3], RGB.
         labels: int64 [T], indices into `LABELS`, fixed by the frames up to each.
-        state: float32 [T, 4], where the shape is: x, y, the logarithm of its radius, opacity.
-        change: float32 [T, 5], by how much x, y, the logarithm of its radius, its angle and its opacity changed in a frame,
-            on average over the last `GRACE // 2 + 1` frames.
     """
 
     frames: np.ndarray
     labels: np.ndarray
-    state: np.ndarray
-    change: np.ndarray
 
 
 def draw_scene(seed: int, frames: int, size: int = 64) -> Scene:
@@ -86,8 +81,7 @@ def draw_scene(seed: int, frames: int, size: int = 64) -> Scene:
     canvases += grain * np.float32(noise)
     flicker = 1 + rng.uniform(0, 0.03) * rng.standard_normal(frames)
     canvases *= flicker[:, None, None, None].astype(np.float32)
-    state = np.array([(pose.x, pose.y, np.log(pose.radius), pose.opacity) for pose in poses], np.float32)
-    return Scene(np.clip(canvases, 0, 255).astype(np.uint8), name_frames(motions), state, _change(poses, cuts))
+    return Scene(np.clip(canvases, 0, 255).astype(np.uint8), name_frames(motions))
 
 
 def name_frames(motions: np.ndarray) -> np.ndarray:
@@ -99,16 +93,6 @@ def name_frames(motions: np.ndarray) -> np.ndarray:
         best = np.flatnonzero(counts == counts.max())
         named[index] = next(motion for motion in recent[::-1] if motion in best)
     return named
-
-
-def _change(poses: list[Pose], cuts: set[int]) -> np.ndarray:
-    values = np.array([(pose.x, pose.y, np.log(pose.radius), pose.angle, pose.opacity) for pose in poses], np.float32)
-    steps = np.diff(values, axis=0, prepend=values[:1])
-    steps[sorted(cuts), :4] = 0.0  # another shape, not a leap of this one
-    sums = np.concatenate([np.zeros((1, 5), np.float32), np.cumsum(steps, 0)])
-    last = np.arange(1, len(poses) + 1)
-    first = np.maximum(last - (GRACE // 2 + 1), 0)
-    return (sums[last] - sums[first]) / (last - first)[:, None]
 
 
 def choreograph(rng: np.random.Generator, frames: int) -> tuple[list[Pose], np.ndarray, set[int]]:
