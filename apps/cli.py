@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .. import __version__
 from ..runtime.errors import FramestepError
 
 INTERRUPTED = 130
@@ -44,8 +45,18 @@ TextGraphOption = Annotated[
 ]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"framestep {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def framestep() -> None:
+def framestep(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
     """Streaming video models, from a checkpoint to a camera."""
 
 
@@ -424,6 +435,10 @@ def _exit_status(arguments: list[str]) -> int:
         return _fail(str(error), 2)
     except (typer.Abort, KeyboardInterrupt):
         status = INTERRUPTED
+    except OSError as error:
+        if error.filename is None:
+            raise
+        return _fail(f"{error.filename}: {error.strerror}", 2)
     except Exception as error:
         # A usage error. Its class is Click's in some versions of typer and typer's own in others.
         if not hasattr(error, "format_message"):

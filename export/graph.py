@@ -50,6 +50,8 @@ class WeightFile:
 
     def close(self) -> None:
         self._file.close()
+        if not self._places:  # an empty file would look like a damaged one
+            self.path.unlink()
 
 
 class GraphBuilder:

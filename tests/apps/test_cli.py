@@ -175,3 +175,21 @@ def test_help_loads_nothing_heavy() -> None:
     )
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_the_version_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import framestep
+
+    assert main(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out == f"framestep {framestep.__version__}\n"
+
+
+def test_a_file_that_the_system_refuses_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*given):
+        raise PermissionError(13, "Permission denied", "/somewhere/backbone.bin")
+
+    monkeypatch.setattr(run_module, "run", refused)
+    assert main(monkeypatch, "run", "x.bundle", "--source", "clip.mp4") == 2
+    assert capsys.readouterr().err == "framestep: /somewhere/backbone.bin: Permission denied\n"
