@@ -1,16 +1,11 @@
-"""Kernels run on the GPU where there is one, and otherwise in Triton's interpreter, which has to be asked for before Triton
-functions are made."""
+"""Kernels run on the GPU where there is one, and otherwise in Triton's interpreter (asked for in the conftest above)."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")
