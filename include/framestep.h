@@ -161,6 +161,8 @@ typedef struct fs_labels {
     const float *patch_text_embeddings; /* [count, patch_text_hidden] */
     size_t text_hidden;
     size_t patch_text_hidden;
+    const float *logit_scale; /* of the sigmoid, a logarithm; null: the bundle's scoring */
+    const float *logit_bias;
 } fs_labels;
 
 /* A frame for a stream, and what became of it. */
@@ -248,9 +250,9 @@ fs_status fs_state_describe(fs_session session, size_t index, fs_state_info *inf
 fs_status fs_output_describe(fs_session session, size_t index, fs_output_info *info);
 fs_status fs_label_name(fs_session session, size_t index, const char **name);
 
-/* Scores frames against other labels from the next step on, with the bundle's scoring. Copies what it is given. The
-   outputs of all streams are gone. FS_ERROR_BUNDLE: the bundle has no scoring. FS_ERROR_ARGUMENT: no label, or embeddings
-   of another width than the graphs take. */
+/* Scores frames against other labels from the next step on. Copies what it is given. The outputs of all streams are gone.
+   FS_ERROR_BUNDLE: the bundle has no scoring and `labels` neither. FS_ERROR_ARGUMENT: no label, or embeddings of another
+   width than the graphs take. */
 fs_status fs_set_labels(fs_session session, const fs_labels *labels);
 
 /* Runs every number of streams `steps` times, so that the first frames take no longer than the others. No clock moves;
