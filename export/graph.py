@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 from onnx import TensorProto, helper
@@ -35,8 +36,9 @@ class WeightFile:
     def add(self, name: str, array: np.ndarray) -> None:
         offset = -(-self._file.tell() // ALIGNMENT) * ALIGNMENT
         self._file.write(b"\0" * (offset - self._file.tell()))
-        self._file.write(np.ascontiguousarray(array).data)
-        self._places[name] = (offset, array.nbytes)
+        content = _packed(array)
+        self._file.write(content.data)
+        self._places[name] = (offset, content.nbytes)
 
     def tensor(self, name: str, array: np.ndarray) -> TensorProto:
         """The initializer that names this file's bytes; `array` gives dtype and shape."""
@@ -158,6 +160,17 @@ class GraphBuilder:
         for file in self._files:
             file._file.flush()  # the checker reads the weight files
         onnx.checker.check_model(str(path), full_check=True)
+
+
+def _packed(array: np.ndarray) -> np.ndarray:
+    """An array as ONNX stores it: two INT4 in a byte, the first one low."""
+    array = np.ascontiguousarray(array)
+    if array.dtype != ml_dtypes.int4:
+        return array
+    nibbles = array.reshape(-1).view(np.uint8) & 0xF
+    if nibbles.size % 2:
+        nibbles = np.append(nibbles, np.uint8(0))
+    return nibbles[0::2] | (nibbles[1::2] << 4)
 
 
 def _value_info(name: str, dtype: str, shape: Shape) -> onnx.ValueInfoProto:

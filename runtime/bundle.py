@@ -27,12 +27,15 @@ FORMAT = "framestep"
 VERSION = 1
 MANIFEST = "manifest.json"
 STREAMS = "S"  # the symbol of the dynamic streams axis in shapes
+TOKENS = "T"  # the symbol of the dynamic axis of a decoder's new tokens
 LABEL_ROLES = ("text_embeddings", "patch_text_embeddings", "logit_scale", "logit_bias")
-ROLES = ("frame", "position", "output", *LABEL_ROLES, "input_ids")
 STREAM_ROLES = ("frame", "position", "output")  # inputs with a row for each stream
+DECODER_ROLES = ("tokens", "embeddings", "position_ids", "write_index", "slot_mask", "slot_positions")  # these too
+ROLES = (*STREAM_ROLES, *LABEL_ROLES, "input_ids", *DECODER_ROLES)
 DTYPES = ("uint8", "int64", "int32", "bool", "float32", "float16", "int8")
 STATE_DTYPES = {"float32": 4, "float16": 2, "int8": 1}  # bytes of a number
-SYMBOLS = (STREAMS, "C", "B")
+SYMBOLS = (STREAMS, "C", "B", TOKENS)
+STATE_KINDS = ("ring", "linear")
 RESIZES = ("crop", "stretch", "letterbox")
 MAX_SIDE = 1 << 14  # pixels
 MAX_EXTENT = 1 << 31
@@ -57,7 +60,7 @@ class Port:
         role: what feeds an input, one of `ROLES`; "output" is the output of another graph with the same name.
             Outputs have the role "output".
         dtype: numpy name.
-        shape: sizes; "S" is the streams axis, "C" the number of labels, "B" a number of texts.
+        shape: sizes; "S" is the streams axis, "C" the number of labels, "B" a number of texts, "T" one of new tokens.
     """
 
     name: str
@@ -91,7 +94,7 @@ class State:
 
     Attributes:
         name: name of the state.
-        kind: "ring": slot `position mod capacity` is written by each step.
+        kind: "ring": slot `position mod capacity` is written by each step; "linear": the slots from `write_index` on.
         shape: sizes, the first is "S".
         axis: the axis of the slots.
         capacity: number of slots.
@@ -168,6 +171,33 @@ class Text:
 
 
 @dataclass(frozen=True)
+class Language:
+    """The decoder of a bundle: which graphs speak, and what a runtime must know of tokens and positions.
+
+    Attributes:
+        embed: name of the graph from tokens to embeddings.
+        decoder: name of the graph from embeddings to logits; it has the caches.
+        rebase: name of the graph that turns the cached keys to other positions.
+        visual: name of the output that holds a frame's embeddings [S, tokens, D]; None for a decoder without eyes.
+        positions: position ids go from 0 to `positions` - 1.
+        chunk: tokens that one step should take at most.
+        tokenizer: the tokenizer's file, as Hugging Face's `tokenizers` reads it; None where the checkpoint had none.
+        tokens: ids of special tokens by what they are for, such as "image" or "silence".
+        stop: tokens that end an answer.
+    """
+
+    embed: str
+    decoder: str
+    rebase: str
+    visual: str | None
+    positions: int
+    chunk: int
+    tokenizer: str | None
+    tokens: dict[str, int]
+    stop: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Origin:
     """Where a bundle came from; nothing at run time depends on it."""
 
@@ -207,6 +237,7 @@ class Manifest:
     scoring: Scoring | None = None
     labels: Labels | None = None
     text: Text | None = None
+    language: Language | None = None
     files: dict[str, FileEntry] = field(default_factory=dict)
     variants: dict[str, Variant] = field(default_factory=dict)
 
@@ -450,12 +481,25 @@ def _check_references(manifest: Manifest) -> None:
         raise SchemaError("graphs: they feed each other in a circle") from None
     if manifest.text is not None and manifest.text.graph not in manifest.graphs:
         raise SchemaError(f"text.graph: there is no graph '{manifest.text.graph}'")
+    if manifest.language is not None:
+        _check_language(manifest.language, manifest.graphs, outputs)
+
+
+def _check_language(language: Language, graphs: Container[str], outputs: Container[str]) -> None:
+    for key in ("embed", "decoder", "rebase"):
+        if getattr(language, key) not in graphs:
+            raise SchemaError(f"language.{key}: there is no graph '{getattr(language, key)}'")
+    if language.visual is not None and language.visual not in outputs:
+        raise SchemaError(f"language.visual: no graph has the output '{language.visual}'")
+    for key in ("positions", "chunk"):
+        if getattr(language, key) < 1:
+            raise SchemaError(f"language.{key}: expected at least 1, found {getattr(language, key)}")
 
 
 def _check_state(state: State) -> None:
     where = f"states '{state.name}'"
-    if state.kind != "ring":
-        raise SchemaError(f"{where}: kind '{state.kind}' is unknown; expected 'ring'")
+    if state.kind not in STATE_KINDS:
+        raise SchemaError(f"{where}: kind '{state.kind}' is unknown; expected {' or '.join(STATE_KINDS)}")
     if state.dtype not in STATE_DTYPES:
         raise SchemaError(f"{where}: dtype '{state.dtype}' is unknown; expected {', '.join(STATE_DTYPES)}")
     sizes = state.shape[1:]
@@ -478,11 +522,12 @@ def _check_graph(name: str, graph: Graph, states: Container[str], outputs: Conta
             raise SchemaError(f"{where} has the unknown dtype '{port.dtype}'")
         if not all(n in SYMBOLS if isinstance(n, str) else 0 < n <= MAX_EXTENT for n in port.shape):
             raise SchemaError(f"{where} has the shape {list(port.shape)}, which is not possible")
-    of_streams = any(port.role in STREAM_ROLES for port in graph.inputs)
+    per_stream = (*STREAM_ROLES, *DECODER_ROLES)
+    of_streams = any(port.role in per_stream for port in graph.inputs)
     for port in graph.inputs:
         if port.role == "output" and port.name not in outputs:
             raise SchemaError(f"graphs.{name}: no graph has the output '{port.name}' that it takes")
-    for port in (*(p for p in graph.inputs if p.role in STREAM_ROLES), *(graph.outputs if of_streams else ())):
+    for port in (*(p for p in graph.inputs if p.role in per_stream), *(graph.outputs if of_streams else ())):
         # buffers are cut along this axis; without it a step would write beside them
         if not port.shape or port.shape[0] != STREAMS:
             raise SchemaError(f"graphs.{name}: '{port.name}' should have '{STREAMS}' as its first axis")
@@ -498,6 +543,8 @@ def _named_files(manifest: Manifest) -> Iterator[str]:
         yield manifest.labels.file
     if manifest.text is not None:
         yield manifest.text.tokenizer
+    if manifest.language is not None and manifest.language.tokenizer is not None:
+        yield manifest.language.tokenizer
 
 
 def _check_name(name: str, where: Path) -> None:

@@ -1,0 +1,268 @@
+"""Decoders as step graphs.
+
+Three graphs: `embed` (tokens to embeddings), `decoder` (embeddings and caches to the logits of the last token) and
+`rebase` (which writes the cached keys anew for other positions). One decoder graph serves any number of new tokens.
+
+A layer has three states: `key` and `value`, which attention reads, and `raw_key`, the keys before rotation, which only
+`rebase` reads: what it writes is what a step at the new positions would have written, bit for bit, however often.
+
+Folded: the attention scale into the query projection and its bias. That also keeps FP16 products of queries and keys
+with large biases (Qwen2) in range. In FP16 the sum that runs through the layers stays in float32 for the same reason.
+
+Sizes in shape comments: S streams, T new tokens, C capacity in tokens, H query heads, G key and value heads, D hidden,
+d head_dim, R rows of position ids, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from ..runtime.bundle import STREAMS, TOKENS, Graph, Port, State, StateUse
+from .block_quantize import BLOCK, quantize_blocks, to_onnx
+from .decoder import Decoder, DecoderConfig
+from .graph import GraphBuilder
+
+Array = npt.NDArray[np.generic]
+PRECISIONS = ("fp32", "fp16", "w8", "w4")
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How the numbers of a graph are stored and computed.
+
+    Attributes:
+        name: one of `PRECISIONS`.
+    """
+
+    name: str
+
+    @property
+    def dtype(self) -> str:
+        """Of products and states; the linear layers of "w8" and "w4" hold integers beside it."""
+        return "float16" if self.name == "fp16" else "float32"
+
+    @property
+    def bits(self) -> int | None:
+        """Bits of a weight of a linear layer; None for those of `dtype`."""
+        return {"w8": 8, "w4": 4}.get(self.name)
+
+    def array(self, tensor: Tensor) -> Array:
+        return np.ascontiguousarray(tensor.detach().float().numpy()).astype(self.dtype, copy=False)
+
+    def narrow(self, g: GraphBuilder, x: str) -> str:
+        """From float32 to what products are computed in."""
+        return g.node("Cast", x, to=10) if self.dtype == "float16" else x
+
+    def widen(self, g: GraphBuilder, x: str) -> str:
+        return g.node("Cast", x, to=1) if self.dtype == "float16" else x
+
+    def linear(self, g: GraphBuilder, x: str, name: str, weight: Tensor, bias: Tensor | None = None) -> str:
+        """x [..., in] by PyTorch's weight [out, in] and bias [out]."""
+        matrix = self._weight(g, name, weight)
+        product = g.node("MatMul", x, matrix, name=f"{name}.MatMul")
+        if bias is None:
+            return product
+        return g.node("Add", product, g.weight(f"{name}.bias", self.array(bias)), name=f"{name}.Add")
+
+    def _weight(self, g: GraphBuilder, name: str, weight: Tensor) -> str:
+        if self.bits is None:
+            return g.weight(f"{name}.weight", np.ascontiguousarray(self.array(weight).T))
+        integers, scales = quantize_blocks(weight.detach().float().numpy(), self.bits)
+        return g.node(
+            "DequantizeLinear",
+            g.weight(f"{name}.weight", to_onnx(np.ascontiguousarray(integers.T), self.bits)),  # [in, out]
+            g.weight(f"{name}.scale", np.ascontiguousarray(scales.T)),  # [in / 32, out]
+            name=f"{name}.DequantizeLinear",
+            axis=0,
+            block_size=BLOCK,
+        )
+
+
+def write_embed(decoder: Decoder, precision: Precision, builder: GraphBuilder, file: str) -> Graph:
+    """Write the graph from tokens [S, T] to their embeddings [S, T, D], float32.
+
+    With integer weights the table is INT8, whatever the other weights are: a step reads few rows of it.
+    """
+    g, config = builder, decoder.config
+    table = decoder.model.embed_tokens.weight
+    tokens = g.input("tokens", "int64", [STREAMS, TOKENS])
+    if precision.bits is None:
+        x = precision.widen(
+            g, g.node("Gather", g.weight("embed_tokens.weight", precision.array(table)), tokens, axis=0)
+        )
+    else:
+        integers, scales = quantize_blocks(table.detach().float().numpy(), 8)
+        rows = g.node("Gather", g.weight("embed_tokens.weight", integers), tokens, axis=0)
+        scale = g.node("Gather", g.weight("embed_tokens.scale", scales), tokens, axis=0)
+        # spelled out: a blocked DequantizeLinear wants as many scales as its shape says before it runs
+        rows = g.node("Reshape", g.node("Cast", rows, to=1), g.constant([0, 0, -1, BLOCK]))
+        x = g.node("Mul", rows, g.node("Unsqueeze", scale, g.constant([3])))
+        x = g.node("Reshape", x, g.constant([0, 0, config.hidden_size]))
+    g.output(x, "embeddings", "float32", [STREAMS, TOKENS, config.hidden_size])
+    return Graph(
+        file,
+        (Port("tokens", "tokens", "int64", (STREAMS, TOKENS)),),
+        (Port("embeddings", "output", "float32", (STREAMS, TOKENS, config.hidden_size)),),
+    )
+
+
+def write_decoder(
+    decoder: Decoder, capacity: int, positions: int, precision: Precision, builder: GraphBuilder, file: str
+) -> tuple[Graph, list[State]]:
+    """Write the step graph.
+
+    Args:
+        decoder: the checkpoint.
+        capacity: tokens that the cache holds.
+        positions: position ids go from 0 to `positions` - 1.
+        precision: of weights, products and states.
+        builder: takes the nodes.
+        file: name of the graph's file, for the manifest.
+    """
+    g, config = builder, decoder.config
+    H, G, D, d = config.num_attention_heads, config.num_key_value_heads, config.hidden_size, config.head_dim
+    R, C, dtype = config.rope.rows, capacity, precision.dtype
+    ports = (
+        Port("embeddings", "embeddings", "float32", (STREAMS, TOKENS, D)),
+        Port("position_ids", "position_ids", "int64", (STREAMS, R, TOKENS)),
+        Port("write_index", "write_index", "int64", (STREAMS,)),
+        Port("slot_mask", "slot_mask", "bool", (STREAMS, C)),
+    )
+    x, position_ids, write_index, slot_mask = (g.input(port.name, port.dtype, port.shape) for port in ports)
+    states, uses = [], []
+
+    def update(name: str, new: str) -> str:
+        """Write new rows [S, G, T, d] into the state `name` from `write_index` on."""
+        shape = (STREAMS, G, C, d)
+        past = g.input(f"{name}.past", dtype, shape)
+        present = g.node("TensorScatter", past, new, write_index, name=f"{name}_update", axis=2, mode="linear")
+        states.append(State(name, "linear", shape, 2, C, 1, dtype))
+        uses.append(StateUse(name, f"{name}.past", f"{name}.present"))
+        return g.output(present, f"{name}.present", dtype, shape)
+
+    g.scope("positions")
+    cos, sin = _turn(g, config, position_ids, positions, precision)
+    g.scope("mask")
+    mask = _mask(g, x, write_index, slot_mask, C)
+    heads = g.constant([0, 0, -1, d])
+    for index, layer in enumerate(decoder.model.layers):
+        name = f"layer{index}"
+        g.scope(name)
+        attention = layer.self_attn
+        h = precision.narrow(g, _norm(g, x, f"{name}.input_norm", layer.input_layernorm))
+        scaled = _scaled(attention.q_proj, d**-0.5)
+        projections = {"query": scaled, "key": _weights(attention.k_proj), "value": _weights(attention.v_proj)}
+        q, k, v = (
+            g.node(
+                "Transpose", g.node("Reshape", precision.linear(g, h, f"{name}.{part}", *w), heads), perm=[0, 2, 1, 3]
+            )
+            for part, w in projections.items()
+        )  # [S, H or G, T, d]
+        update(f"{name}.raw_key", k)
+        q, k = (g.node("RotaryEmbedding", rows, cos, sin) for rows in (q, k))
+        keys, values = update(f"{name}.key", k), update(f"{name}.value", v)
+        h = g.node("Attention", q, keys, values, mask, name="attention", scale=1.0)
+        h = g.node("Reshape", g.node("Transpose", h, perm=[0, 2, 1, 3]), g.constant([0, 0, H * d]))
+        x = g.node("Add", x, precision.widen(g, precision.linear(g, h, f"{name}.output", attention.o_proj.weight)))
+
+        h = precision.narrow(g, _norm(g, x, f"{name}.mlp_norm", layer.post_attention_layernorm))
+        gate = precision.linear(g, h, f"{name}.gate", layer.mlp.gate_proj.weight)
+        up = precision.linear(g, h, f"{name}.up", layer.mlp.up_proj.weight)
+        h = g.node("Mul", g.activation(gate, config.hidden_act), up)
+        x = g.node("Add", x, precision.widen(g, precision.linear(g, h, f"{name}.down", layer.mlp.down_proj.weight)))
+
+    g.scope("head")
+    x = g.node("Gather", x, g.constant(-1), axis=1, name="last")  # [S, D]
+    x = precision.narrow(g, _norm(g, x, "norm", decoder.model.norm))
+    if precision.bits is None and config.tie_word_embeddings:  # the very bytes of the embedding table
+        head = g.weight("embed_tokens.weight", precision.array(decoder.head))
+        x = g.node("Gemm", x, head, name="head", transB=1)
+    else:
+        x = precision.linear(g, x, "head", decoder.head)
+    g.output(precision.widen(g, x), "logits", "float32", [STREAMS, config.vocab_size])
+    logits = Port("logits", "output", "float32", (STREAMS, config.vocab_size))
+    return Graph(file, ports, (logits,), tuple(uses)), states
+
+
+def write_rebase(
+    config: DecoderConfig, capacity: int, positions: int, precision: Precision, builder: GraphBuilder, file: str
+) -> Graph:
+    """Write the graph that turns the raw keys of every slot to `slot_positions` [S, R, C] and replaces the keys."""
+    g, R, C = builder, config.rope.rows, capacity
+    shape = (STREAMS, config.num_key_value_heads, C, config.head_dim)
+    port = Port("slot_positions", "slot_positions", "int64", (STREAMS, R, C))
+    slot_positions = g.input(port.name, port.dtype, port.shape)
+    cos, sin = _turn(g, config, slot_positions, positions, precision)
+    uses = []
+    for index in range(config.num_hidden_layers):
+        raw, key = f"layer{index}.raw_key", f"layer{index}.key"
+        raw_past, past = (g.input(f"{name}.past", precision.dtype, shape) for name in (raw, key))
+        turned = g.node("RotaryEmbedding", raw_past, cos, sin, name=f"layer{index}/rotate")
+        present = g.node("TensorScatter", past, turned, name=f"layer{index}/key_update", axis=2, mode="linear")
+        g.output(present, f"{key}.present", precision.dtype, shape)
+        uses += [StateUse(raw, f"{raw}.past"), StateUse(key, f"{key}.past", f"{key}.present")]
+    return Graph(file, (port,), (), tuple(uses))
+
+
+def _turn(
+    g: GraphBuilder, config: DecoderConfig, position_ids: str, positions: int, precision: Precision
+) -> tuple[str, str]:
+    """Cosines and sines [S, T, d / 2] of position ids [S, R, T], from a table made in float64 and rounded once."""
+    half = config.head_dim // 2
+    table = config.rope.table(config.head_dim, positions)
+    first, cosines, sines = 0, [], []
+    for row, size in enumerate(config.rope.sections or (half,)):
+        columns = np.r_[first : first + size, half + first : half + first + size]
+        part = g.weight(f"rotation{row}", np.ascontiguousarray(table[:, columns].astype(precision.dtype)))
+        ids = g.node("Gather", position_ids, g.constant(row), axis=1)  # [S, T]
+        both = g.node("Gather", part, ids, axis=0)  # [S, T, 2 * size]
+        cosines.append(_columns(g, both, 0, size))
+        sines.append(_columns(g, both, size, 2 * size))
+        first += size
+    if len(cosines) == 1:
+        return cosines[0], sines[0]
+    return g.node("Concat", *cosines, axis=-1, name="cosines"), g.node("Concat", *sines, axis=-1, name="sines")
+
+
+def _columns(g: GraphBuilder, x: str, first: int, stop: int) -> str:
+    return g.node("Slice", x, g.constant([first]), g.constant([stop]), g.constant([2]))
+
+
+def _mask(g: GraphBuilder, embeddings: str, write_index: str, slot_mask: str, capacity: int) -> str:
+    """Which slots each new token sees, bool [S, 1, T, C].
+
+    It sees the slots of `slot_mask` that this step does not write, and those of the new tokens up to itself.
+    """
+    slots = g.weight("slots", np.arange(capacity, dtype=np.int64))
+    length = g.node("Gather", g.node("Shape", embeddings), g.constant(1), axis=0)
+    rows = g.node("Range", g.constant(0), length, g.constant(1))  # [T]
+    age = g.node(
+        "Sub", slots, g.node("Unsqueeze", write_index, g.constant([1]))
+    )  # [S, C], slots after the first new one
+    new = g.node("And", g.node("GreaterOrEqual", age, g.constant(0)), g.node("Less", age, length))
+    old = g.node("And", slot_mask, g.node("Not", new))
+    causal = g.node(
+        "LessOrEqual", g.node("Unsqueeze", age, g.constant([1])), g.node("Unsqueeze", rows, g.constant([1]))
+    )
+    seen = g.node("And", g.node("Unsqueeze", new, g.constant([1])), causal)  # [S, T, C]
+    mask = g.node("Or", g.node("Unsqueeze", old, g.constant([1])), seen)
+    return g.node("Unsqueeze", mask, g.constant([1]), name="mask")
+
+
+def _norm(g: GraphBuilder, x: str, name: str, norm: nn.Module) -> str:
+    weight = norm.weight.detach().float().numpy()
+    return g.node("RMSNormalization", x, g.weight(f"{name}.weight", weight), name=name, axis=-1, epsilon=norm.epsilon)
+
+
+def _weights(linear: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    return linear.weight, linear.bias
+
+
+def _scaled(linear: nn.Linear, scale: float) -> tuple[Tensor, Tensor | None]:
+    with torch.no_grad():
+        return linear.weight.float() * scale, None if linear.bias is None else linear.bias.float() * scale
