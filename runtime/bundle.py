@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -26,6 +27,7 @@ from .schema import SchemaError, from_json, to_json
 FORMAT = "framestep"
 VERSION = 1
 MANIFEST = "manifest.json"
+ENGINES = "engines"  # folder of what was compiled from the graphs
 STREAMS = "S"  # the symbol of the dynamic streams axis in shapes
 TOKENS = "T"  # the symbol of the dynamic axis of a decoder's new tokens
 LABEL_ROLES = ("text_embeddings", "patch_text_embeddings", "logit_scale", "logit_bias")
@@ -221,6 +223,38 @@ class Variant:
 
 
 @dataclass(frozen=True)
+class EngineFile:
+    """An engine that TensorRT compiled from one graph, in one precision, for some GPUs.
+
+    It is derived from the bundle and may be thrown away, so it is not among the manifest's `files`: what does not fit
+    or is damaged is found when an engine is loaded, and never keeps a bundle from being opened.
+
+    Attributes:
+        flavour: the package that compiled it, and that runs it: "tensorrt" or "tensorrt_rtx".
+        version: of that package.
+        compute_capabilities: of the GPUs that it runs on, "8.6", or "8.0+" for that one and later ones.
+        streams: the largest number of streams in one step.
+        source: identifies the graph; see `engine_files.source_key`.
+        labels: the largest number of labels, where the graph takes any.
+        attention: "native" (fused by TensorRT), "decomposed" or "triton" (our kernel).
+        version_compatible: also runs on later versions with the same first number.
+    """
+
+    graph: str
+    precision: str
+    flavour: str
+    version: str
+    compute_capabilities: tuple[str, ...]
+    streams: int
+    source: str
+    bytes: int
+    sha256: str
+    labels: int | None = None
+    attention: str = "native"
+    version_compatible: bool = False
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The contract of a bundle; see `docs/design.md`."""
 
@@ -240,6 +274,7 @@ class Manifest:
     language: Language | None = None
     files: dict[str, FileEntry] = field(default_factory=dict)
     variants: dict[str, Variant] = field(default_factory=dict)
+    engines: dict[str, EngineFile] = field(default_factory=dict)
 
     @property
     def precisions(self) -> tuple[str, ...]:
@@ -318,6 +353,9 @@ class Bundle:
         manifest, where = self.manifest, self.path / MANIFEST
         for name in manifest.files:
             _check_name(name, where)
+        for name in manifest.engines:
+            if re.fullmatch(rf"{ENGINES}/[0-9a-f]+\.engine", name) is None:
+                raise BundleError(f"{where}: the engine '{name}' should be {ENGINES}/FINGERPRINT.engine; refused")
         for name in _named_files(manifest):
             _check_name(name, where)
             if name not in manifest.files:
@@ -389,9 +427,13 @@ class BundleWriter:
         return self
 
     def finish(self, manifest: Manifest) -> Manifest:
-        """Add sizes and hashes of all files written, and write the manifest; the rename follows on exit."""
+        """Add sizes and hashes of all files written, and write the manifest; the rename follows on exit.
+
+        Engines are built into a finished bundle: a new one has none.
+        """
         names = sorted(file.name for file in self.folder.iterdir())
-        manifest = replace(manifest, files={name: file_entry(self.folder / name) for name in names})
+        files = {name: file_entry(self.folder / name) for name in names}
+        manifest = replace(manifest, files=files, engines={})
         _write_json(self.folder / MANIFEST, manifest)
         return manifest
 
@@ -554,7 +596,10 @@ def _check_name(name: str, where: Path) -> None:
 
 
 def _write_json(path: Path, manifest: Manifest) -> None:
-    text = json.dumps(to_json(manifest), indent=1, ensure_ascii=False) + "\n"
+    values = to_json(manifest)
+    if not manifest.engines:
+        del values["engines"]  # readers from before there were engines refuse the key
+    text = json.dumps(values, indent=1, ensure_ascii=False) + "\n"
     write_file(path, [text.encode()])
 
 
