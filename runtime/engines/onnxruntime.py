@@ -283,6 +283,8 @@ def _session_options(ort: Any, threads: int) -> Any:
     # spin between operators, where a wake-up would cost more than it saves, but not between frames
     options.add_session_config_entry("session.intra_op.allow_spinning", "1")
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    # weights in blocks of integers: multiply integers (4), not floats; only such layers are concerned
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "4")
     return options
 
 
