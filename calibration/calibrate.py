@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import shutil
 import tempfile
 import time
@@ -13,18 +12,18 @@ from pathlib import Path
 
 import onnx
 
-from ..export.graph import INLINE_BYTES, WeightFile
+from ..export.graph import WeightFile, save_graph
+from ..export.half import LARGEST, centre_pixels, round_as_half, to_half
+from ..export.linears import linears, read_graph
 from ..runtime.bundle import Bundle, BundleWriter, Manifest, State, Variant
 from ..runtime.onnx_files import external_files
 from ..runtime.session import NonFiniteOutputError, Session
 from .clips import Clip
 from .compare import compare, long_clip
 from .errors import CalibrationError
-from .half import LARGEST, round_as_half, to_half
 from .integer import IntegerProducts, integer_products
-from .linears import linears, read_graph
 from .observe import PERCENTILE, Observations, largest_values, observe
-from .quantize import LEVELS, centre_pixels, check_float, quantize
+from .quantize import LEVELS, check_float, quantize
 from .report import Accuracy, Drift, Report, write_report
 from .sensitivity import LayerNoise, Trial, fewest_kept, layer_noise
 from .smooth import smooth
@@ -232,7 +231,7 @@ def _write(
                 if HALF in precision:
                     to_half(model, [port for use in graph.states for port in (use.input, use.output) if port])
                 graphs[name] = replace(graph, file=f"{name}.{_suffix(precision)}.onnx")
-                _save(model, folder / graphs[name].file, weights)
+                save_graph(model, folder / graphs[name].file, weights)
         for name, graph in graphs.items():
             onnx.checker.check_model(str(folder / graph.file), full_check=True)
             if precision == INT8:
@@ -269,7 +268,7 @@ def _write_rounded(
                 quantize(model, seen[name], kept)
             round_as_half(model)
             graphs[name] = replace(graphs[name], file=f"{name}.rounded.onnx")
-            _save(model, folder / graphs[name].file, weights)
+            save_graph(model, folder / graphs[name].file, weights)
     manifest = replace(bundle.manifest, precision=precision, graphs=graphs)
     for name in _other_files(bundle, manifest):
         shutil.copyfile(bundle.file(name), folder / name)
@@ -312,23 +311,6 @@ def _other_files(bundle: Bundle, manifest: Manifest) -> set[str]:
     if old.text is not None:
         files.add(old.text.tokenizer)
     return files
-
-
-def _save(model: onnx.ModelProto, path: Path, weights: WeightFile) -> None:
-    """Write a graph; equal constants of all graphs of a precision are stored once."""
-    for item in model.graph.initializer:
-        array = onnx.numpy_helper.to_array(item)
-        if array.nbytes < INLINE_BYTES:
-            continue
-        content = hashlib.sha256(array.tobytes()).hexdigest()
-        key = f"{content}/{array.dtype}/{'x'.join(map(str, array.shape))}"
-        if key not in weights:
-            weights.add(key, array)
-        tensor = weights.tensor(key, array)
-        tensor.name = item.name
-        item.CopyFrom(tensor)
-    model.producer_name = "framestep"
-    onnx.save(model, path)
 
 
 def _measure(

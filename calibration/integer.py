@@ -13,8 +13,8 @@ from pathlib import Path
 
 import onnx
 
+from ..export.linears import Linear
 from ..runtime.engines.onnxruntime import BREAK_INTEGER_PRODUCTS
-from .linears import Linear
 
 INTEGER_OPERATORS = ("MatMulIntegerToFloat", "QLinearMatMul", "MatMulInteger", "QGemm")
 

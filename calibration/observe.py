@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 import onnx
 
+from ..export.linears import linears
 from ..runtime.bundle import STREAMS, Bundle, Graph, Port
 from ..runtime.engines import usable_cores
 from ..runtime.engines.onnxruntime import OnnxRuntimeEngine
 from .clips import Clip
 from .errors import CalibrationError
-from .linears import linears
 
 METHODS = ("minmax", "percentile", "entropy")
 PERCENTILE = 99.999

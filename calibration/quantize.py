@@ -12,14 +12,13 @@ from collections.abc import Collection, Mapping
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper
+from onnx import helper
 
+from ..export.linears import Linear, initializer, linears, set_initializer
 from .errors import CalibrationError
-from .linears import Linear, initializer, linears, set_initializer
 from .observe import Activation
 
 LEVELS = 127
-PIXEL_OFFSET = 128.0  # brings pixels 0..255 to -128..127, where INT8 holds every one of them exactly
 
 
 def weight_scale(weight: np.ndarray) -> np.ndarray:
@@ -63,48 +62,6 @@ def quantize(model: onnx.ModelProto, activations: Mapping[str, Activation], keep
     return chosen
 
 
-def centre_pixels(model: onnx.ModelProto) -> str | None:
-    """Subtract `PIXEL_OFFSET` from the pixels, and add what that takes away to the next layer's bias, in place.
-
-    Returns:
-        The name of the value that enters that layer, which then is from -128 to 127; None where there is no such layer.
-    """
-    casts = {
-        node.input[0]: node
-        for node in model.graph.node
-        if node.op_type == "Cast"
-        and any(i.name == node.input[0] and _kind(i) == TensorProto.UINT8 for i in model.graph.input)
-    }
-    if len(casts) != 1:
-        return None
-    cast = next(iter(casts.values()))
-    value = cast.output[0]
-    path = {value}
-    for node in model.graph.node:  # in topological order
-        if node.op_type in ("Reshape", "Transpose") and node.input[0] in path:
-            path.add(node.output[0])
-    entered = [linear for linear in linears(model) if linear.input in path]
-    users = [
-        node for node in model.graph.node if set(node.input) & path and node.op_type not in ("Reshape", "Transpose")
-    ]
-    if len(entered) != 1 or [node.name for node in users] != [entered[0].node]:
-        return None
-    product = users[0].output[0]
-    added = [node for node in model.graph.node if product in node.input]
-    if len(added) != 1 or added[0].op_type != "Add":
-        return None
-    bias = added[0].input[1] if added[0].input[0] == product else added[0].input[0]
-    weight = initializer(model, entered[0].weight)
-    set_initializer(model, bias, initializer(model, bias) + np.float32(PIXEL_OFFSET) * weight.sum(0))
-    set_initializer(model, "pixel_offset", np.array(PIXEL_OFFSET, np.float32))
-    centred = f"{value}/centred"
-    for node in model.graph.node:
-        node.input[:] = [centred if name == value else name for name in node.input]
-    at = list(model.graph.node).index(cast) + 1
-    model.graph.node.insert(at, helper.make_node("Sub", [value, "pixel_offset"], [centred], name=centred))
-    return entered[0].input
-
-
 def check_float(model: onnx.ModelProto) -> None:
     """Raise CalibrationError for a graph that is quantized already."""
     if any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in model.graph.node):
@@ -140,7 +97,3 @@ def _drop_unused(model: onnx.ModelProto) -> None:
     del model.graph.initializer[:]
     model.graph.initializer.extend(copies)
     del model.graph.value_info[:]
-
-
-def _kind(item: onnx.ValueInfoProto) -> int:
-    return int(item.type.tensor_type.elem_type)

@@ -6,6 +6,7 @@ same bytes of one file, so a weight that two graphs use is stored once.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,23 @@ class WeightFile:
         self._file.close()
         if not self._places:  # an empty file would look like a damaged one
             self.path.unlink()
+
+
+def save_graph(model: onnx.ModelProto, path: Path, weights: WeightFile) -> None:
+    """Write a graph; equal constants of all graphs that share `weights` are stored once."""
+    for item in model.graph.initializer:
+        array = onnx.numpy_helper.to_array(item)
+        if array.nbytes < INLINE_BYTES:
+            continue
+        content = hashlib.sha256(array.tobytes()).hexdigest()
+        key = f"{content}/{array.dtype}/{'x'.join(map(str, array.shape))}"
+        if key not in weights:
+            weights.add(key, array)
+        tensor = weights.tensor(key, array)
+        tensor.name = item.name
+        item.CopyFrom(tensor)
+    model.producer_name = "framestep"
+    onnx.save(model, path)
 
 
 class GraphBuilder:

@@ -15,9 +15,9 @@ from framestep.calibration.calibrate import CalibrationOptions, calibrate
 from framestep.calibration.clips import Clip
 from framestep.calibration.errors import CalibrationError
 from framestep.calibration.integer import INTEGER_OPERATORS, optimised_graph
-from framestep.calibration.linears import initializer, linears, read_graph, set_initializer
 from framestep.calibration.quantize import quantize
 from framestep.export.labelling import LabelOptions, label_bundle
+from framestep.export.linears import initializer, linears, read_graph, set_initializer
 from framestep.runtime.bundle import Bundle, BundleError, BundleWriter
 from framestep.runtime.errors import StateError
 from framestep.runtime.session import Session

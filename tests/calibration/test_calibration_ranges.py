@@ -9,11 +9,11 @@ from golden import CHECKPOINT
 
 from framestep.calibration.clips import Clip
 from framestep.calibration.errors import CalibrationError
-from framestep.calibration.linears import initializer, linears, read_graph, set_initializer
 from framestep.calibration.observe import METHODS, observe
-from framestep.calibration.quantize import centre_pixels
 from framestep.calibration.smooth import smooth
 from framestep.export.checkpoint import read_checkpoint
+from framestep.export.half import centre_pixels
+from framestep.export.linears import initializer, linears, read_graph, set_initializer
 from framestep.runtime.bundle import Bundle
 from framestep.runtime.session import Session
 

@@ -11,11 +11,11 @@ import pytest
 
 trt = pytest.importorskip("tensorrt_rtx")
 
-from framestep.calibration.half import to_half  # noqa: E402
-from framestep.calibration.linears import linears, read_graph  # noqa: E402
 from framestep.calibration.observe import Activation  # noqa: E402
-from framestep.calibration.quantize import centre_pixels, quantize  # noqa: E402
+from framestep.calibration.quantize import quantize  # noqa: E402
 from framestep.export.graph import GraphBuilder, WeightFile  # noqa: E402
+from framestep.export.half import centre_pixels, to_half  # noqa: E402
+from framestep.export.linears import linears, read_graph  # noqa: E402
 from framestep.export.streamformer import BASE, random_model  # noqa: E402
 from framestep.export.streamformer_graph import write_backbone  # noqa: E402
 
