@@ -154,7 +154,7 @@ def write_decoder(
         name = f"layer{index}"
         g.scope(name)
         attention = layer.self_attn
-        h = precision.narrow(g, _norm(g, x, f"{name}.input_norm", layer.input_layernorm))
+        h = precision.narrow(g, write_norm(g, x, f"{name}.input_norm", layer.input_layernorm))
         scaled = _scaled(attention.q_proj, d**-0.5)
         projections = {"query": scaled, "key": _weights(attention.k_proj), "value": _weights(attention.v_proj)}
         q, k, v = (
@@ -170,7 +170,7 @@ def write_decoder(
         h = g.node("Reshape", g.node("Transpose", h, perm=[0, 2, 1, 3]), g.constant([0, 0, H * d]))
         x = g.node("Add", x, precision.widen(g, precision.linear(g, h, f"{name}.output", attention.o_proj.weight)))
 
-        h = precision.narrow(g, _norm(g, x, f"{name}.mlp_norm", layer.post_attention_layernorm))
+        h = precision.narrow(g, write_norm(g, x, f"{name}.mlp_norm", layer.post_attention_layernorm))
         gate = precision.linear(g, h, f"{name}.gate", layer.mlp.gate_proj.weight)
         up = precision.linear(g, h, f"{name}.up", layer.mlp.up_proj.weight)
         h = g.node("Mul", g.activation(gate, config.hidden_act), up)
@@ -178,7 +178,7 @@ def write_decoder(
 
     g.scope("head")
     x = g.node("Gather", x, g.constant(-1), axis=1, name="last")  # [S, D]
-    x = precision.narrow(g, _norm(g, x, "norm", decoder.model.norm))
+    x = precision.narrow(g, write_norm(g, x, "norm", decoder.model.norm))
     if precision.bits is None and config.tie_word_embeddings:  # the very bytes of the embedding table
         head = g.weight("embed_tokens.weight", precision.array(decoder.head))
         x = g.node("Gemm", x, head, name="head", transB=1)
@@ -254,7 +254,7 @@ def _mask(g: GraphBuilder, embeddings: str, write_index: str, slot_mask: str, ca
     return g.node("Unsqueeze", mask, g.constant([1]), name="mask")
 
 
-def _norm(g: GraphBuilder, x: str, name: str, norm: nn.Module) -> str:
+def write_norm(g: GraphBuilder, x: str, name: str, norm: nn.Module) -> str:
     weight = norm.weight.detach().float().numpy()
     return g.node("RMSNormalization", x, g.weight(f"{name}.weight", weight), name=name, axis=-1, epsilon=norm.epsilon)
 
