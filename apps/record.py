@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import tempfile
 import zipfile
@@ -107,7 +108,7 @@ class JsonLines:
 
 class VideoRecorder:
     """An mp4 (MPEG-4 part 2). It appears under its name when it is complete; until then it is
-    `.NAME.partial.mp4`.
+    `.NAME.partial-MARK.mp4`.
 
     With `fps` every frame is written once. Without, the rate is measured on the first frames, and frames are
     then repeated or skipped so that the recording runs at the pace of their timestamps. The first frame sets
@@ -117,7 +118,7 @@ class VideoRecorder:
     def __init__(self, path: Path, fps: float | None) -> None:
         self.path = path
         self.finished = False
-        self._partial = path.with_name(f".{path.stem}.partial.mp4")
+        self._partial = path.with_name(f".{path.stem}.partial-{secrets.token_hex(4)}.mp4")
         self._fps = fps
         self._follows_clock = fps is None
         self._early: list[tuple[np.ndarray, float]] = []
@@ -265,7 +266,7 @@ class ArrayRecorder:
         if not self.frames:
             return
         columns, self._columns = self._columns, {}
-        partial = self.path.with_name(f".{self.path.name}.partial")
+        partial = self.path.with_name(f".{self.path.name}.partial-{secrets.token_hex(4)}")
         try:
             with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
                 for name, constant in self._constants.items():
