@@ -319,6 +319,55 @@ def calibrate(
 
 
 @app.command()
+def build(
+    bundle: BundleArgument,
+    precision: Annotated[
+        str, typer.Option(help="fp16 (derived from fp32 where the bundle has none), fp16+int8 or fp32.")
+    ] = "fp16",
+    streams: Annotated[int, typer.Option(min=1, help="The most streams in one step.")] = 1,
+    flavour: Annotated[
+        str, typer.Option(help="tensorrt, tensorrt_rtx or auto, which takes the first that is installed.")
+    ] = "auto",
+    compute_capability: Annotated[
+        list[str] | None,
+        typer.Option(help="Of the GPU to build for, such as 8.6; repeat it for several. Default: the GPU at hand."),
+    ] = None,
+    hardware_compatible: Annotated[
+        bool, typer.Option("--hardware-compatible", help="One engine for all GPUs from compute capability 8.0 on.")
+    ] = False,
+    version_compatible: Annotated[
+        bool, typer.Option("--version-compatible", help="An engine that later versions of TensorRT run too.")
+    ] = False,
+    workspace: Annotated[
+        int | None, typer.Option(min=1, help="Device memory that one layer may use while it works (MiB).")
+    ] = None,
+    attention: Annotated[
+        str, typer.Option(help="native, or triton: framestep's own kernel, where TensorRT takes plugins.")
+    ] = "native",
+    again: Annotated[bool, typer.Option("--again", help="Build even what is there already.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Compile a bundle's graphs with TensorRT, into the bundle."""
+    from .building import BuildArguments, as_text
+    from .building import build as build_engines
+
+    arguments = BuildArguments(
+        bundle,
+        precision,
+        streams,
+        flavour,
+        tuple(compute_capability or ()),
+        hardware_compatible,
+        version_compatible,
+        workspace,
+        attention,
+        again,
+    )
+    facts = build_engines(arguments, quiet=as_json)
+    _print_facts(facts, as_json, as_text(facts))
+
+
+@app.command()
 def inspect(bundle: BundleArgument, as_json: JsonOption = False) -> None:
     """Show a bundle's graphs, state, bytes per stream, rate, labels and origin."""
     from rich import print as show
