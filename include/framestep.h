@@ -172,12 +172,12 @@ typedef struct fs_frame {
     const uint8_t *data; /* first row */
     int32_t width;       /* pixels */
     int32_t height;
-    int64_t stride; /* bytes from one row to the next; 0: rows follow each other without a gap; negative: bottom up */
+    int64_t stride; /* bytes from one row to the next; 0: rows follow each other without a gap */
     fs_format format;
     /* written by fs_step: */
     fs_status status;   /* FS_OK, or FS_ERROR_NONFINITE */
     int64_t position;   /* index of the frame since the stream's reset */
-    uint64_t nonfinite; /* bit i: output i had NaN or infinity */
+    uint64_t nonfinite; /* bit i: output i had NaN or infinity; bit 63 also stands for all outputs after it */
 } fs_frame;
 
 /* A borrowed output. */
@@ -271,8 +271,8 @@ fs_status fs_stream_close(fs_stream stream);
    FS_ERROR_HANDLE, FS_ERROR_BUSY or FS_ERROR_FRAME no stream has advanced. After FS_ERROR_ENGINE no clock has moved, but
    the frame may have been written to memory where it is not visible; step again, or reset.
    FS_ERROR_NONFINITE: the model gave NaN or infinity for one stream or more, which `status` and `nonfinite` of their frames
-   say. The memory of those streams was zeroed, they start again at position 0, and they have no outputs; all others have
-   advanced as ever. */
+   say. The memory of those streams was zeroed and they start again at position 0; all others have advanced as ever. Outputs
+   can be borrowed of all of them, so that one can see which numbers are concerned. */
 fs_status fs_step(fs_session session, fs_frame *frames, size_t count);
 
 /* Borrows output `index` of the stream's last step, without a copy. It is valid until a step takes its place (the stream's

@@ -1,0 +1,573 @@
+// The C functions: handles to sessions, structs to values, exceptions to statuses.
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <shared_mutex>
+#include <string>
+#include <vector>
+
+#include "framestep.h"
+#include "log.h"
+#include "session.h"
+
+#ifndef FRAMESTEP_VERSION
+#error "the build gives FRAMESTEP_VERSION"
+#endif
+
+namespace framestep {
+namespace {
+
+thread_local char last_error[1024] = "";
+
+fs_status fail(fs_status status, const char* message) noexcept {
+    std::snprintf(last_error, sizeof last_error, "%s", message);
+    return status;
+}
+
+// Runs a function of the interface; nothing is thrown beyond.
+template <class Function>
+fs_status call(Function function) noexcept {
+    try {
+        return function();
+    } catch (const Error& error) {
+        return fail(error.code, error.message.c_str());
+    } catch (const std::bad_alloc&) {
+        return fail(FS_ERROR_MEMORY, "no memory");
+    } catch (const std::exception& error) {
+        return fail(FS_ERROR_INTERNAL, error.what());
+    } catch (...) {
+        return fail(FS_ERROR_INTERNAL, "unknown");
+    }
+}
+
+void need(const void* pointer, const char* name) {
+    if (pointer == nullptr) throw Error(FS_ERROR_ARGUMENT, std::string(name) + ": is null");
+}
+
+void check_size(size_t size, size_t expected, const char* name) {
+    if (size < expected) {
+        throw Error(FS_ERROR_ARGUMENT, std::string(name) + ": struct_size is " + std::to_string(size) + ", expected " +
+                                           std::to_string(expected) + "; set it to sizeof the struct");
+    }
+}
+
+// A caller's struct as this library knows it.
+template <class Struct>
+Struct read_struct(const void* given, const char* name) {
+    need(given, name);
+    size_t size;
+    std::memcpy(&size, given, sizeof size);
+    check_size(size, sizeof(Struct), name);
+    const auto* bytes = static_cast<const unsigned char*>(given);
+    constexpr size_t MAX_SIZE = 4096;
+    if (size > MAX_SIZE || std::any_of(bytes + sizeof(Struct), bytes + size, [](unsigned char byte) { return byte != 0; })) {
+        throw Error(FS_ERROR_ARGUMENT, std::string(name) + ": struct_size is " + std::to_string(size) +
+                                           ", and it has members that this library of version " FRAMESTEP_VERSION
+                                           " does not know");
+    }
+    Struct value;
+    std::memcpy(&value, given, sizeof value);
+    return value;
+}
+
+// What the caller's struct keeps is its size and what lies beyond this library's members.
+template <class Struct>
+void check_out(const Struct* out, const char* name) {
+    need(out, name);
+    check_size(out->struct_size, sizeof(Struct), name);
+}
+
+template <class Struct>
+void write_struct(Struct* out, Struct value) {
+    value.struct_size = out->struct_size;
+    *out = value;
+}
+
+// Which numbers are sessions and streams. A number has the place in the table, a count of how often that place was
+// given out, and its kind: one that was closed never comes back (not before 2^28 others took its place).
+class Handles {
+public:
+    enum Kind : uint64_t { session_kind = 1, stream_kind = 2 };
+
+    uint64_t add(Kind kind, std::shared_ptr<Session> session) {
+        const std::lock_guard guard(lock_);
+        size_t place = 0;
+        while (place < entries_.size() && entries_[place].session != nullptr) ++place;
+        if (place == entries_.size()) entries_.emplace_back();
+        Entry& entry = entries_[place];
+        entry.count = (entry.count + 1) & COUNT_MASK;
+        entry.session = std::move(session);
+        entry.handle = kind << 60 | entry.count << 32 | (place + 1);
+        return entry.handle;
+    }
+
+    std::shared_ptr<Session> find(Kind kind, uint64_t handle) {
+        const std::shared_lock guard(lock_);
+        const size_t place = (handle & PLACE_MASK) - 1;
+        if (handle == 0 || handle >> 60 != kind || place >= entries_.size() || entries_[place].handle != handle ||
+            entries_[place].session == nullptr) {
+            const char* what = kind == session_kind ? "session" : "stream";
+            throw Error(FS_ERROR_HANDLE, std::string("not an open ") + what + ": it was closed, or is no " + what + " at all");
+        }
+        return entries_[place].session;
+    }
+
+    void remove(uint64_t handle) {
+        std::shared_ptr<Session> last;  // freed after the lock
+        const std::lock_guard guard(lock_);
+        for (Entry& entry : entries_) {
+            if (entry.handle == handle && entry.session != nullptr) last = std::move(entry.session);
+        }
+    }
+
+    // A session's handle, and those of its streams.
+    void remove_all(const std::shared_ptr<Session>& session) {
+        const std::lock_guard guard(lock_);
+        for (Entry& entry : entries_) {
+            if (entry.session == session) entry.session.reset();  // the caller holds one more
+        }
+    }
+
+private:
+    static constexpr uint64_t COUNT_MASK = (uint64_t{1} << 28) - 1;
+    static constexpr uint64_t PLACE_MASK = (uint64_t{1} << 32) - 1;
+
+    struct Entry {
+        std::shared_ptr<Session> session;
+        uint64_t handle = 0;
+        uint64_t count = 0;
+    };
+
+    std::shared_mutex lock_;
+    std::vector<Entry> entries_;
+};
+
+Handles& handles() {
+    static auto& all = *new Handles;  // never freed: other threads may still call while the process ends
+    return all;
+}
+
+std::shared_ptr<Session> session_of(fs_session session) { return handles().find(Handles::session_kind, session); }
+std::shared_ptr<Session> stream_of(fs_stream stream) { return handles().find(Handles::stream_kind, stream); }
+
+void check_index(size_t index, size_t count, const char* what) {
+    if (index >= count) {
+        throw Error(FS_ERROR_ARGUMENT,
+                    std::string(what) + " " + std::to_string(index) + ": this session has " + std::to_string(count));
+    }
+}
+
+std::string text_or(const char* text, const char* otherwise) { return text == nullptr ? otherwise : text; }
+
+SessionOptions options_of(const fs_session_options* given) {
+    SessionOptions options;
+    if (given == nullptr) return options;
+    const auto known = read_struct<fs_session_options>(given, "options");
+    options.engine = text_or(known.engine, "auto");
+    options.device = text_or(known.device, "auto");
+    options.precision = text_or(known.precision, "auto");
+    options.library = text_or(known.library, "");
+    options.streams = known.streams == 0 ? 1 : known.streams;
+    options.threads = known.threads;
+    options.hashes = known.trust_hashes == 0;
+    if (known.output_count != 0) need(known.outputs, "options.outputs");
+    for (size_t index = 0; index < known.output_count; ++index) {
+        need(known.outputs[index], "options.outputs");
+        options.outputs.emplace_back(known.outputs[index]);
+    }
+    return options;
+}
+
+Frame frame_of(const fs_frame& given) {
+    need(given.data, "frame");
+    Frame frame{};
+    frame.stream = given.stream;
+    switch (given.format) {
+        case FS_RGB: frame.picture.format = PixelFormat::rgb; break;
+        case FS_BGR: frame.picture.format = PixelFormat::bgr; break;
+        case FS_GREY: frame.picture.format = PixelFormat::grey; break;
+        default: throw Error(FS_ERROR_FRAME, "frame: the format " + std::to_string(given.format) + " is unknown");
+    }
+    if (given.width < 1 || given.width > max_side || given.height < 1 || given.height > max_side) {
+        throw Error(FS_ERROR_FRAME, "frame: expected 1 to " + std::to_string(max_side) + " pixels a side, found " +
+                                        std::to_string(given.width) + " by " + std::to_string(given.height));
+    }
+    const int64_t row = int64_t{given.width} * (given.format == FS_GREY ? 1 : 3);
+    constexpr int64_t MAX_STRIDE = int64_t{1} << 32;
+    const int64_t stride = given.stride == 0 ? row : given.stride;
+    if (stride > MAX_STRIDE || stride < row) {
+        throw Error(FS_ERROR_FRAME, "frame: a stride of " + std::to_string(given.stride) + " bytes; expected 0, or at least " +
+                                        std::to_string(row) + " for its width");
+    }
+    frame.picture.data = given.data;
+    frame.picture.width = given.width;
+    frame.picture.height = given.height;
+    frame.picture.stride = stride;
+    return frame;
+}
+
+fs_status step(fs_session handle, fs_frame* frames, size_t count) {
+    const std::shared_ptr<Session> session = session_of(handle);
+    if (count == 0) return FS_OK;
+    need(frames, "frames");
+    if (count > static_cast<size_t>(session->engine_options().streams)) {
+        throw Error(FS_ERROR_ARGUMENT, "frames: " + std::to_string(count) + " for a session of " +
+                                           std::to_string(session->engine_options().streams) + " streams");
+    }
+    const size_t size = frames->struct_size;
+    check_size(size, sizeof(fs_frame), "frames");
+    static thread_local std::vector<Frame> known;  // grows once
+    known.clear();
+    auto* place = reinterpret_cast<unsigned char*>(frames);
+    for (size_t index = 0; index < count; ++index) {
+        const auto given = read_struct<fs_frame>(place + index * size, "frames");
+        if (given.struct_size != size) throw Error(FS_ERROR_ARGUMENT, "frames: structs of different sizes");
+        known.push_back(frame_of(given));
+    }
+    const fs_status status = session->step(known.data(), count);
+    bool first = true;
+    for (size_t index = 0; index < count; ++index) {
+        auto* out = reinterpret_cast<fs_frame*>(place + index * size);
+        out->status = known[index].status;
+        out->position = known[index].position;
+        out->nonfinite = known[index].nonfinite;
+        if (known[index].status != FS_OK && first) {
+            first = false;
+            fail(status, "the model gave NaN or infinity; the memory of the streams concerned was zeroed and they start"
+                         " again at position 0");
+        }
+    }
+    return status;
+}
+
+void set_labels(fs_session handle, const fs_labels* given) {
+    const std::shared_ptr<Session> session = session_of(handle);
+    const auto known = read_struct<fs_labels>(given, "labels");
+    if (known.count == 0) throw Error(FS_ERROR_ARGUMENT, "labels: expected at least one");
+    need(known.text_embeddings, "labels.text_embeddings");
+    need(known.patch_text_embeddings, "labels.patch_text_embeddings");
+    const std::optional<Scoring>& scoring = session->bundle().scoring;
+    if ((known.logit_scale == nullptr || known.logit_bias == nullptr) && !scoring) {
+        throw Error(FS_ERROR_BUNDLE, session->bundle().path.string() + ": has no scoring; give labels.logit_scale and"
+                                                                       " labels.logit_bias");
+    }
+    constexpr size_t MAX_LABELS = size_t{1} << 20, MAX_HIDDEN = size_t{1} << 16;
+    if (known.count > MAX_LABELS || known.text_hidden - 1 >= MAX_HIDDEN || known.patch_text_hidden - 1 >= MAX_HIDDEN) {
+        throw Error(FS_ERROR_ARGUMENT, "labels: sizes that are not possible");
+    }
+    LabelInputs labels;
+    labels.count = known.count;
+    labels.text_hidden = known.text_hidden;
+    labels.patch_text_hidden = known.patch_text_hidden;
+    labels.text_embeddings.assign(known.text_embeddings, known.text_embeddings + known.count * known.text_hidden);
+    labels.patch_text_embeddings.assign(known.patch_text_embeddings,
+                                        known.patch_text_embeddings + known.count * known.patch_text_hidden);
+    labels.logit_scale = known.logit_scale != nullptr ? *known.logit_scale : static_cast<float>(scoring->logit_scale);
+    labels.logit_bias = known.logit_bias != nullptr ? *known.logit_bias : static_cast<float>(scoring->logit_bias);
+    std::vector<std::string> names(known.count);
+    for (size_t index = 0; known.names != nullptr && index < known.count; ++index) {
+        need(known.names[index], "labels.names");
+        names[index] = known.names[index];
+    }
+    session->set_labels(std::move(labels), std::move(names));
+}
+
+void describe(Session& session, fs_session_info* out) {
+    check_out(out, "info");
+    const EngineOptions& options = session.engine_options();
+    fs_session_info info{};
+    info.engine = session.engine().name();
+    info.device = options.device.c_str();
+    info.precision = session.manifest().precision.c_str();
+    info.library = session.library();
+    info.library_version = session.library_version();
+    info.state_key = session.state_key().c_str();
+    info.rate = session.bundle().rate;
+    info.height = session.bundle().height;
+    info.width = session.bundle().width;
+    info.streams = options.streams;
+    info.threads = options.threads;
+    info.graphs = session.plan().graphs.size();
+    info.states = session.plan().states.size();
+    info.outputs = session.plan().outputs.size();
+    info.labels = session.labels();
+    for (const State* state : session.plan().states) info.state_bytes += state->bytes();
+    write_struct(out, info);
+}
+
+void describe_state(Session& session, size_t index, fs_state_info* out) {
+    check_out(out, "info");
+    check_index(index, session.plan().states.size(), "state");
+    const State& state = *session.plan().states[index];
+    fs_state_info info{};
+    info.name = state.name.c_str();
+    info.dtype = state.dtype;
+    info.rank = static_cast<int32_t>(state.shape.size());
+    std::copy(state.shape.begin(), state.shape.end(), info.shape);
+    info.axis = state.axis;
+    info.capacity = state.capacity;
+    info.rows_per_slot = state.rows_per_slot;
+    info.bytes = state.bytes();
+    info.address = session.engine().state_address(index);
+    write_struct(out, info);
+}
+
+}  // namespace
+}  // namespace framestep
+
+using namespace framestep;
+
+extern "C" {
+
+const char* fs_version(void) { return FRAMESTEP_VERSION; }
+int32_t fs_api_version(void) { return FS_API_VERSION; }
+const char* fs_last_error(void) { return last_error; }
+
+const char* fs_status_name(fs_status status) {
+    switch (status) {
+        case FS_OK: return "FS_OK";
+        case FS_ERROR_ARGUMENT: return "FS_ERROR_ARGUMENT";
+        case FS_ERROR_HANDLE: return "FS_ERROR_HANDLE";
+        case FS_ERROR_BUSY: return "FS_ERROR_BUSY";
+        case FS_ERROR_BUNDLE: return "FS_ERROR_BUNDLE";
+        case FS_ERROR_ENGINE: return "FS_ERROR_ENGINE";
+        case FS_ERROR_FRAME: return "FS_ERROR_FRAME";
+        case FS_ERROR_STATE: return "FS_ERROR_STATE";
+        case FS_ERROR_OUTPUT: return "FS_ERROR_OUTPUT";
+        case FS_ERROR_STALE: return "FS_ERROR_STALE";
+        case FS_ERROR_NONFINITE: return "FS_ERROR_NONFINITE";
+        case FS_ERROR_MEMORY: return "FS_ERROR_MEMORY";
+        case FS_ERROR_INTERNAL: return "FS_ERROR_INTERNAL";
+    }
+    return "unknown";
+}
+
+void fs_log_to(fs_log_callback callback, void* user) { log_to(callback, user); }
+
+fs_status fs_device_available(const char* library, const char* device, int32_t* available) {
+    return call([&] {
+        need(device, "device");
+        need(available, "available");
+        const std::string name = device;
+        *available = 0;
+        if (name != "cpu" && name != "cuda") {
+            throw Error(FS_ERROR_ARGUMENT, "device '" + name + "' is unknown; expected cpu or cuda");
+        }
+        *available = onnxruntime_has_device(text_or(library, ""), name) ? 1 : 0;
+        return FS_OK;
+    });
+}
+
+fs_status fs_session_open(const char* bundle, const fs_session_options* options, fs_session* session) {
+    return call([&] {
+        need(session, "session");
+        *session = 0;
+        need(bundle, "bundle");
+        auto opened = std::make_shared<Session>(bundle, options_of(options), make_onnxruntime_engine);
+        *session = handles().add(Handles::session_kind, std::move(opened));
+        return FS_OK;
+    });
+}
+
+fs_status fs_session_close(fs_session session) {
+    return call([&] {
+        const std::shared_ptr<Session> closing = session_of(session);
+        closing->close();
+        handles().remove_all(closing);
+        return FS_OK;
+    });
+}
+
+fs_status fs_session_describe(fs_session session, fs_session_info* info) {
+    return call([&] {
+        describe(*session_of(session), info);
+        return FS_OK;
+    });
+}
+
+fs_status fs_graph_describe(fs_session session, size_t index, fs_graph_info* info) {
+    return call([&] {
+        const std::shared_ptr<Session> open = session_of(session);
+        check_out(info, "info");
+        check_index(index, open->plan().graphs.size(), "graph");
+        const Graph& graph = *open->plan().graphs[index];
+        fs_graph_info value{};
+        value.name = graph.name.c_str();
+        value.file = graph.file.c_str();
+        value.inputs = graph.inputs.size();
+        value.outputs = graph.outputs.size();
+        value.states = graph.states.size();
+        write_struct(info, value);
+        return FS_OK;
+    });
+}
+
+fs_status fs_state_describe(fs_session session, size_t index, fs_state_info* info) {
+    return call([&] {
+        describe_state(*session_of(session), index, info);
+        return FS_OK;
+    });
+}
+
+fs_status fs_output_describe(fs_session session, size_t index, fs_output_info* info) {
+    return call([&] {
+        const std::shared_ptr<Session> open = session_of(session);
+        check_out(info, "info");
+        fs_output_info value{};
+        open->describe_output(index, value);
+        write_struct(info, value);
+        return FS_OK;
+    });
+}
+
+fs_status fs_label_name(fs_session session, size_t index, const char** name) {
+    return call([&] {
+        const std::shared_ptr<Session> open = session_of(session);
+        need(name, "name");
+        *name = open->label(index);
+        return FS_OK;
+    });
+}
+
+fs_status fs_set_labels(fs_session session, const fs_labels* labels) {
+    return call([&] {
+        set_labels(session, labels);
+        return FS_OK;
+    });
+}
+
+fs_status fs_warm_up(fs_session session, int32_t steps) {
+    return call([&] {
+        const std::shared_ptr<Session> open = session_of(session);
+        if (steps < 0 || steps > 1000) throw Error(FS_ERROR_ARGUMENT, "steps: expected 0 to 1000");
+        open->warm_up(steps);
+        return FS_OK;
+    });
+}
+
+fs_status fs_stream_open(fs_session session, fs_stream* stream) {
+    return call([&] {
+        need(stream, "stream");
+        *stream = 0;
+        const std::shared_ptr<Session> open = session_of(session);
+        const int slot = open->open_stream();
+        const fs_stream added = handles().add(Handles::stream_kind, open);
+        open->name_stream(slot, added);
+        if (open->closed()) {  // a moment ago, by another thread, which may have missed this stream
+            handles().remove(added);
+            throw Error(FS_ERROR_HANDLE, "this session is closed");
+        }
+        *stream = added;
+        return FS_OK;
+    });
+}
+
+fs_status fs_stream_close(fs_stream stream) {
+    return call([&] {
+        const std::shared_ptr<Session> session = stream_of(stream);
+        session->close_stream(stream);
+        handles().remove(stream);
+        return FS_OK;
+    });
+}
+
+fs_status fs_step(fs_session session, fs_frame* frames, size_t count) {
+    return call([&] { return step(session, frames, count); });
+}
+
+fs_status fs_output(fs_stream stream, size_t index, fs_tensor* tensor) {
+    return call([&] {
+        const std::shared_ptr<Session> session = stream_of(stream);
+        check_out(tensor, "tensor");
+        fs_tensor value{};
+        session->output(stream, index, value);
+        write_struct(tensor, value);
+        return FS_OK;
+    });
+}
+
+int32_t fs_output_valid(fs_stream stream, uint64_t generation) {
+    bool valid = false;
+    const fs_status status = call([&] {
+        valid = stream_of(stream)->output_valid(stream, generation);
+        return FS_OK;
+    });
+    return status == FS_OK && valid ? 1 : 0;
+}
+
+fs_status fs_reset(fs_stream stream) {
+    return call([&] {
+        stream_of(stream)->reset(stream);
+        return FS_OK;
+    });
+}
+
+fs_status fs_position(fs_stream stream, int64_t* position) {
+    return call([&] {
+        need(position, "position");
+        *position = stream_of(stream)->position(stream);
+        return FS_OK;
+    });
+}
+
+fs_status fs_seek(fs_stream stream, int64_t position) {
+    return call([&] {
+        stream_of(stream)->seek(stream, position);
+        return FS_OK;
+    });
+}
+
+fs_status fs_state_read(fs_stream stream, size_t index, void* data, size_t bytes) {
+    return call([&] {
+        need(data, "data");
+        stream_of(stream)->read_state(stream, index, data, bytes);
+        return FS_OK;
+    });
+}
+
+fs_status fs_state_write(fs_stream stream, size_t index, const void* data, size_t bytes) {
+    return call([&] {
+        need(data, "data");
+        stream_of(stream)->write_state(stream, index, data, bytes);
+        return FS_OK;
+    });
+}
+
+fs_status fs_state_save(fs_stream stream, const char* path) {
+    return call([&] {
+        need(path, "path");
+        stream_of(stream)->save_state(stream, path);
+        return FS_OK;
+    });
+}
+
+fs_status fs_state_load(fs_stream stream, const char* path) {
+    return call([&] {
+        need(path, "path");
+        stream_of(stream)->load_state(stream, path);
+        return FS_OK;
+    });
+}
+
+fs_status fs_drop(fs_stream stream, uint64_t frames) {
+    return call([&] {
+        stream_of(stream)->drop(stream, frames);
+        return FS_OK;
+    });
+}
+
+fs_status fs_stats_read(fs_stream stream, fs_stats* stats) {
+    return call([&] {
+        const std::shared_ptr<Session> session = stream_of(stream);
+        check_out(stats, "stats");
+        fs_stats value{};
+        session->stats(stream, value);
+        write_struct(stats, value);
+        return FS_OK;
+    });
+}
+
+}  // extern "C"

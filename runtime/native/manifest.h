@@ -1,0 +1,118 @@
+// A bundle: a folder with manifest.json, step graphs as ONNX, and their weights. docs/design.md tells the contract.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <map>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "error.h"
+#include "json.h"
+#include "preprocess.h"
+
+namespace framestep {
+
+// A size, or the symbol of an axis: 'S' streams, 'C' labels, 'B' texts, 'T' tokens.
+struct Dim {
+    int64_t size = 0;
+    char symbol = 0;
+
+    bool operator==(const Dim& other) const { return size == other.size && symbol == other.symbol; }
+};
+
+struct Port {
+    std::string name;
+    std::string role;
+    fs_dtype dtype;
+    std::vector<Dim> shape;
+};
+
+// How a graph touches a state; an empty name where it does not read or does not write it.
+struct StateUse {
+    std::string state;
+    std::string input;
+    std::string output;
+};
+
+struct Graph {
+    std::string name;
+    std::string file;
+    std::vector<Port> inputs;
+    std::vector<Port> outputs;
+    std::vector<StateUse> states;
+};
+
+struct State {
+    std::string name;
+    std::string kind;
+    fs_dtype dtype;
+    std::vector<int64_t> shape;  // of one stream
+    int axis;                    // of the slots, in `shape`
+    int64_t capacity;
+    int64_t rows_per_slot;
+
+    size_t bytes() const;  // of one stream
+};
+
+struct Scoring {
+    double logit_scale;
+    double logit_bias;
+};
+
+struct Labels {
+    std::vector<std::string> names;
+    std::string file;
+};
+
+// The manifest of one precision.
+struct Manifest {
+    std::string precision;
+    std::vector<Graph> graphs;
+    std::vector<State> states;
+    Json states_as_written;  // for the state key
+};
+
+struct FileEntry {
+    uint64_t bytes;
+    std::string sha256;
+};
+
+struct Bundle {
+    std::filesystem::path path;
+    int height = 0;
+    int width = 0;
+    Resize resize = Resize::crop;
+    double rate = 0;  // 0: every frame
+    std::optional<Scoring> scoring;
+    std::optional<Labels> labels;
+    bool has_text = false;  // other labels can be made from words
+    std::vector<std::string> used_files;
+    std::map<std::string, FileEntry> files;
+    std::vector<Manifest> precisions;  // the bundle's own first
+
+    // Reads the manifest and checks that every file is there, with its size and, if `hashes`, its SHA-256.
+    // Throws Error(FS_ERROR_BUNDLE).
+    static Bundle open(const std::filesystem::path& folder, bool hashes);
+
+    // Throws Error(FS_ERROR_BUNDLE): the bundle does not have it.
+    const Manifest& at(const std::string& precision) const;
+
+    // The precision asked for, or for "auto" the fastest one that the device runs well.
+    const Manifest& choose(const std::string& precision, const std::string& device) const;
+
+    // Identifies what a saved state fits.
+    std::string state_key(const Manifest& manifest) const;
+};
+
+// The manifest's text as a bundle in `path`, without a look at the files. Throws Error(FS_ERROR_BUNDLE).
+Bundle parse_manifest(std::string_view text, const std::filesystem::path& path);
+
+// The graphs that compute these outputs, each after those that feed it. Throws Error(FS_ERROR_BUNDLE).
+std::vector<const Graph*> graphs_for(const Manifest& manifest, const std::vector<std::string>& outputs);
+
+size_t bytes_of(fs_dtype dtype);
+const char* name_of(fs_dtype dtype);
+
+}  // namespace framestep

@@ -1,0 +1,552 @@
+#include "session.h"
+
+#include <sched.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <set>
+#include <thread>
+
+#include "labels.h"
+#include "state_file.h"
+
+namespace framestep {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+constexpr int MAX_STREAMS = 4096;
+constexpr int64_t MAX_POSITION = int64_t{1} << 62;
+const std::set<std::string> LABEL_ROLES = {"text_embeddings", "patch_text_embeddings", "logit_scale", "logit_bias"};
+const std::set<std::string> FED_ROLES = {"frame", "position", "output"};
+
+double milliseconds(Clock::time_point from, Clock::time_point to) {
+    return std::chrono::duration<double, std::milli>(to - from).count();
+}
+
+int usable_cores() {
+    cpu_set_t cores;
+    if (sched_getaffinity(0, sizeof cores, &cores) == 0) return CPU_COUNT(&cores);
+    return static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
+}
+
+// A number is NaN or infinite where all bits of its exponent are set. No branch, so that it takes many at a time.
+template <class Bits>
+bool no_exponent_is_full(const uint8_t* data, size_t bytes, Bits exponent) {
+    bool bad = false;
+    for (size_t at = 0; at + sizeof(Bits) <= bytes; at += sizeof(Bits)) {
+        Bits bits;
+        std::memcpy(&bits, data + at, sizeof bits);
+        bad |= (bits & exponent) == exponent;
+    }
+    return !bad;
+}
+
+bool finite(const void* data, size_t bytes, fs_dtype dtype) {
+    const auto* place = static_cast<const uint8_t*>(data);
+    if (dtype == FS_FLOAT32) return no_exponent_is_full<uint32_t>(place, bytes, 0x7f800000u);
+    if (dtype == FS_FLOAT16) return no_exponent_is_full<uint16_t>(place, bytes, 0x7c00);
+    return true;
+}
+
+const char* safetensors_name(fs_dtype dtype) {
+    switch (dtype) {
+        case FS_FLOAT16: return "F16";
+        case FS_INT8: return "I8";
+        default: return "F32";
+    }
+}
+
+std::vector<std::string> default_outputs(const Manifest& manifest, bool labelled) {
+    std::vector<std::string> names;
+    // of the scores only those of whole frames, [S, C], which cost next to nothing
+    for (const auto& [port, needs_labels] : available_outputs(manifest)) {
+        if (!needs_labels || (labelled && port->shape.size() == 2)) names.push_back(port->name);
+    }
+    return names;
+}
+
+void check_outputs(const std::vector<std::string>& outputs, const Bundle& bundle, const Manifest& manifest) {
+    const auto available = available_outputs(manifest);
+    std::string known;
+    for (const auto& item : available) known += (known.empty() ? "" : ", ") + item.first->name;
+    for (const std::string& name : outputs) {
+        const auto found = std::find_if(available.begin(), available.end(),
+                                        [&](const auto& item) { return item.first->name == name; });
+        if (found == available.end()) {
+            throw Error(FS_ERROR_ARGUMENT, "outputs: '" + name + "' is unknown; this bundle has " + known);
+        }
+        if (std::count(outputs.begin(), outputs.end(), name) > 1) {
+            throw Error(FS_ERROR_ARGUMENT, "outputs: '" + name + "' stands twice");
+        }
+    }
+    if (outputs.empty()) throw Error(FS_ERROR_BUNDLE, bundle.path.string() + ": has no output that frames give");
+}
+
+Plan make_plan(const Manifest& manifest, const std::vector<std::string>& outputs) {
+    Plan plan;
+    plan.graphs = graphs_for(manifest, outputs);
+    for (const State& state : manifest.states) {
+        for (const Graph* graph : plan.graphs) {
+            const bool used = std::any_of(graph->states.begin(), graph->states.end(),
+                                          [&](const StateUse& use) { return use.state == state.name; });
+            if (used) {
+                plan.states.push_back(&state);
+                break;
+            }
+        }
+    }
+    for (const std::string& name : outputs) {
+        for (const Graph* graph : plan.graphs) {
+            for (const Port& port : graph->outputs) {
+                if (port.name == name) plan.outputs.push_back(&port);
+            }
+        }
+    }
+    return plan;
+}
+
+// What only a frame graph's input can say: that it takes frames of the bundle's size.
+void check_frame_ports(const Plan& plan, const Bundle& bundle) {
+    const std::vector<Dim> frame = {{0, 'S'}, {bundle.height, 0}, {bundle.width, 0}, {3, 0}};
+    const std::vector<Dim> position = {{0, 'S'}};
+    for (const Graph* graph : plan.graphs) {
+        for (const Port& port : graph->inputs) {
+            const bool fits = port.role == "frame"      ? port.shape == frame && port.dtype == FS_UINT8
+                              : port.role == "position" ? port.shape == position && port.dtype == FS_INT64
+                                                        : FED_ROLES.count(port.role) + LABEL_ROLES.count(port.role) > 0;
+            if (!fits) {
+                throw Error(FS_ERROR_BUNDLE, (bundle.path / graph->file).string() + ": input '" + port.name +
+                                                 "' is not one that frames and labels can feed");
+            }
+        }
+    }
+}
+
+}  // namespace
+
+std::vector<std::pair<const Port*, bool>> available_outputs(const Manifest& manifest) {
+    std::vector<std::pair<const Port*, bool>> found;
+    for (const Graph& graph : manifest.graphs) {
+        bool fed = true, labelled = false, of_streams = false;
+        for (const Port& port : graph.inputs) {
+            const bool label = LABEL_ROLES.count(port.role) != 0;
+            labelled |= label;
+            of_streams |= FED_ROLES.count(port.role) != 0;
+            fed &= label || FED_ROLES.count(port.role) != 0;
+        }
+        if (!fed || !of_streams) continue;
+        for (const Port& port : graph.outputs) found.emplace_back(&port, labelled);
+    }
+    return found;
+}
+
+Session::Session(const std::string& path, const SessionOptions& options, MakeEngine make_engine)
+    : bundle_(Bundle::open(path, options.hashes)) {
+    if (options.engine != "auto" && options.engine != "onnxruntime") {
+        throw Error(FS_ERROR_ENGINE, "engine '" + options.engine + "' is unknown; expected auto or onnxruntime");
+    }
+    if (options.device != "auto" && options.device != "cpu" && options.device != "cuda") {
+        throw Error(FS_ERROR_ENGINE, "device '" + options.device + "' is unknown; expected auto, cpu or cuda");
+    }
+    if (options.streams < 1 || options.streams > MAX_STREAMS) {
+        throw Error(FS_ERROR_ARGUMENT, "streams: expected 1 to " + std::to_string(MAX_STREAMS) + ", found " +
+                                           std::to_string(options.streams));
+    }
+    if (options.threads < 0 || options.threads > usable_cores()) {
+        // threads that share a core wait for each other while they spin: a step then takes tens of times longer
+        throw Error(FS_ERROR_ARGUMENT, "threads: expected 1 to " + std::to_string(usable_cores()) +
+                                           ", the cores that this process may use, found " + std::to_string(options.threads));
+    }
+    engine_options_.device = options.device;
+    if (options.device == "auto") {
+        engine_options_.device = onnxruntime_has_device(options.library, "cuda") ? "cuda" : "cpu";
+    }
+    engine_options_.library = options.library;
+    engine_options_.streams = options.streams;
+    engine_options_.threads = options.threads == 0 ? usable_cores() : options.threads;
+    manifest_ = &bundle_.choose(options.precision, engine_options_.device);
+    const std::vector<std::string> outputs =
+        options.outputs.empty() ? default_outputs(*manifest_, bundle_.labels.has_value()) : options.outputs;
+    check_outputs(outputs, bundle_, *manifest_);
+    plan_ = make_plan(*manifest_, outputs);
+    check_frame_ports(plan_, bundle_);
+    state_key_ = bundle_.state_key(*manifest_);
+    engine_ = make_engine(bundle_, *manifest_, plan_, engine_options_);
+    library_ = engine_->library();
+    library_version_ = engine_->library_version();
+    for (int slot = 0; slot < options.streams; ++slot) {
+        slots_.push_back(std::make_unique<Slot>(bundle_.height, bundle_.width, bundle_.resize));
+    }
+    if (bundle_.labels && bundle_.scoring) {
+        LabelInputs labels =
+            read_labels(bundle_.path / bundle_.labels->file, bundle_.labels->names.size(), *bundle_.scoring);
+        engine_->set_labels(labels);
+        label_names_ = bundle_.labels->names;
+    }
+}
+
+// A stream taken by this thread for one call; refused where another thread has it.
+class Session::Guard {
+public:
+    Guard(Session& session, fs_stream stream) : session_(session), slot(session.take(stream)) {}
+    ~Guard() { session_.release(slot); }
+    Guard(const Guard&) = delete;
+    Guard& operator=(const Guard&) = delete;
+
+private:
+    Session& session_;
+
+public:
+    const int slot;
+};
+
+// The same for all streams of a step; allocates nothing.
+class Session::StepGuard {
+public:
+    StepGuard(Session& session, const Frame* frames, size_t count) : session_(session), frames_(frames) {
+        try {
+            for (; taken_ < count; ++taken_) {
+                const fs_stream stream = frames[taken_].stream;
+                const bool twice = std::any_of(frames, frames + taken_,
+                                               [&](const Frame& frame) { return frame.stream == stream; });
+                if (twice) throw Error(FS_ERROR_ARGUMENT, "frames: a stream stands twice");
+                session.take(stream);
+            }
+        } catch (...) {
+            release();
+            throw;
+        }
+    }
+    ~StepGuard() { release(); }
+    StepGuard(const StepGuard&) = delete;
+    StepGuard& operator=(const StepGuard&) = delete;
+
+private:
+    void release() {
+        while (taken_ > 0) session_.release(session_.slot_of(frames_[--taken_].stream));
+    }
+
+    Session& session_;
+    const Frame* frames_;
+    size_t taken_ = 0;
+};
+
+int Session::slot_of(fs_stream stream) const {
+    for (size_t slot = 0; slot < slots_.size(); ++slot) {
+        if (slots_[slot]->handle.load(std::memory_order_acquire) == stream) return static_cast<int>(slot);
+    }
+    throw Error(FS_ERROR_HANDLE, "this stream is closed, or belongs to another session");
+}
+
+int Session::take(fs_stream stream) {
+    const int slot = slot_of(stream);
+    Slot& taken = *slots_[slot];
+    if (taken.busy.exchange(true, std::memory_order_acquire)) {
+        taken.refused.fetch_add(1, std::memory_order_relaxed);
+        throw Error(FS_ERROR_BUSY, "stream in place " + std::to_string(slot) + ": another thread's call is at work in it");
+    }
+    if (taken.handle.load(std::memory_order_acquire) != stream) {  // closed a moment ago
+        release(slot);
+        throw Error(FS_ERROR_HANDLE, "this stream is closed");
+    }
+    return slot;
+}
+
+std::unique_lock<std::mutex> Session::lock_open() {
+    std::unique_lock<std::mutex> guard(lock_);
+    if (closed_.load(std::memory_order_acquire)) throw Error(FS_ERROR_HANDLE, "this session is closed");
+    return guard;
+}
+
+void Session::close() {
+    const std::lock_guard guard(lock_);  // waits for a step at work
+    closed_.store(true, std::memory_order_release);
+    forget_outputs(0, static_cast<int>(slots_.size()));
+}
+
+int Session::open_stream() {
+    const auto guard = lock_open();
+    for (size_t slot = 0; slot < slots_.size(); ++slot) {
+        Slot& place = *slots_[slot];
+        if (place.open) continue;
+        place.open = true;
+        engine_->positions()[slot] = 0;
+        place.refused.store(0, std::memory_order_relaxed);
+        place.frames = place.dropped = place.nonfinite = 0;
+        place.last_ms = place.last_preprocess_ms = place.last_engine_ms = 0;
+        return static_cast<int>(slot);
+    }
+    throw Error(FS_ERROR_ENGINE, "all " + std::to_string(slots_.size()) +
+                                     " streams of this session are open; open it with more streams");
+}
+
+void Session::name_stream(int slot, fs_stream handle) { slots_[slot]->handle.store(handle, std::memory_order_release); }
+
+void Session::close_stream(fs_stream stream) {
+    const Guard taken(*this, stream);
+    const auto guard = lock_open();
+    forget_outputs(taken.slot, taken.slot + 1);
+    slots_[taken.slot]->handle.store(0, std::memory_order_release);
+    slots_[taken.slot]->open = false;
+}
+
+void Session::forget_outputs(int first, int stop) {
+    const std::lock_guard guard(outputs_lock_);
+    for (int slot = first; slot < stop; ++slot) slots_[slot]->result.store(0, std::memory_order_release);
+}
+
+fs_status Session::step(Frame* frames, size_t count) {
+    const Clock::time_point start = Clock::now();
+    const StepGuard taken(*this, frames, count);
+    const auto guard = lock_open();
+    if (count == 0) return FS_OK;
+    int first = static_cast<int>(slots_.size()), stop = 0;
+    const Clock::time_point begin = Clock::now();
+    for (size_t index = 0; index < count; ++index) {
+        const int slot = slot_of(frames[index].stream);
+        slots_[slot]->preprocess.fit(frames[index].picture, engine_->frame(slot));
+        first = std::min(first, slot);
+        stop = std::max(stop, slot + 1);
+    }
+    const Clock::time_point fitted = Clock::now();
+    forget_outputs(first, stop);
+    engine_->run(first, stop);
+    const Clock::time_point ran = Clock::now();
+    fs_status status = FS_OK;
+    const uint64_t generation = generations_.fetch_add(1, std::memory_order_relaxed) + 1;
+    for (size_t index = 0; index < count; ++index) {
+        Frame& frame = frames[index];
+        const int slot = slot_of(frame.stream);
+        Slot& place = *slots_[slot];
+        int64_t& position = engine_->positions()[slot];
+        frame.position = position;
+        frame.nonfinite = nonfinite_outputs(slot);
+        frame.status = frame.nonfinite == 0 ? FS_OK : FS_ERROR_NONFINITE;
+        place.result.store(generation, std::memory_order_release);
+        if (frame.nonfinite == 0) {
+            position += 1;
+        } else {
+            status = FS_ERROR_NONFINITE;
+            engine_->zero_states(slot);  // a NaN in a hidden slot still counts: 0 * NaN is NaN
+            position = 0;
+            ++place.nonfinite;
+        }
+    }
+    const Clock::time_point end = Clock::now();
+    for (size_t index = 0; index < count; ++index) {
+        Slot& place = *slots_[slot_of(frames[index].stream)];
+        place.last_ms = milliseconds(start, end);
+        place.last_preprocess_ms = milliseconds(begin, fitted);
+        place.last_engine_ms = milliseconds(fitted, ran);
+        place.latencies[place.frames % LATENCIES] = static_cast<float>(place.last_ms);
+        ++place.frames;
+    }
+    return status;
+}
+
+uint64_t Session::nonfinite_outputs(int slot) const {
+    uint64_t bad = 0;
+    const std::vector<Output>& outputs = engine_->outputs();
+    for (size_t index = 0; index < outputs.size(); ++index) {
+        const Output& output = outputs[index];
+        const uint64_t bit = uint64_t{1} << std::min<size_t>(index, 63);
+        if (!finite(output.data + slot * output.bytes, output.bytes, output.dtype)) bad |= bit;
+    }
+    return bad;
+}
+
+void Session::warm_up(int steps) {
+    const auto guard = lock_open();
+    const int streams = static_cast<int>(slots_.size());
+    forget_outputs(0, streams);
+    for (int step = 0; step < steps; ++step) {
+        for (int count = 1; count <= streams; ++count) engine_->run(0, count);
+    }
+}
+
+void Session::set_labels(LabelInputs labels, std::vector<std::string> names) {
+    const auto guard = lock_open();
+    const std::lock_guard outputs(outputs_lock_);
+    for (const auto& slot : slots_) slot->result.store(0, std::memory_order_release);
+    engine_->set_labels(labels);
+    label_names_ = std::move(names);
+}
+
+void Session::output(fs_stream stream, size_t index, fs_tensor& tensor) {
+    const int slot = slot_of(stream);
+    const std::lock_guard guard(outputs_lock_);
+    const std::vector<Output>& outputs = engine_->outputs();
+    if (index >= outputs.size()) {
+        throw Error(FS_ERROR_ARGUMENT, "output " + std::to_string(index) + ": this session has " +
+                                           std::to_string(outputs.size()));
+    }
+    const uint64_t generation = slots_[slot]->result.load(std::memory_order_acquire);
+    if (generation == 0) {
+        throw Error(FS_ERROR_STALE, "stream in place " + std::to_string(slot) +
+                                        ": has no outputs; it was not stepped yet, or a later step took their place");
+    }
+    const Output& output = outputs[index];
+    tensor.data = output.data + slot * output.bytes;
+    tensor.dtype = output.dtype;
+    tensor.rank = static_cast<int32_t>(output.shape.size());
+    std::copy(output.shape.begin(), output.shape.end(), tensor.shape);
+    tensor.bytes = output.bytes;
+    tensor.generation = generation;
+}
+
+bool Session::output_valid(fs_stream stream, uint64_t generation) {
+    return generation != 0 && slots_[slot_of(stream)]->result.load(std::memory_order_acquire) == generation;
+}
+
+void Session::reset(fs_stream stream) {
+    const Guard taken(*this, stream);
+    const auto guard = lock_open();
+    engine_->positions()[taken.slot] = 0;
+}
+
+int64_t Session::position(fs_stream stream) {
+    const Guard taken(*this, stream);
+    return engine_->positions()[taken.slot];
+}
+
+void Session::seek(fs_stream stream, int64_t position) {
+    if (position < 0 || position > MAX_POSITION) {
+        throw Error(FS_ERROR_ARGUMENT, "position: expected 0 to 2^62, found " + std::to_string(position));
+    }
+    const Guard taken(*this, stream);
+    const auto guard = lock_open();
+    engine_->positions()[taken.slot] = position;
+}
+
+static void check_state(const Plan& plan, size_t index, size_t bytes) {
+    if (index >= plan.states.size()) {
+        throw Error(FS_ERROR_ARGUMENT,
+                    "state " + std::to_string(index) + ": this session has " + std::to_string(plan.states.size()));
+    }
+    const State& state = *plan.states[index];
+    if (bytes != state.bytes()) {
+        throw Error(FS_ERROR_ARGUMENT, "state '" + state.name + "': expected " + std::to_string(state.bytes()) +
+                                           " bytes, found " + std::to_string(bytes));
+    }
+}
+
+void Session::read_state(fs_stream stream, size_t index, void* data, size_t bytes) {
+    check_state(plan_, index, bytes);
+    const Guard taken(*this, stream);
+    const auto guard = lock_open();
+    engine_->read_state(index, taken.slot, data);
+}
+
+void Session::write_state(fs_stream stream, size_t index, const void* data, size_t bytes) {
+    check_state(plan_, index, bytes);
+    const Guard taken(*this, stream);
+    const auto guard = lock_open();
+    engine_->write_state(index, taken.slot, data);
+}
+
+// Room for a stream's memory, and views of it for the state file.
+struct StateCopy {
+    explicit StateCopy(const Plan& plan) {
+        for (const State* state : plan.states) {
+            memory.emplace_back(state->bytes());
+            views.push_back({state->name, safetensors_name(state->dtype), state->shape, memory.back().data(),
+                             memory.back().size()});
+        }
+    }
+
+    std::vector<std::vector<uint8_t>> memory;
+    std::vector<TensorView> views;
+};
+
+void Session::save_state(fs_stream stream, const std::string& path) {
+    StateCopy copy(plan_);
+    const Guard taken(*this, stream);
+    int64_t position = 0;
+    {
+        const auto guard = lock_open();
+        for (size_t index = 0; index < copy.memory.size(); ++index) {
+            engine_->read_state(index, taken.slot, copy.memory[index].data());
+        }
+        position = engine_->positions()[taken.slot];
+    }
+    framestep::write_state(path, state_key_, position, copy.views);  // other streams go on meanwhile
+}
+
+void Session::load_state(fs_stream stream, const std::string& path) {
+    StateCopy copy(plan_);
+    const Guard taken(*this, stream);
+    const int64_t position = framestep::read_state(path, state_key_, copy.views);
+    for (size_t index = 0; index < copy.memory.size(); ++index) {
+        const State& state = *plan_.states[index];
+        if (!finite(copy.memory[index].data(), copy.memory[index].size(), state.dtype)) {
+            throw Error(FS_ERROR_STATE, path + ": NaN or infinity in '" + state.name + "'");
+        }
+    }
+    const auto guard = lock_open();
+    for (size_t index = 0; index < copy.memory.size(); ++index) {
+        engine_->write_state(index, taken.slot, copy.memory[index].data());
+    }
+    engine_->positions()[taken.slot] = position;
+}
+
+void Session::drop(fs_stream stream, uint64_t frames) {
+    const Guard taken(*this, stream);
+    slots_[taken.slot]->dropped += frames;
+}
+
+void Session::stats(fs_stream stream, fs_stats& stats) {
+    const Guard taken(*this, stream);
+    const Slot& slot = *slots_[taken.slot];
+    stats.frames = slot.frames;
+    stats.dropped = slot.dropped;
+    stats.refused = slot.refused.load(std::memory_order_relaxed);
+    stats.nonfinite = slot.nonfinite;
+    stats.last_ms = slot.last_ms;
+    stats.last_preprocess_ms = slot.last_preprocess_ms;
+    stats.last_engine_ms = slot.last_engine_ms;
+    if (slot.frames == 0) return;
+    std::vector<float> sorted(std::min<uint64_t>(slot.frames, LATENCIES));
+    std::copy_n(slot.latencies.begin(), sorted.size(), sorted.begin());
+    std::sort(sorted.begin(), sorted.end());
+    const auto percentile = [&](double share) {
+        const size_t rank = static_cast<size_t>(std::ceil(share * static_cast<double>(sorted.size())));
+        return static_cast<double>(sorted[std::max<size_t>(rank, 1) - 1]);
+    };
+    stats.p50_ms = percentile(0.50);
+    stats.p95_ms = percentile(0.95);
+    stats.p99_ms = percentile(0.99);
+    stats.max_ms = sorted.back();
+}
+
+size_t Session::labels() {
+    const std::lock_guard guard(outputs_lock_);
+    return label_names_.size();
+}
+
+const char* Session::label(size_t index) {
+    const std::lock_guard guard(outputs_lock_);
+    if (index >= label_names_.size()) {
+        throw Error(FS_ERROR_ARGUMENT,
+                    "label " + std::to_string(index) + ": this session has " + std::to_string(label_names_.size()));
+    }
+    return label_names_[index].c_str();
+}
+
+void Session::describe_output(size_t index, fs_output_info& info) {
+    const std::lock_guard guard(outputs_lock_);
+    const std::vector<Output>& outputs = engine_->outputs();
+    if (index >= outputs.size()) {
+        throw Error(FS_ERROR_ARGUMENT, "output " + std::to_string(index) + ": this session has " +
+                                           std::to_string(outputs.size()));
+    }
+    const Output& output = outputs[index];
+    info.name = plan_.outputs[index]->name.c_str();
+    info.dtype = output.dtype;
+    info.rank = static_cast<int32_t>(output.shape.size());
+    std::copy(output.shape.begin(), output.shape.end(), info.shape);
+    info.bytes = output.bytes;
+}
+
+}  // namespace framestep

@@ -1,0 +1,134 @@
+// Sessions and streams: a model, and the memory of each camera.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <chrono>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "engine.h"
+#include "manifest.h"
+#include "preprocess.h"
+
+namespace framestep {
+
+struct SessionOptions {
+    std::string engine = "auto";
+    std::string device = "auto";
+    std::string precision = "auto";
+    std::string library;
+    std::vector<std::string> outputs;  // empty: the default
+    int streams = 1;
+    int threads = 0;  // 0: every usable core
+    bool hashes = true;
+};
+
+// A frame for a stream, and what became of it; as fs_frame.
+struct Frame {
+    fs_stream stream;
+    Picture picture;
+    fs_status status;
+    int64_t position;
+    uint64_t nonfinite;
+};
+
+// Makes the engine of a session. Tests give their own.
+using MakeEngine = std::unique_ptr<Engine> (*)(const Bundle&, const Manifest&, const Plan&, const EngineOptions&);
+
+// Safe to call from several threads. A session lives as long as anybody uses it; `close` refuses whatever comes after.
+class Session {
+public:
+    Session(const std::string& path, const SessionOptions& options, MakeEngine make_engine);
+
+    void close();
+    bool closed() const { return closed_.load(std::memory_order_acquire); }
+
+    // Of the handle registry: the slot taken for a stream, and its handle once there is one.
+    int open_stream();
+    void name_stream(int slot, fs_stream handle);
+    void close_stream(fs_stream stream);
+
+    // Advances the streams of `count` frames, in one run. Throws where nothing advanced; returns FS_ERROR_NONFINITE
+    // where a frame's status says so.
+    fs_status step(Frame* frames, size_t count);
+    void warm_up(int steps);
+    void set_labels(LabelInputs labels, std::vector<std::string> names);
+
+    void output(fs_stream stream, size_t index, fs_tensor& tensor);
+    bool output_valid(fs_stream stream, uint64_t generation);
+    void reset(fs_stream stream);
+    int64_t position(fs_stream stream);
+    void seek(fs_stream stream, int64_t position);
+    void read_state(fs_stream stream, size_t index, void* data, size_t bytes);
+    void write_state(fs_stream stream, size_t index, const void* data, size_t bytes);
+    void save_state(fs_stream stream, const std::string& path);
+    void load_state(fs_stream stream, const std::string& path);
+    void drop(fs_stream stream, uint64_t frames);
+    void stats(fs_stream stream, fs_stats& stats);
+
+    const Bundle& bundle() const { return bundle_; }
+    const Manifest& manifest() const { return *manifest_; }
+    const Plan& plan() const { return plan_; }
+    const Engine& engine() const { return *engine_; }
+    const EngineOptions& engine_options() const { return engine_options_; }
+    const std::string& state_key() const { return state_key_; }
+    std::string engine_name() const { return engine_->name(); }
+    const char* library() const { return library_.c_str(); }
+    const char* library_version() const { return library_version_.c_str(); }
+    size_t labels();
+    const char* label(size_t index);
+    void describe_output(size_t index, fs_output_info& info);
+
+private:
+    static constexpr size_t LATENCIES = 4096;
+
+    struct Slot {
+        std::atomic<fs_stream> handle{0};
+        std::atomic<bool> busy{false};
+        std::atomic<uint64_t> result{0};   // generation of the outputs; 0: none
+        std::atomic<uint64_t> refused{0};
+        bool open = false;                 // under lock_
+        uint64_t frames = 0;               // from here on under the stream's guard
+        uint64_t dropped = 0;
+        uint64_t nonfinite = 0;
+        double last_ms = 0, last_preprocess_ms = 0, last_engine_ms = 0;
+        std::array<float, LATENCIES> latencies;
+        Preprocess preprocess;             // under lock_
+
+        Slot(int height, int width, Resize resize) : latencies{}, preprocess(height, width, resize) {}
+    };
+
+    // A stream taken by this thread, for one call.
+    class Guard;
+    class StepGuard;
+
+    int slot_of(fs_stream stream) const;
+    int take(fs_stream stream);
+    void release(int slot) { slots_[slot]->busy.store(false, std::memory_order_release); }
+    std::unique_lock<std::mutex> lock_open();
+    void forget_outputs(int first, int stop);
+    uint64_t nonfinite_outputs(int slot) const;
+
+    Bundle bundle_;
+    const Manifest* manifest_;
+    Plan plan_;
+    EngineOptions engine_options_;
+    std::string state_key_;
+    std::string library_;
+    std::string library_version_;
+    std::unique_ptr<Engine> engine_;
+    std::vector<std::unique_ptr<Slot>> slots_;
+    std::mutex lock_;           // one step at a time
+    std::mutex outputs_lock_;   // what and where outputs are; never held during a run
+    std::vector<std::string> label_names_;  // under outputs_lock_
+    std::atomic<bool> closed_{false};
+    std::atomic<uint64_t> generations_{0};
+};
+
+// Names of the outputs that come from frames, and whether they need labels.
+std::vector<std::pair<const Port*, bool>> available_outputs(const Manifest& manifest);
+
+}  // namespace framestep
