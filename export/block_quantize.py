@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-Array = npt.NDArray[np.float32]
+Array = npt.NDArray[np.floating]
 BLOCK = 32
 LARGEST = {8: 127, 4: 7}  # of the integers that stand for the largest weight of a block
 CANDIDATES = 8  # scales tried for a block of INT4

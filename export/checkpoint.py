@@ -68,12 +68,7 @@ def read_checkpoint(source: str, config: Path | None = None) -> Checkpoint:
     Raises:
         CheckpointError: nothing there, damaged, of another architecture, or weights that do not fit the config.
     """
-    path = Path(source)
-    if not path.exists():
-        looks_like_a_path = source.startswith((".", "/", "~")) or path.suffix in (*TORCH_SUFFIXES, ".safetensors")
-        if looks_like_a_path or not HUB_ID.fullmatch(source):
-            raise CheckpointError(f"{source}: no such checkpoint file or folder")
-        path = _download(source)
+    path = find_checkpoint(source, ["config.json", "*.safetensors*"])
     files = weight_files(path)
     if any(file.suffix not in (*TORCH_SUFFIXES, ".safetensors") for file in files):
         raise CheckpointError(f"{path}: not a checkpoint; expected a folder, .safetensors, {', '.join(TORCH_SUFFIXES)}")
@@ -88,14 +83,33 @@ def read_checkpoint(source: str, config: Path | None = None) -> Checkpoint:
     return Checkpoint(_load(sizes, backbone, source), source, task_heads)
 
 
-def _download(hub_id: str) -> Path:
+def find_checkpoint(source: str, patterns: list[str]) -> Path:
+    """The file or folder `source`, or what the hub has under that name.
+
+    Args:
+        source: path or hub id.
+        patterns: files to take from the hub.
+
+    Raises:
+        CheckpointError: nothing there.
+    """
+    path = Path(source)
+    if path.exists():
+        return path
+    looks_like_a_path = source.startswith((".", "/", "~")) or path.suffix in (*TORCH_SUFFIXES, ".safetensors")
+    if looks_like_a_path or not HUB_ID.fullmatch(source):
+        raise CheckpointError(f"{source}: no such checkpoint file or folder")
+    return _download(source, patterns)
+
+
+def _download(hub_id: str, patterns: list[str]) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise CheckpointError(f"{hub_id}: no such folder, and to read it from the hub huggingface-hub is needed:"
                               " pip install 'framestep[export]'") from None  # fmt: skip
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=["config.json", "*.safetensors*"]))
+        return Path(snapshot_download(hub_id, allow_patterns=patterns))
     except Exception as error:  # the hub client raises errors of many libraries
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise CheckpointError(
@@ -206,7 +220,7 @@ def _load(config: StreamFormerConfig, weights: dict[str, Tensor], where: str) ->
     ranks = {value.shape[0] for key, value in weights.items() if key.endswith("_lora_a.weight")}
     with torch.device("meta"):
         model = StreamFormer(config, lora_rank=max(ranks, default=0))
-    _fill(model, weights, where)
+    fill(model, weights, where)
     return model.eval()
 
 
@@ -222,12 +236,12 @@ def _task_head(name: str, config: StreamFormerConfig, weights: dict[str, Tensor]
         return TaskHead(numbers.get("logit_scale"), numbers.get("logit_bias"), None)
     with torch.device("meta"):
         projections = PatchProjections(config)
-    _fill(projections, weights, f"{where}: task head {name}")
+    fill(projections, weights, f"{where}: task head {name}")
     return TaskHead(numbers.get("logit_scale"), numbers.get("logit_bias"), projections.eval())
 
 
-def _fill(module: nn.Module, weights: dict[str, Tensor], where: str) -> None:
-    """Load weights into a module, every one accounted for, as float32."""
+def fill(module: nn.Module, weights: dict[str, Tensor], where: str, dtype: torch.dtype | None = torch.float32) -> None:
+    """Load weights into a module, every one accounted for, as `dtype`; None for what they are stored in."""
     expected = module.state_dict()
     problems = []
     if missing := [key for key in expected if key not in weights]:
@@ -238,7 +252,7 @@ def _fill(module: nn.Module, weights: dict[str, Tensor], where: str) -> None:
         problems.append(f"wrong shape {listing(wrong)}")
     if problems:
         raise CheckpointError(f"{where}: the weights do not fit the config: " + "; ".join(problems))
-    weights = {key: value.to(torch.float32) for key, value in weights.items()}
+    weights = {key: value if dtype is None else value.to(dtype) for key, value in weights.items()}
     if bad := [key for key, value in weights.items() if not value.isfinite().all()]:
         raise CheckpointError(f"{where}: NaN or infinity in {listing(bad)}")
     module.load_state_dict(weights, assign=True)

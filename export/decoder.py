@@ -110,13 +110,13 @@ class DecoderConfig:
         text = values.get("text_config") or {}
         if not isinstance(text, dict):
             raise CheckpointError(f"{where}: text_config is {text!r}; expected an object")
-        # older files have the text model's keys beside vision_config; a nested one wins
-        values = {**values, **{key: value for key, value in text.items() if key != "model_type"}}
+        # older files have the text model's keys beside vision_config; a nested one wins, but the head is the whole's
+        values = {**values, **text, **{key: values[key] for key in ("tie_word_embeddings",) if key in values}}
         qwen = "qwen" in kind
         for key in ("mlp_bias", *(() if qwen else ("attention_bias",)), "use_sliding_window"):
             if values.get(key):
                 raise CheckpointError(f"{where}: {key} is {values[key]!r}; such decoders are not supported")
-        sizes = {}
+        sizes: dict[str, int] = {}
         for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                     "num_key_value_heads", "head_dim", "max_position_embeddings"):  # fmt: skip
             value = values.get(key)

@@ -83,22 +83,28 @@ class Precision:
         )
 
 
-def write_embed(decoder: Decoder, precision: Precision, builder: GraphBuilder, file: str) -> Graph:
+def write_embed(
+    decoder: Decoder, precision: Precision, builder: GraphBuilder, file: str, extra: Tensor | None = None
+) -> Graph:
     """Write the graph from tokens [S, T] to their embeddings [S, T, D], float32.
 
     With integer weights the table is INT8, whatever the other weights are: a step reads few rows of it.
+
+    Args:
+        extra: the embedding of one more token, [D], whose id is the size of the vocabulary.
     """
     g, config = builder, decoder.config
     table = decoder.model.embed_tokens.weight
+    name = "embed_tokens"
+    if extra is not None:
+        table, name = torch.cat([table, extra[None].to(table.dtype)]), "embed_tokens_and_one"
     tokens = g.input("tokens", "int64", [STREAMS, TOKENS])
     if precision.bits is None:
-        x = precision.widen(
-            g, g.node("Gather", g.weight("embed_tokens.weight", precision.array(table)), tokens, axis=0)
-        )
+        x = precision.widen(g, g.node("Gather", g.weight(f"{name}.weight", precision.array(table)), tokens, axis=0))
     else:
         integers, scales = quantize_blocks(table.detach().float().numpy(), 8)
-        rows = g.node("Gather", g.weight("embed_tokens.weight", integers), tokens, axis=0)
-        scale = g.node("Gather", g.weight("embed_tokens.scale", scales), tokens, axis=0)
+        rows = g.node("Gather", g.weight(f"{name}.weight", integers), tokens, axis=0)
+        scale = g.node("Gather", g.weight(f"{name}.scale", scales), tokens, axis=0)
         # spelled out: a blocked DequantizeLinear wants as many scales as its shape says before it runs
         rows = g.node("Reshape", g.node("Cast", rows, to=1), g.constant([0, 0, -1, BLOCK]))
         x = g.node("Mul", rows, g.node("Unsqueeze", scale, g.constant([3])))

@@ -8,7 +8,7 @@ Sizes in shape comments: S streams, N patches, M merged patches (tokens), H head
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -69,7 +69,7 @@ class VisionConfig:
         Raises:
             CheckpointError: something that is not supported, or sizes that do not fit together.
         """
-        sizes = {}
+        sizes: dict[str, int] = {}
         defaults = {"patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 112}
         for key in ("depth", "hidden_size", "intermediate_size", "num_heads", "patch_size", "spatial_merge_size",
                     "temporal_patch_size", "window_size", "out_hidden_size"):  # fmt: skip
@@ -99,13 +99,14 @@ class VisionConfig:
             activation(act)
         except (KeyError, TypeError):
             raise CheckpointError(f"{where}: vision_config.hidden_act '{act}' is unknown to transformers") from None
-        norms = {}
+        norms: dict[str, tuple[float, ...]] = {}
         for key, name in (("image_mean", "mean"), ("image_std", "std")):
             if (found := processor.get(key)) is not None:
                 if not isinstance(found, list) or len(found) != 3:
                     raise CheckpointError(f"{where}: {key} of the image processor is {found!r}; expected three numbers")
                 norms[name] = tuple(float(number) for number in found)
-        return cls(**sizes, fullatt_block_indexes=tuple(full), hidden_act=act, **norms)
+        sized = cls(**sizes, fullatt_block_indexes=tuple(full), hidden_act=act)  # type: ignore[arg-type]
+        return replace(sized, **norms)  # type: ignore[arg-type]
 
     def default_frame(self) -> tuple[int, int]:
         """Height and width of the largest frame of about 16:9 within `LARGEST_FRAME`, as the reference rounds it."""

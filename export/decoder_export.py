@@ -1,0 +1,215 @@
+"""A checkpoint with a language decoder in, a bundle out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from .. import __version__
+from ..runtime.bundle import (
+    FORMAT,
+    VERSION,
+    Bundle,
+    BundleWriter,
+    FrameSpec,
+    Graph,
+    Language,
+    Manifest,
+    Origin,
+    State,
+)
+from ..runtime.errors import CheckpointError, FramestepError
+from .decoder_checkpoint import DecoderCheckpoint
+from .decoder_graph import PRECISIONS, Precision, write_decoder, write_embed, write_rebase
+from .decoder_replay import replay
+from .graph import GraphBuilder, WeightFile
+from .projector import write_projector
+from .streamformer_graph import write_backbone
+from .vision import FrameLayout
+from .vision_graph import VISUAL, write_vision
+
+# largest relative error between PyTorch in float32 and the bundle that is accepted; of unrelated numbers it is 1.4
+AGREEMENT = {"fp32": 2e-4, "fp16": 3e-2, "w8": 0.3, "w4": 0.9}
+TOKENIZER = "tokenizer.json"
+NO_FRAME = FrameSpec(1, 1, "stretch")  # of a decoder without eyes
+
+
+@dataclass(frozen=True)
+class DecoderOptions:
+    """How a checkpoint with a decoder becomes a bundle.
+
+    Attributes:
+        precision: one of `PRECISIONS`, of the decoder; what sees is float32, Qwen2.5-VL's tower FP16 with "fp16".
+        capacity: tokens that the cache holds.
+        chunk: tokens that one step should take at most.
+        positions: position ids go from 0 to `positions` - 1; never beyond the trained range.
+        frame_size: height and width of a Qwen2.5-VL's frames; None for the largest 16:9 within 100,352 pixels.
+        window: frames that one frame of a VideoQA model attends to; None for the StreamFormer's `num_frames`.
+        rate: frames a second that the model is to see; None for every frame.
+    """
+
+    precision: str = "fp32"
+    capacity: int = 4096
+    chunk: int = 128
+    positions: int = 32768
+    frame_size: tuple[int, int] | None = None
+    window: int | None = None
+    rate: float | None = None
+
+
+@dataclass(frozen=True)
+class DecoderReport:
+    """What an export gave.
+
+    Attributes:
+        difference: largest relative error between PyTorch in float32 and the bundle.
+        tokens: tokens replayed.
+    """
+
+    path: Path
+    difference: float
+    tokens: int
+
+
+def export_decoder(
+    checkpoint: DecoderCheckpoint, path: Path, options: DecoderOptions, force: bool = False
+) -> DecoderReport:
+    """Write a bundle, replay tokens through PyTorch and through the bundle, and keep it only if they agree.
+
+    Raises:
+        CheckpointError: options that do not fit the checkpoint.
+        OutputError: the bundle cannot be written.
+        FramestepError: the bundle disagrees with PyTorch.
+    """
+    _check_options(checkpoint, options)
+    with BundleWriter(path, force) as writer:
+        write_bundle(checkpoint, writer, options)
+        difference, tokens = replay(checkpoint, Bundle.open(writer.folder, verify=False))
+        limit = AGREEMENT[options.precision]
+        if not difference <= limit:
+            raise FramestepError(
+                f"{path}: not kept, the bundle has a relative error of {difference:.2e} against PyTorch over {tokens}"
+                f" tokens (at most {limit:.0e} is accepted in {options.precision})"
+            )
+    return DecoderReport(path, difference, tokens)
+
+
+def write_bundle(checkpoint: DecoderCheckpoint, writer: BundleWriter, options: DecoderOptions) -> None:
+    """Write a bundle and compare it with nothing: `export_decoder` is what users want."""
+    _check_options(checkpoint, options)
+    folder, decoder, precision = writer.folder, checkpoint.decoder, Precision(options.precision)
+    positions = min(options.positions, decoder.config.max_position_embeddings)
+    frame, grid, graphs, states = _write_eyes(checkpoint, folder, options)
+    weights = WeightFile(folder / "decoder.bin")
+    tokens = dict(checkpoint.tokens)
+    newline = None
+    if checkpoint.projector is not None and checkpoint.projector.config.newline == "one_token":
+        newline = checkpoint.projector.image_newline
+        tokens["newline"] = decoder.config.vocab_size
+    builder = GraphBuilder("embed", weights)
+    graphs["embed"] = write_embed(decoder, precision, builder, "embed.onnx", newline)
+    builder.save(folder / "embed.onnx")
+    builder = GraphBuilder("decoder", weights)
+    graphs["decoder"], linear = write_decoder(decoder, options.capacity, positions, precision, builder, "decoder.onnx")
+    builder.save(folder / "decoder.onnx")
+    builder = GraphBuilder("rebase", weights)
+    graphs["rebase"] = write_rebase(decoder.config, options.capacity, positions, precision, builder, "rebase.onnx")
+    builder.save(folder / "rebase.onnx")
+    weights.close()
+    if checkpoint.tokenizer is not None:
+        checkpoint.tokenizer.save(str(folder / TOKENIZER), pretty=False)
+    manifest = Manifest(
+        format=FORMAT,
+        version=VERSION,
+        family=checkpoint.family,
+        precision=options.precision,
+        frame=frame,
+        graphs=graphs,
+        states=(*states, *linear),
+        origin=Origin(checkpoint.origin, __version__, _trained_frames(checkpoint)),
+        rate=options.rate,
+        grid=grid,
+        language=Language(
+            embed="embed",
+            decoder="decoder",
+            rebase="rebase",
+            visual=VISUAL if checkpoint.vision is not None or checkpoint.projector is not None else None,
+            positions=positions,
+            chunk=min(options.chunk, options.capacity),
+            tokenizer=TOKENIZER if checkpoint.tokenizer is not None else None,
+            tokens=tokens,
+            stop=checkpoint.stop,
+        ),
+    )
+    writer.finish(manifest)
+
+
+def _write_eyes(
+    checkpoint: DecoderCheckpoint, folder: Path, options: DecoderOptions
+) -> tuple[FrameSpec, tuple[int, int] | None, dict[str, Graph], list[State]]:
+    """Write the graphs from frames to embeddings: what a frame is, the grid of its tokens, graphs and their states."""
+    graphs: dict[str, Graph] = {}
+    weights = WeightFile(folder / "vision.bin")
+    states: list[State] = []
+    frame, grid = NO_FRAME, None
+    if checkpoint.vision is not None:
+        size = options.frame_size or checkpoint.vision.config.default_frame()
+        frame, grid = FrameSpec(*size, "letterbox"), FrameLayout.of(checkpoint.vision.config, *size).grid
+        precision = Precision("fp16" if options.precision == "fp16" else "fp32")
+        builder = GraphBuilder("vision", weights)
+        graphs["vision"] = write_vision(checkpoint.vision, size, precision, builder, "vision.onnx")
+        builder.save(folder / "vision.onnx")
+    if checkpoint.projector is not None:
+        assert checkpoint.tower is not None
+        model = checkpoint.tower.model
+        size, grid = model.config.image_size, model.config.grid
+        frame = FrameSpec(*size, "stretch")  # as the reference's image processor does
+        window = options.window or model.config.num_frames
+        builder = GraphBuilder("backbone", weights)
+        graphs["backbone"], states = write_backbone(model, window, size, builder, "backbone.onnx")
+        builder.save(folder / "backbone.onnx")
+        builder = GraphBuilder("projector", weights)
+        graphs["projector"] = write_projector(checkpoint.projector, grid, Precision("fp32"), builder, "projector.onnx")
+        builder.save(folder / "projector.onnx")
+    weights.close()
+    return frame, grid, graphs, states
+
+
+def _trained_frames(checkpoint: DecoderCheckpoint) -> int | None:
+    return None if checkpoint.tower is None else checkpoint.tower.model.config.num_frames
+
+
+def _check_options(checkpoint: DecoderCheckpoint, options: DecoderOptions) -> None:
+    config = checkpoint.decoder.config
+    if options.precision not in PRECISIONS:
+        raise CheckpointError(f"--precision: expected {', '.join(PRECISIONS)}, found '{options.precision}'")
+    positions = min(options.positions, config.max_position_embeddings)
+    if not 1 <= options.capacity <= positions:
+        raise CheckpointError(
+            f"--capacity: expected 1 to {positions} tokens, as many as there are positions, found {options.capacity}"
+        )
+    if options.chunk < 1:
+        raise CheckpointError(f"--chunk: expected at least 1 token, found {options.chunk}")
+    if options.precision in ("w8", "w4"):
+        for key in ("hidden_size", "intermediate_size"):
+            if getattr(config, key) % 32:
+                raise CheckpointError(
+                    f"--precision {options.precision}: {key} {getattr(config, key)} is not a multiple of 32,"
+                    " the weights that share a scale"
+                )
+    if options.rate is not None and not 0 < options.rate < float("inf"):
+        raise CheckpointError(f"--rate: expected frames a second above 0, found {options.rate}")
+    if options.frame_size is not None:
+        if checkpoint.vision is None:
+            raise CheckpointError(
+                f"--frame-size: a {checkpoint.family} has no vision tower whose frames could be chosen"
+            )
+        unit = checkpoint.vision.config.unit
+        if any(side < unit or side % unit for side in options.frame_size):
+            height, width = options.frame_size
+            raise CheckpointError(f"--frame-size: expected multiples of {unit} pixels, found {height}x{width}")
+    if options.window is not None:
+        if checkpoint.tower is None:
+            raise CheckpointError(f"--window: a {checkpoint.family} has no ring of frames; give --capacity in tokens")
+        if options.window < 1:
+            raise CheckpointError(f"--window: expected at least 1 frame, found {options.window}")

@@ -1,0 +1,151 @@
+"""Replaying an exported decoder beside PyTorch, before a bundle is kept."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ..runtime.bundle import Bundle
+from ..runtime.engines.onnxruntime import _aligned, _session_options
+from ..runtime.session import Session
+from .decoder import Cache
+from .decoder_checkpoint import DecoderCheckpoint
+from .vision_graph import VISUAL
+
+Array = npt.NDArray[Any]
+STEPS = (7, 1, 4, 1)  # new tokens of each step; after them some are forgotten, the keys re-based, and one more taken
+FORGOTTEN = slice(3, 6)
+SHIFT = 5  # positions
+
+
+class DecoderRun:
+    """The graphs of a decoder over state buffers of one stream, on ONNX Runtime's CPU provider.
+
+    Attributes:
+        states: by name, [1, G, C, d]; the graphs write into them.
+        capacity: tokens.
+    """
+
+    def __init__(self, bundle: Bundle, threads: int = 2) -> None:
+        import onnxruntime
+
+        manifest, options = bundle.manifest, _session_options(onnxruntime, threads)
+        assert manifest.language is not None
+        linear = [state for state in manifest.states if state.kind == "linear"]
+        self.states = {state.name: _aligned((1, *map(int, state.shape[1:])), state.dtype) for state in linear}
+        self.capacity = linear[0].capacity
+        self._graphs = {}
+        for role in ("embed", "decoder", "rebase"):
+            graph = manifest.graphs[getattr(manifest.language, role)]
+            path = str(bundle.file(graph.file))
+            session = onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
+            self._graphs[role] = (graph, session)
+
+    def embed(self, tokens: Array) -> Array:
+        """Embeddings [1, T, D] of tokens [1, T]."""
+        return self._run("embed", {"tokens": tokens})["embeddings"]
+
+    def step(self, embeddings: Array, position_ids: Array, write_index: int, slot_mask: Array) -> Array:
+        """Logits [V] after embeddings [1, T, D] at position ids [1, R, T], written from slot `write_index` on."""
+        inputs = {
+            "embeddings": embeddings,
+            "position_ids": position_ids,
+            "write_index": np.array([write_index]),
+            "slot_mask": slot_mask[None],
+        }
+        return self._run("decoder", inputs)["logits"][0]
+
+    def rebase(self, slot_positions: Array) -> None:
+        """Turn the keys of all slots to positions [1, R, C]."""
+        self._run("rebase", {"slot_positions": slot_positions})
+
+    def _run(self, role: str, inputs: dict[str, Array]) -> dict[str, Array]:
+        graph, session = self._graphs[role]
+        binding = session.io_binding()
+        sizes = {"S": 1, "T": next(iter(inputs.values())).shape[1]}
+        outputs = {
+            port.name: _aligned(tuple(sizes[n] if isinstance(n, str) else n for n in port.shape), port.dtype)
+            for port in graph.outputs
+        }
+        inputs = {name: np.ascontiguousarray(value) for name, value in inputs.items()}
+        bound = {**inputs, **{use.input: self.states[use.state] for use in graph.states}}
+        results = {**outputs, **{use.output: self.states[use.state] for use in graph.states if use.output}}
+        for bind, arrays in ((binding.bind_input, bound), (binding.bind_output, results)):
+            for name, array in arrays.items():
+                bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+        session.run_with_iobinding(binding)
+        return outputs
+
+
+def replay(checkpoint: DecoderCheckpoint, bundle: Bundle) -> tuple[float, int]:
+    """Take random tokens, and what the model sees in a random frame, through PyTorch and through the bundle.
+
+    Before the last token some are forgotten and all keys of the bundle turned to other positions. PyTorch stays at the
+    old ones: only distances count.
+
+    Returns:
+        The relative error (root mean square, of the logits of a step or some embeddings) where it is largest, and the
+        number of tokens.
+    """
+    generator = np.random.default_rng(0)
+    decoder, run = checkpoint.decoder, DecoderRun(bundle)
+    rows, vocabulary = decoder.config.rope.rows, decoder.config.vocab_size
+    tokens = generator.integers(0, vocabulary, (1, sum(STEPS) + 1))
+    positions = np.arange(tokens.shape[1]) + generator.integers(0, 4, (1, rows, 1))
+    mask, at, shift = np.zeros(run.capacity, bool), 0, 0
+    cache: Cache | None = None
+    pairs: list[tuple[Array, Tensor]] = []
+    with torch.inference_mode():
+        visual = _see(checkpoint, bundle, generator, pairs)
+        for length in (*STEPS, 1):
+            stop = at + length
+            embeddings = run.embed(tokens[:, at:stop])
+            pairs.append((embeddings, decoder.embed(torch.from_numpy(tokens[:, at:stop]))))
+            if at == 0 and visual is not None:  # what was seen goes where tokens go
+                embeddings = embeddings.copy()
+                embeddings[:, : visual.shape[1]] = visual[:, :length]
+            if stop == tokens.shape[1]:
+                mask[FORGOTTEN], shift = False, SHIFT
+                slot_positions = np.zeros((1, rows, run.capacity), np.int64)
+                slot_positions[:, :, :at] = positions[:, :, :at] + shift
+                run.rebase(slot_positions)
+            at_positions = positions[:, :, at:stop]
+            logits = run.step(embeddings, at_positions + shift, at, mask)
+            seen = torch.from_numpy(mask[None, :at])
+            expected, cache = decoder(torch.from_numpy(embeddings), torch.from_numpy(at_positions), cache, seen)
+            pairs.append((logits, expected[0, -1]))
+            mask[at:stop] = True
+            at = stop
+    difference = 0.0
+    for found, wanted in pairs:
+        error = np.linalg.norm(found - wanted.numpy()) / max(float(wanted.norm()), 1e-6)
+        difference = max(difference, float(error)) if np.isfinite(error) else math.inf
+    return difference, tokens.shape[1]
+
+
+def _see(
+    checkpoint: DecoderCheckpoint, bundle: Bundle, generator: np.random.Generator, pairs: list[tuple[Array, Tensor]]
+) -> Array | None:
+    """What the bundle makes of a random frame, [1, tokens, D], and beside it in `pairs` what PyTorch does."""
+    if checkpoint.vision is None and checkpoint.projector is None:
+        return None
+    manifest = bundle.manifest
+    frame = generator.integers(0, 256, (manifest.frame.height, manifest.frame.width, 3), np.uint8)
+    with Session(bundle, outputs=(VISUAL,)) as session, session.open_stream() as stream:
+        visual = stream.step(frame)[VISUAL][None]
+    pixels = torch.from_numpy(frame)[None]
+    if checkpoint.vision is not None:
+        expected = checkpoint.vision(pixels)
+    else:
+        assert checkpoint.projector is not None
+        assert checkpoint.tower is not None
+        assert manifest.grid is not None
+        features, _, _ = checkpoint.tower.model(pixels[None], None, 1, 0)
+        expected = checkpoint.projector(features[0], checkpoint.tower.model.config.grid)
+    pairs.append((visual, expected))
+    return visual

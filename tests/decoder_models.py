@@ -1,0 +1,97 @@
+"""Small random decoders of `transformers`, as checkpoints on disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+VOCABULARY = 320
+IMAGE, VISION_START, VISION_END = 300, 301, 302
+STATES = ("</Silence>", "</Standby>", "</Response>")
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "eos_token_id": 2,
+    "bos_token_id": 1,
+}
+
+
+def qwen2(**changes: Any) -> Qwen2ForCausalLM:
+    return _shaken(Qwen2ForCausalLM(Qwen2Config(**{**SIZES, "tie_word_embeddings": True, **changes})))
+
+
+def llama(**changes: Any) -> LlamaForCausalLM:
+    return _shaken(LlamaForCausalLM(LlamaConfig(**{**SIZES, "tie_word_embeddings": False, **changes})))
+
+
+def qwen2_5_vl(window_size: int = 56) -> Qwen2_5_VLForConditionalGeneration:
+    """Windows of 4 x 4 patches; of three layers of the tower the second attends to all."""
+    text = {**SIZES, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}}
+    vision = {
+        "depth": 3,
+        "hidden_size": 32,
+        "intermediate_size": 36,
+        "num_heads": 2,
+        "window_size": window_size,
+        "out_hidden_size": SIZES["hidden_size"],
+        "fullatt_block_indexes": [1],
+    }
+    tokens = {"image_token_id": IMAGE, "vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END}
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, video_token_id=303, **tokens)
+    return _shaken(Qwen2_5_VLForConditionalGeneration(config))
+
+
+def save(model: Any, folder: Path, shard: str = "5GB") -> Path:
+    model.save_pretrained(folder, max_shard_size=shard)
+    return folder
+
+
+def save_tokenizer(folder: Path, words: int = 290, states: bool = True) -> None:
+    """A tokenizer of whole words, `w0`, `w1`, ..., with Streamo's three tokens."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    tokenizer = Tokenizer(WordLevel({f"w{index}": index for index in range(words)}, unk_token="w0"))
+    if states:
+        tokenizer.add_special_tokens(list(STATES))
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def save_videoqa(folder: Path, decoder: Any, projector: dict[str, torch.Tensor], **keys: Any) -> Path:
+    """A VideoQA checkpoint in the reference's layout: the decoder's weights, the projector's beside them."""
+    folder.mkdir()
+    weights = {key: value.clone() for key, value in decoder.state_dict().items()}
+    save_file({**weights, **projector}, folder / "model.safetensors")
+    kind = "llava_llama" if isinstance(decoder, LlamaForCausalLM) else "llava_qwen"
+    values = {**decoder.config.to_dict(), "model_type": kind, **keys}
+    (folder / "config.json").write_text(json.dumps(values), "utf-8")
+    return folder
+
+
+def _shaken(model: Any) -> Any:
+    """Weights so large that logits tell layers, positions and biases apart."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim == 1 and "bias" not in name:
+                weight.copy_(1 + 0.2 * torch.randn(weight.shape, generator=generator))
+            else:
+                weight.copy_(0.15 * torch.randn(weight.shape, generator=generator))
+    return model.eval()
