@@ -98,8 +98,8 @@ class Session:
             )
         if isinstance(outputs, str):
             raise EngineError(f"outputs: expected a list of names, found the text '{outputs}'")
-        choice = choose_engine(bundle.manifest, engine, device)
-        self.precision = choose_precision(bundle.manifest, precision, choice.device)
+        choice = choose_engine(bundle.manifest, engine, device, precision)
+        self.precision = choose_precision(bundle.manifest, precision, choice.device, choice.engine)
         self.bundle = bundle = replace(bundle, manifest=bundle.manifest.at(self.precision))
         manifest = bundle.manifest
         self.available_outputs = tuple(_available_outputs(manifest))

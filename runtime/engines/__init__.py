@@ -17,6 +17,11 @@ from ..errors import EngineError
 ENGINES = ("onnxruntime", "torch")
 ARITHMETIC = ("fp32", "tf32", "fp16", "bf16")  # what the torch engine computes in where it is asked to: "torch:fp16"
 DEVICES = ("cpu", "cuda")
+# why an engine does not run a precision whose memory is INT8; the torch engine's kernel reads it as it is
+NO_INT8_MEMORY = {
+    "onnxruntime": "ONNX Runtime would dequantize the whole memory in every step",
+    "tensorrt": "TensorRT's caches are FP32 or FP16",
+}
 
 
 class Engine(Protocol):
@@ -71,14 +76,32 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def choose_engine(manifest: Manifest, engine: str, device: str) -> EngineChoice:
+def has_int8_memory(manifest: Manifest, precision: str) -> bool:
+    """Whether the states of a precision are INT8, which only some engines run; see `NO_INT8_MEMORY`."""
+    return any(state.dtype == "int8" for state in manifest.at(precision).states)
+
+
+def check_memory(manifest: Manifest, precision: str, engine: str) -> None:
+    """Raise EngineError where an engine does not run the memory of a precision."""
+    if engine in NO_INT8_MEMORY and has_int8_memory(manifest, precision):
+        others = [name for name in manifest.precisions if not has_int8_memory(manifest, name)]
+        advice = f", or take another precision ({', '.join(others)})" if others else ""
+        raise EngineError(
+            f"precision '{precision}' keeps its memory as INT8, which the engine '{engine}' does not run:"
+            f" {NO_INT8_MEMORY[engine]}; use the engine 'torch'{advice}"
+        )
+
+
+def choose_engine(manifest: Manifest, engine: str, device: str, precision: str = "auto") -> EngineChoice:
     """Take the fastest engine that the bundle and the machine allow, or the one asked for.
 
     Args:
         engine: "auto", one of `ENGINES`, or "torch:" and one of `ARITHMETIC`.
+        precision: "auto" or one of the bundle's.
 
     Raises:
         EngineError: unknown, or not usable here.
+        BundleError: the bundle does not have that precision.
     """
     name, _, arithmetic = engine.partition(":")
     if name not in ("auto", *ENGINES):
@@ -87,8 +110,15 @@ def choose_engine(manifest: Manifest, engine: str, device: str) -> EngineChoice:
         raise EngineError(f"engine '{engine}' is unknown; with ':' expected torch:{', torch:'.join(ARITHMETIC)}")
     if device not in ("auto", *DEVICES):
         raise EngineError(f"device '{device}' is unknown; expected auto, {', '.join(DEVICES)}")
-    if name == "torch" or (name == "auto" and find_spec("onnxruntime") is None and find_spec("torch") is not None):
-        return _choose_torch(engine, arithmetic or None, device)
+    if precision != "auto":
+        check_memory(manifest, precision, name)
+    if name == "torch":
+        return _choose_torch("asked for", arithmetic or None, device)
+    wanted = manifest.precisions if precision == "auto" else (precision,)
+    if name == "auto" and all(has_int8_memory(manifest, one) for one in wanted):
+        return _choose_torch("no other engine runs INT8 memory", None, device)
+    if name == "auto" and find_spec("onnxruntime") is None and find_spec("torch") is not None:
+        return _choose_torch("ONNX Runtime is not installed", None, device)
     from .onnxruntime import available_devices
 
     found = available_devices()
@@ -102,7 +132,7 @@ def choose_engine(manifest: Manifest, engine: str, device: str) -> EngineChoice:
     return EngineChoice("onnxruntime", taken, f"onnxruntime on {taken} ({why})")
 
 
-def _choose_torch(engine: str, arithmetic: str | None, device: str) -> EngineChoice:
+def _choose_torch(why: str, arithmetic: str | None, device: str) -> EngineChoice:
     from .torch import available_devices
 
     found = available_devices()
@@ -112,22 +142,24 @@ def _choose_torch(engine: str, arithmetic: str | None, device: str) -> EngineCho
             " use a machine with an NVIDIA GPU and a PyTorch built for CUDA"
         )
     taken = found[0] if device == "auto" else device
-    why = "asked for" if engine != "auto" else "ONNX Runtime is not installed"
     numbers = f" in {arithmetic}" if arithmetic else ""
     return EngineChoice("torch", taken, f"torch on {taken}{numbers} ({why})", arithmetic)
 
 
-def choose_precision(manifest: Manifest, precision: str, device: str) -> str:
+def choose_precision(manifest: Manifest, precision: str, device: str, engine: str) -> str:
     """Take the precision asked for, or the fastest one in the bundle that the device runs well.
 
     Raises:
         BundleError: the bundle does not have it.
+        EngineError: the engine does not run it.
     """
-    if precision != "auto":
-        return manifest.at(precision).precision
-    # A CPU widens every FP16 number before it computes with it.
-    order = ("int8", "fp32") if device == "cpu" else ("fp16", "fp32", "fp16+int8", "int8")
-    return next((name for name in order if name in manifest.precisions), manifest.precision)
+    if precision == "auto":
+        # A CPU widens every FP16 number before it computes with it. INT8 memory is only for those who ask for it.
+        order = ("int8", "fp32") if device == "cpu" else ("fp16", "fp32", "fp16+int8", "int8")
+        known = [name for name in manifest.precisions if not has_int8_memory(manifest, name)]
+        precision = next((name for name in (*order, *known) if name in known), manifest.precision)
+    check_memory(manifest, precision, engine)
+    return manifest.at(precision).precision
 
 
 def make_engine(

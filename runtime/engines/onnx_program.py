@@ -2,7 +2,8 @@
 
 The rewrites change no arithmetic but the order of sums:
 - `TensorScatter` of keys and of values and the `Attention` over both become one `RingAttention`, where slot and mask
-  are a ring's: slot `position mod window`, slots `<= position` visible;
+  are a ring's: slot `position mod window`, slots `<= position` visible; an INT8 ring's `QuantizeLinear` and
+  `DequantizeLinear` go into it, and their scales become two more inputs, a number for each head;
 - `MatMul` by a constant and `Add` of a constant vector become one `Linear`, and several of one input one `LinearGroup`;
 - `Add` and the `LayerNormalization` of its sum become one `ResidualNorm`.
 """
@@ -21,6 +22,7 @@ import numpy.typing as npt
 from ..errors import EngineError
 
 Array = npt.NDArray[Any]
+RING = "RingAttention"
 
 
 @dataclass(frozen=True)
@@ -110,13 +112,16 @@ def _merge_rings(graph: OnnxGraph, position: str, rings: Sequence[tuple[str, str
     makers = {output: node for node in graph.nodes for output in node.outputs}
     uses = Counter(name for node in graph.nodes for name in node.inputs)
     present = {output: past for past, output in rings}
+    constants = dict(graph.constants)
     merged: dict[str, Node] = {}  # by the attention's output
     gone: set[str] = set()
     for node in graph.nodes:
         if node.op != "Attention" or len(node.inputs) != 4 or set(node.attributes) - {"scale"}:
             continue
         query, key, value, mask = node.inputs
-        scatters = [makers.get(name) for name in (key, value)]
+        read = [_read_ring(makers, uses, name) for name in (key, value)]
+        updated = [name for name, _ in read]
+        scatters = [makers.get(name) for name in updated]
         pasts = []
         for scatter in scatters:
             if scatter is None or scatter.op != "TensorScatter" or len(scatter.inputs) != 3:
@@ -133,17 +138,58 @@ def _merge_rings(graph: OnnxGraph, position: str, rings: Sequence[tuple[str, str
         if window is None:
             continue
         assert scatters[0] is not None and scatters[1] is not None
-        sources = [_rows_source(graph, makers, name) for name in (query, scatters[0].inputs[1], scatters[1].inputs[1])]
+        new = [scatters[0].inputs[1], scatters[1].inputs[1]]
+        attributes = {**node.attributes, "window": window}
+        scales: tuple[str, ...] = ()
+        if any(steps is not None for _, steps in read):
+            quantizers = [_ring_quantizer(graph, makers, *pair) for pair in zip(new, read, strict=True)]
+            if quantizers[0] is None or quantizers[1] is None:
+                continue
+            new = [quantizer.inputs[0] for quantizer in quantizers if quantizer is not None]
+            rows = np.stack([constants[quantizer.inputs[1]] for quantizer in quantizers if quantizer is not None])
+            attributes["heads"] = heads = _period(rows)
+            scales = (f"{node.name}/key_scale", f"{node.name}/value_scale")
+            constants.update(zip(scales, rows[:, :heads].astype(np.float32), strict=True))
         merged[node.outputs[0]] = Node(
-            "RingAttention",
+            RING,
             node.name,
-            (*sources, pasts[0][0], pasts[1][0], position),
-            (*node.outputs, key, value),
-            {**node.attributes, "window": window},
+            (
+                *(_rows_source(graph, makers, name) for name in (query, *new)),
+                pasts[0][0],
+                pasts[1][0],
+                position,
+                *scales,
+            ),
+            (*node.outputs, *updated),
+            attributes,
         )
-        gone.update(scatter.outputs[0] for scatter in scatters if scatter is not None)
+        gone.update(updated)
     nodes = [merged.get(node.outputs[0], node) for node in graph.nodes if node.outputs[0] not in gone]
-    return _without_unused(replace(graph, nodes=tuple(nodes)))
+    return _without_unused(replace(graph, nodes=tuple(nodes), constants=constants))
+
+
+def _read_ring(makers: dict[str, Node], uses: Counter[str], name: str) -> tuple[str, str | None]:
+    """The value that a `DequantizeLinear` of rows reads, and its scales; the value itself and None without one."""
+    node = makers.get(name)
+    if node is None or node.op != "DequantizeLinear" or len(node.inputs) != 2 or node.attributes.get("axis", 1) != 1:
+        return name, None
+    return (node.inputs[0], node.inputs[1]) if uses[name] == 1 else (name, None)
+
+
+def _ring_quantizer(graph: OnnxGraph, makers: dict[str, Node], new: str, read: tuple[str, str | None]) -> Node | None:
+    """The `QuantizeLinear` that makes what is written into a ring, where its scales are those of reading."""
+    node, scale = makers.get(new), read[1]
+    if node is None or node.op != "QuantizeLinear" or node.attributes.get("axis", 1) != 1 or scale is None:
+        return None
+    array = graph.constants.get(scale)
+    return node if node.inputs[1:] == (scale,) and array is not None and array.ndim == 1 else None
+
+
+def _period(rows: Array) -> int:
+    """The least divisor of the number of columns after which they repeat: the heads of [.., N * H]."""
+    count = rows.shape[1]
+    divisors = (n for n in range(1, count + 1) if count % n == 0)
+    return next(n for n in divisors if np.array_equal(rows[:, n:], rows[:, : count - n]))
 
 
 def _ring_window(graph: OnnxGraph, makers: dict[str, Node], slot: str, mask: str, position: str) -> int | None:

@@ -269,9 +269,20 @@ def available_devices() -> list[str]:
 
 
 def _step(
-    query: Tensor, key: Tensor, value: Tensor, key_ring: Tensor, value_ring: Tensor, position: Tensor, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_ring: Tensor,
+    value_ring: Tensor,
+    position: Tensor,
+    scale: float,
+    *scales: Tensor,
 ) -> Tensor:
-    mixed: Tensor = operators.temporal_attention(query, key, value, key_ring, value_ring, position, scale)
+    mixed: Tensor
+    if scales:
+        mixed = operators.temporal_attention_int8(query, key, value, key_ring, value_ring, *scales, position, scale)
+    else:
+        mixed = operators.temporal_attention(query, key, value, key_ring, value_ring, position, scale)
     return mixed
 
 

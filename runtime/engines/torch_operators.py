@@ -17,7 +17,7 @@ from .onnx_program import Node
 
 Compute = Callable[..., Any]  # inputs to the output, or to a tuple of outputs
 
-HOST_INPUTS = {"Reshape": (1,), "Expand": (1,), "Unsqueeze": (1,), "Squeeze": (1,), "ReduceL2": (1,)}
+HOST_INPUTS = {"Reshape": (1,), "Expand": (1,), "Unsqueeze": (1,), "Squeeze": (1,), "ReduceL2": (1,), "Tile": (1,)}
 HOST_OUTPUTS = ("Shape",)
 FLOATS = {1: torch.float32, 10: torch.float16, 11: torch.float64, 16: torch.bfloat16}  # by ONNX's numbers
 OTHERS = {2: torch.uint8, 3: torch.int8, 6: torch.int32, 7: torch.int64, 9: torch.bool}
@@ -143,13 +143,15 @@ def gather(node: Node) -> Compute:
 
 def quantize_linear(node: Node) -> Compute:
     axis = node.attributes.get("axis", 1)
+    without_zero = OTHERS.get(node.attributes.get("output_dtype", 0), torch.uint8)
 
     def compute(x: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
-        low, high = INTEGER_RANGE[zero.dtype if zero is not None else torch.uint8]
+        kind = zero.dtype if zero is not None else without_zero
+        low, high = INTEGER_RANGE[kind]
         steps = torch.round(x / _along(scale, x, axis))
         if zero is not None:
             steps = steps + _along(zero, x, axis)
-        return steps.clamp(low, high).to(zero.dtype if zero is not None else torch.uint8)
+        return steps.clamp(low, high).to(kind)
 
     return compute
 
@@ -158,12 +160,13 @@ def dequantize_linear(node: Node) -> Compute:
     axis = node.attributes.get("axis", 1)
     if node.attributes.get("block_size", 0):
         raise Unsupported("blocks")
+    asked = FLOATS.get(node.attributes.get("output_dtype", 0))
 
     def compute(x: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
         steps = x.to(scale.dtype)
         if zero is not None:
             steps = steps - _along(zero, x, axis).to(scale.dtype)
-        return steps * _along(scale, x, axis)
+        return (steps * _along(scale, x, axis)).to(asked or scale.dtype)
 
     return compute
 
@@ -262,6 +265,7 @@ OPERATORS: dict[str, Callable[[Node], Compute]] = {
     "Sub": lambda node: torch.sub,
     "Tanh": lambda node: torch.tanh,
     "TensorScatter": tensor_scatter,
+    "Tile": lambda node: lambda x, repeats: x.tile(repeats.tolist()),
     "Transpose": lambda node: lambda x: x.permute(node.attributes["perm"]),
     "Unsqueeze": unsqueeze,
     # of our own rewrites

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from ..errors import EngineError
-from .onnx_program import Node, OnnxGraph, rewrite
+from .onnx_program import RING, Node, OnnxGraph, rewrite
 from .torch_operators import FLOATS, HOST_INPUTS, HOST_OUTPUTS, OPERATORS, Compute, Unsupported
 
 HOST = "host:"  # prefix of what has to be on the host
-RING = "RingAttention"
 
-# query, key, value [S, N, H, d], key ring, value ring [S, N * H, W, d], position [S], scale -> [S, N, H, d]
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
+# query, key, value [S, N, H, d], key ring, value ring [S, N * H, W, d], position [S], scale -> [S, N, H, d]; an INT8
+# ring's scales of keys and of values, float32 [H], come last
+Attend = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -61,14 +61,16 @@ class Program:
         graph = _with_floats(graph, dtype)
         self.outputs = graph.outputs
         self.rings = sum(node.op == RING for node in graph.nodes)
-        self.prefills = self.rings * 2 == len(rings) and not any(node.op == "TensorScatter" for node in graph.nodes)
+        scales = {name for node in graph.nodes if node.op == RING for name in node.inputs[6:]}
+        all_rings = self.rings * 2 == len(rings) and not any(node.op == "TensorScatter" for node in graph.nodes)
+        self.prefills = all_rings and not scales  # there is no prefill into INT8
         on_host = _host_values(graph)
         self._calls = _calls(graph, on_host)
         read = {name for call in self._calls for name in call.inputs} | set(graph.outputs)
         self._constants: dict[str, Any] = {"": None}  # an input that is left out
         for name, array in graph.constants.items():
             value = torch.from_numpy(np.array(array))  # a copy: mapped files are read-only
-            if value.is_floating_point() and dtype is not None:
+            if value.is_floating_point() and dtype is not None and name not in scales:
                 value = value.to(dtype)
             if name in read:
                 self._constants[name] = value.to(device)
@@ -107,16 +109,21 @@ def _attend(
     key_ring: Tensor,
     value_ring: Tensor,
     position: Tensor,
+    *scales: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The result has the shape that ONNX gives it: [S, N * H, 1, d]."""
     head_dim = key_ring.shape[-1]
-    # [S, N, H * d] as it was before it was reshaped, or rows, each of which then counts as a patch of one head
-    query, key, value = (
-        x.unflatten(-1, (-1, head_dim)) if x.dim() == 3 else x.reshape(x.shape[0], -1, 1, head_dim)
-        for x in (query, key, value)
-    )
+    heads = node.attributes.get("heads")  # after which an INT8 ring's scales repeat
+    if heads is not None:
+        query, key, value = (x.reshape(x.shape[0], -1, heads, head_dim) for x in (query, key, value))
+    else:
+        # [S, N, H * d] as it was before it was reshaped, or rows, each of which then counts as a patch of one head
+        query, key, value = (
+            x.unflatten(-1, (-1, head_dim)) if x.dim() == 3 else x.reshape(x.shape[0], -1, 1, head_dim)
+            for x in (query, key, value)
+        )
     scale = node.attributes.get("scale", head_dim**-0.5)
-    mixed = attend(query, key, value, key_ring, value_ring, position, scale)
+    mixed = attend(query, key, value, key_ring, value_ring, position, scale, *scales)
     return mixed.flatten(1, 2).unsqueeze(2), key_ring, value_ring
 
 
@@ -136,13 +143,14 @@ def _fold_constants(graph: OnnxGraph) -> OnnxGraph:
 
 
 def _with_floats(graph: OnnxGraph, dtype: torch.dtype | None) -> OnnxGraph:
-    """Let casts to a floating type cast to `dtype`."""
+    """Let casts to a floating type, and what reads INT8 as one, give `dtype`."""
     if dtype is None:
         return graph
     number = next(number for number, known in FLOATS.items() if known == dtype)
+    names = {"Cast": "to", "DequantizeLinear": "output_dtype"}
     nodes = [
-        replace(node, attributes={**node.attributes, "to": number})
-        if node.op == "Cast" and node.attributes["to"] in FLOATS
+        replace(node, attributes={**node.attributes, names[node.op]: number})
+        if node.op in names and node.attributes.get(names[node.op]) in FLOATS
         else node
         for node in graph.nodes
     ]
