@@ -274,7 +274,10 @@ def calibrate(
     frames: Annotated[int, typer.Option(min=1, help="Frames to take ranges from, over all clips.")] = 256,
     precision: Annotated[
         list[str] | None,
-        typer.Option(help="int8, fp16 or fp16+int8; repeat it for several, the main one first. Default: int8."),
+        typer.Option(
+            help="int8, fp16 or fp16+int8; fp16+kv8 or fp32+kv8 remember keys and values as INT8, for the torch engine."
+            " Repeat it for several, the main one first. Default: int8."
+        ),
     ] = None,
     keep_float: Annotated[
         bool, typer.Option("--keep-float", help="Keep the float32 graphs in the bundle too.")

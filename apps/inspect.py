@@ -37,6 +37,10 @@ def describe(bundle: Bundle) -> dict[str, Any]:
         "graphs": graphs,
         "states": len(manifest.states),
         "bytes_per_stream": bundle.bytes_per_stream(),
+        "bytes_per_stream_by_precision": {
+            precision: sum(state.bytes_per_stream() for state in manifest.at(precision).states)
+            for precision in manifest.precisions
+        },
         "bytes_on_disk": sum(entry.bytes for entry in manifest.files.values()),
         "labels": list(manifest.labels.names) if manifest.labels else [],
         "background": manifest.labels.background if manifest.labels else None,
@@ -73,7 +77,8 @@ def table(bundle: Bundle) -> Table:
         add("labels", ", ".join(facts["labels"]))
     add("scores", facts["scores"])
     if len(facts["precisions"]) > 1:
-        rows.add_row("precisions", ", ".join(facts["precisions"]))
+        sizes = facts["bytes_per_stream_by_precision"]
+        add("precisions", "; ".join(f"{name}, {_size(sizes[name])} of state per stream" for name in sizes))
     if facts["calibration"] is not None:
         for line in _calibration_lines(facts["calibration"]):
             rows.add_row("calibrated", line)

@@ -14,14 +14,16 @@ import onnx
 
 from ..export.graph import WeightFile, save_graph
 from ..export.half import LARGEST, centre_pixels, round_as_half, to_half
-from ..export.linears import linears, read_graph
+from ..export.linears import Linear, linears, read_graph
 from ..runtime.bundle import Bundle, BundleWriter, Manifest, State, Variant
+from ..runtime.engines import choose_engine
 from ..runtime.onnx_files import external_files
 from ..runtime.session import NonFiniteOutputError, Session
 from .clips import Clip
-from .compare import compare, long_clip
+from .compare import compare, engine_of, long_clip
 from .errors import CalibrationError
 from .integer import IntegerProducts, integer_products
+from .memory import cached_projections, head_scales, quantize_memory
 from .observe import PERCENTILE, Observations, largest_values, observe
 from .quantize import LEVELS, check_float, quantize
 from .report import Accuracy, Drift, Report, write_report
@@ -31,7 +33,9 @@ from .smooth import smooth
 FLOAT = "fp32"
 INT8 = "int8"
 HALF = "fp16"
-PRECISIONS = (INT8, HALF, "fp16+int8")
+INT8_MEMORY = "+kv8"  # ends the name of a precision that keeps keys and values as INT8
+# INT8 memory is for the torch engine, which gains nothing from INT8 linear layers
+PRECISIONS = (INT8, HALF, "fp16+int8", FLOAT + INT8_MEMORY, HALF + INT8_MEMORY)
 
 
 @dataclass(frozen=True)
@@ -139,6 +143,8 @@ def _check_options(bundle: Bundle, options: CalibrationOptions, check: Sequence[
             "--max-drop: needs the truth about every frame: put CLIP.labels.txt beside CLIP.mp4, one label a line,"
             " or give --min-cosine instead"
         )
+    if any(_int8_memory(precision) for precision in options.precisions):
+        choose_engine(bundle.manifest, "torch", "cpu")  # measures them; better missing now than after the observation
 
 
 def _read_models(bundle: Bundle) -> dict[str, onnx.ModelProto]:
@@ -165,7 +171,14 @@ def _observe(
         first = observe(bundle, models, clips, "minmax")
         shared = _shared_weights(models)
         smoothed = sum(smooth(model, first[name], shared) for name, model in models.items())
-    seen = observe(bundle, models, clips, options.method, options.percentile)
+    cached = {
+        name: {
+            item.value: f"the state {item.state}"
+            for item in cached_projections(model, bundle.manifest.graphs[name].states)
+        }
+        for name, model in models.items()
+    }
+    seen = observe(bundle, models, clips, options.method, options.percentile, cached)
     for name, value in pixels.items():
         if value is not None:
             seen[name][value].amax = float(LEVELS)  # a scale of 1: every pixel value exactly
@@ -221,22 +234,30 @@ def _write(
     old = bundle.manifest
     variants: dict[str, Variant] = {}
     products: list[IntegerProducts] = []
-    for precision in options.precisions:
-        graphs, quantized = {}, {}
-        with _weights(folder, precision) as weights:
+    quantized: dict[tuple[str, str], list[Linear]] = {}  # by precision and graph
+    with contextlib.ExitStack() as files:
+        weights: dict[str, WeightFile] = {}  # precisions that differ in their memory alone share one
+        for precision in options.precisions:
+            base, graphs = precision.removesuffix(INT8_MEMORY), {}
+            if base not in weights:
+                weights[base] = files.enter_context(_weights(folder, base))
             for name, model in _copies(models):
                 graph = old.graphs[name]
-                if INT8 in precision:
-                    quantized[name] = quantize(model, seen[name], kept)
-                if HALF in precision:
+                scales = head_scales(model, graph.states, seen[name]) if _int8_memory(precision) else None
+                if INT8 in base:
+                    quantized[precision, name] = quantize(model, seen[name], kept)
+                if HALF in base:
                     to_half(model, [port for use in graph.states for port in (use.input, use.output) if port])
+                if scales is not None:
+                    quantize_memory(model, graph.states, scales)
                 graphs[name] = replace(graph, file=f"{name}.{_suffix(precision)}.onnx")
-                save_graph(model, folder / graphs[name].file, weights)
-        for name, graph in graphs.items():
+                save_graph(model, folder / graphs[name].file, weights[base])
+            variants[precision] = Variant(graphs, _states(old.states, precision))
+    for precision, variant in variants.items():
+        for name, graph in variant.graphs.items():
             onnx.checker.check_model(str(folder / graph.file), full_check=True)
             if precision == INT8:
-                products.append(integer_products(folder / graph.file, name, quantized[name]))
-        variants[precision] = Variant(graphs, _states(old.states, precision))
+                products.append(integer_products(folder / graph.file, name, quantized[precision, name]))
     if options.keep_float:
         variants[FLOAT] = Variant({name: old.graphs[name] for name in models}, old.states)
     main, *others = variants
@@ -261,15 +282,20 @@ def _write_rounded(
     precision: str,
 ) -> Bundle:
     """Write a stand-in for an FP16 precision that rounds as it does, in float32; see `round_as_half`."""
-    graphs = dict(bundle.manifest.graphs)
+    graphs, states = dict(bundle.manifest.graphs), bundle.manifest.states
     with _weights(folder, precision) as weights:
         for name, model in _copies(models):
+            uses = graphs[name].states
+            scales = head_scales(model, uses, seen[name]) if _int8_memory(precision) else None
             if INT8 in precision:
                 quantize(model, seen[name], kept)
             round_as_half(model)
+            if scales is not None:
+                quantize_memory(model, uses, scales)
+                states = _states(states, precision)
             graphs[name] = replace(graphs[name], file=f"{name}.rounded.onnx")
             save_graph(model, folder / graphs[name].file, weights)
-    manifest = replace(bundle.manifest, precision=precision, graphs=graphs)
+    manifest = replace(bundle.manifest, precision=precision, graphs=graphs, states=states)
     for name in _other_files(bundle, manifest):
         shutil.copyfile(bundle.file(name), folder / name)
     return Bundle(folder, manifest)
@@ -295,8 +321,13 @@ def _suffix(precision: str) -> str:
     return precision.replace("+", "-")
 
 
+def _int8_memory(precision: str) -> bool:
+    return precision.endswith(INT8_MEMORY)
+
+
 def _states(states: Sequence[State], precision: str) -> tuple[State, ...]:
-    return tuple(replace(state, dtype="float16") if HALF in precision else state for state in states)
+    dtype = "int8" if _int8_memory(precision) else "float16" if HALF in precision else None
+    return tuple(replace(state, dtype=dtype) if dtype else state for state in states)
 
 
 def _other_files(bundle: Bundle, manifest: Manifest) -> set[str]:
@@ -336,7 +367,8 @@ def _measure(
             raise CalibrationError(
                 f"{error}; {_largest(reference, models, check[0])}; leave {precision} out"
             ) from error
-        accuracy = Accuracy.of(precision, found, written, reference, timed=measured is written)
+        timed = measured is written and not _int8_memory(precision)
+        accuracy = Accuracy.of(precision, found, written, reference, timed)
         if not options.drift_frames:
             return accuracy, None
         return accuracy, Drift.of(precision, compare(reference, measured, [long_clip(check, options.drift_frames)]))
@@ -344,7 +376,7 @@ def _measure(
 
 def _run_once(bundle: Bundle, clip: Clip) -> None:
     """Whether the graph that goes into the bundle runs at all."""
-    with Session(bundle, "onnxruntime", "cpu", precision=bundle.manifest.precision) as session:
+    with Session(bundle, engine_of(bundle), "cpu", precision=bundle.manifest.precision) as session:
         try:
             session.open_stream().step(clip.frames[0])
         except NonFiniteOutputError as error:

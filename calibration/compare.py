@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..runtime.bundle import Bundle
+from ..runtime.engines import has_int8_memory
 from ..runtime.session import NonFiniteOutputError, Session
 from .clips import Clip, there_and_back
 from .errors import CalibrationError
@@ -43,12 +44,19 @@ class Comparison:
         return float(100 * (self.reference_hits.mean() - self.hits.mean()))
 
 
+def engine_of(bundle: Bundle) -> str:
+    """The engine that a precision is measured with on a CPU: ONNX Runtime, where it runs it."""
+    return "torch" if has_int8_memory(bundle.manifest, bundle.manifest.precision) else "onnxruntime"
+
+
 def compare(reference: Bundle, other: Bundle, clips: Sequence[Clip]) -> Comparison:
     """Step both over the clips, frame by frame in turn, with a reset before each clip.
 
     Raises:
         CalibrationError: the other gives NaN or infinity.
     """
+    engine = engine_of(other)
+    threads = None if engine == "onnxruntime" else 1  # PyTorch's would spin on the cores that the reference wants
     labelled = reference.manifest.labels is not None
     outputs = ("pooled", "scores") if labelled else ("pooled",)
     ages: list[int] = []
@@ -58,7 +66,7 @@ def compare(reference: Bundle, other: Bundle, clips: Sequence[Clip]) -> Comparis
     times: list[tuple[float, float]] = []
     with (
         Session(reference, "onnxruntime", "cpu", outputs=outputs, precision=reference.manifest.precision) as left,
-        Session(other, "onnxruntime", "cpu", outputs=outputs, precision=other.manifest.precision) as right,
+        Session(other, engine, "cpu", outputs=outputs, threads=threads, precision=other.manifest.precision) as right,
     ):
         left_stream, right_stream = left.open_stream(), right.open_stream()
         left.warm_up(WARM_UP)

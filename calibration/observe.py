@@ -57,6 +57,7 @@ def observe(
     clips: Sequence[Clip],
     method: str,
     percentile: float = PERCENTILE,
+    others: Mapping[str, Mapping[str, str]] | None = None,
 ) -> Observations:
     """Step over the clips, with live memory and a reset before each clip, and see what enters the linear layers.
 
@@ -66,14 +67,20 @@ def observe(
         clips: video.
         method: one of `METHODS`.
         percentile: of absolute values that the range covers, for "percentile".
+        others: by graph, further values to see, with what they enter in words. They may be zero throughout, and their
+            range is the largest value seen.
 
     Raises:
         CalibrationError: NaN or infinity, or a layer that only ever saw zeros.
     """
     if method not in METHODS:
         raise CalibrationError(f"--method: expected {', '.join(METHODS)}, found '{method}'")
-    wanted = {name: list(dict.fromkeys(linear.input for linear in linears(model))) for name, model in models.items()}
+    entering = {name: list(dict.fromkeys(linear.input for linear in linears(model))) for name, model in models.items()}
     layer_of = {linear.input: linear.name for model in reversed(list(models.values())) for linear in linears(model)}
+    others = others or {}
+    for values in others.values():
+        layer_of.update(values)
+    wanted = {name: [*values, *others.get(name, {})] for name, values in entering.items()}
     total = sum(len(clip.frames) for clip in clips)
     stride = max(1, total // HISTOGRAM_STEPS)
     seen: Observations = {name: {} for name in models}
@@ -92,19 +99,20 @@ def observe(
                         _note(seen[graph], value, engine.outputs[_alias(graph, value)], sampled, layer_of[value], count)
                     collector = histograms[graph]
                     if sampled and collector is not None:
+                        inputs = {value: engine.outputs[_alias(graph, value)] for value in entering[graph]}
                         with contextlib.redirect_stdout(io.StringIO()):  # it prints a line each time
-                            collector.collect({value: engine.outputs[_alias(graph, value)] for value in values})
+                            collector.collect(inputs)
                 engine.positions += 1
                 count += 1
     for graph, collector in histograms.items():
-        if collector is not None and wanted[graph]:
+        if collector is not None and entering[graph]:
             with contextlib.redirect_stdout(io.StringIO()):
                 thresholds = collector.compute_collection_result()
             for value, (low, high, *_) in thresholds.items():
                 seen[graph][value].amax = float(max(abs(low), abs(high)))
-    for graph, activations in seen.items():
-        for value, activation in activations.items():
-            if not activation.amax > 0:
+    for graph, values in entering.items():
+        for value in values:
+            if not seen[graph][value].amax > 0:
                 raise CalibrationError(
                     f"{graph}: only zeros enter {layer_of[value]}; the video shows nothing to calibrate on"
                 )
