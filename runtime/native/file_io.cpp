@@ -1,0 +1,97 @@
+#include "file_io.h"
+
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <random>
+#include <system_error>
+
+namespace framestep {
+namespace {
+
+std::string reason(int number) { return std::generic_category().message(number); }
+
+// The temporary sibling that takes the file's place once it is complete; removed if it never does.
+class Sibling {
+public:
+    explicit Sibling(const std::filesystem::path& path) : path_(path) {
+        std::random_device random;
+        do {  // not mkstemp, which ignores the umask
+            name_ = path.parent_path() / ("." + path.filename().string() + "." + std::to_string(random()));
+            descriptor_ = open(name_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+        } while (descriptor_ < 0 && errno == EEXIST);
+        if (descriptor_ < 0) fail(errno);
+    }
+
+    ~Sibling() {
+        if (descriptor_ >= 0) close(descriptor_);
+        if (!name_.empty()) unlink(name_.c_str());
+    }
+
+    void write(std::string_view piece) {
+        while (!piece.empty()) {
+            const ssize_t written = ::write(descriptor_, piece.data(), piece.size());
+            if (written < 0 && errno == EINTR) continue;
+            if (written < 0) fail(errno);
+            piece.remove_prefix(static_cast<size_t>(written));
+        }
+    }
+
+    void put_in_place() {
+        const int descriptor = std::exchange(descriptor_, -1);
+        if (close(descriptor) != 0) fail(errno);
+        if (rename(name_.c_str(), path_.c_str()) != 0) fail(errno);
+        name_.clear();
+    }
+
+private:
+    [[noreturn]] void fail(int number) {
+        throw Error(FS_ERROR_OUTPUT, path_.string() + ": cannot be written: " + reason(number));
+    }
+
+    std::filesystem::path path_, name_;
+    int descriptor_ = -1;
+};
+
+}  // namespace
+
+InputFile::InputFile(const std::filesystem::path& path, fs_status code)
+    : path_(path), code_(code), descriptor_(open(path.c_str(), O_RDONLY | O_CLOEXEC)) {
+    if (descriptor_ < 0) throw Error(code, path.string() + ": cannot be read: " + reason(errno));
+}
+
+InputFile::~InputFile() { close(descriptor_); }
+
+size_t InputFile::read(void* data, size_t size) {
+    size_t done = 0;
+    while (done < size) {
+        const ssize_t got = ::read(descriptor_, static_cast<char*>(data) + done, size - done);
+        if (got < 0 && errno == EINTR) continue;
+        if (got < 0) throw Error(code_, path_.string() + ": cannot be read: " + reason(errno));
+        if (got == 0) break;
+        done += static_cast<size_t>(got);
+    }
+    return done;
+}
+
+std::string InputFile::read_all() {
+    struct stat status {};
+    // a guess only: files without a size (a pipe, /proc) or that grow are read to their end all the same
+    const off_t size = fstat(descriptor_, &status) == 0 ? status.st_size : 0;
+    std::string content(static_cast<size_t>(std::max<off_t>(size, 0)) + 1, '\0');
+    size_t done = 0;
+    while ((done += read(content.data() + done, content.size() - done)) == content.size()) content.resize(2 * done);
+    content.resize(done);
+    return content;
+}
+
+void write_file(const std::filesystem::path& path, const std::vector<std::string_view>& pieces) {
+    Sibling sibling(path);
+    for (const std::string_view piece : pieces) sibling.write(piece);
+    sibling.put_in_place();
+}
+
+}  // namespace framestep
