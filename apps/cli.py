@@ -180,7 +180,11 @@ def run(
 def export(
     checkpoint: Annotated[
         str | None,
-        typer.Argument(help="Folder, .pt/.pth file or Hugging Face hub id of a StreamFormer.", show_default=False),
+        typer.Argument(
+            help="Folder, .pt/.pth file or Hugging Face hub id: a StreamFormer, or a decoder (Streamo and other"
+            " Qwen2.5-VL, VideoQA with StreamFormer, Qwen2, Llama).",
+            show_default=False,
+        ),
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the bundle to write.")] = Path("out.bundle"),
     random_init: Annotated[
@@ -197,10 +201,27 @@ def export(
         float | None, typer.Option(help="Frames a second that the model is to see. Default: every frame.")
     ] = None,
     resize: Annotated[
-        str, typer.Option(help="How frames of another size are fitted: crop, stretch or letterbox.")
-    ] = "crop",
+        str | None,
+        typer.Option(help="How frames of another size are fitted: crop, stretch or letterbox. Default: crop."),
+    ] = None,
     head: Annotated[
         str | None, typer.Option(help="Task head of a training checkpoint whose scale and projections score labels.")
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="Of a decoder: fp32, fp16, or weights of 8 or 4 bits, w8 or w4. Default: fp32.")
+    ] = None,
+    capacity: Annotated[int | None, typer.Option(help="Tokens that a decoder's cache holds. Default: 4096.")] = None,
+    chunk: Annotated[
+        int | None, typer.Option(help="Tokens that one step of a decoder should take at most. Default: 128.")
+    ] = None,
+    frame_size: Annotated[
+        str | None,
+        typer.Option(
+            help="Frames of a Qwen2.5-VL, in pixels. Default: the largest 16:9 within 100,352 pixels.", metavar="HxW"
+        ),
+    ] = None,
+    vision_tower: Annotated[
+        str | None, typer.Option(help="StreamFormer of a VideoQA checkpoint. Default: the one that its config names.")
     ] = None,
     labels: LabelsOption = None,
     text_model: TextModelOption = None,
@@ -218,14 +239,18 @@ def export(
     labelling = LabelArguments(labels, text_model, text_embeddings, tuple(template or ()), background, text_graph)
     facts = export_checkpoint(
         ExportArguments(
-            checkpoint, output, random_init, config, window, image_size, rate, resize, head, force, labelling
+            checkpoint, output, random_init, config, window, image_size, rate, resize, head, force, labelling,
+            precision, capacity, chunk, frame_size, vision_tower,
         )
+    )  # fmt: skip
+    replayed = (
+        f"{facts['tokens_replayed']} tokens" if "tokens_replayed" in facts else f"{facts['frames_replayed']} frames"
     )
     _print_facts(
         facts,
         as_json,
         f"{facts['bundle']}: {facts['bytes'] / 1e6:.1f} MB, agrees with PyTorch within {facts['difference']:.1e}"
-        f" over {facts['frames_replayed']} frames",
+        f" over {replayed}",
     )
 
 

@@ -37,19 +37,63 @@ class ExportArguments:
     window: int | None = None
     image_size: str | None = None
     rate: float | None = None
-    resize: str = "crop"
+    resize: str | None = None
     head: str | None = None
     force: bool = False
     labelling: LabelArguments = LabelArguments()
+    precision: str | None = None
+    capacity: int | None = None
+    chunk: int | None = None
+    frame_size: str | None = None
+    vision_tower: str | None = None
+
+
+# options that say something to one family only
+OF_STREAMFORMER = ("config", "image_size", "resize", "head")
+OF_DECODERS = ("precision", "capacity", "chunk", "frame_size", "vision_tower")
 
 
 def export(arguments: ExportArguments) -> dict[str, Any]:
     """Export a checkpoint, or random weights.
 
     Returns:
-        Facts for the report: path, difference, frames, bytes.
+        Facts for the report: path, difference, frames or tokens, bytes.
     """
     _need_export_packages()
+    from ..export.decoder_checkpoint import is_decoder
+
+    if arguments.checkpoint is not None and arguments.random_init is None and is_decoder(arguments.checkpoint):
+        return _export_decoder(arguments, arguments.checkpoint)
+    for name in OF_DECODERS:
+        if getattr(arguments, name) is not None:
+            raise CheckpointError(f"--{name.replace('_', '-')}: only decoders have it, and this is a StreamFormer")
+    return _export_streamformer(arguments)
+
+
+def _export_decoder(arguments: ExportArguments, source: str) -> dict[str, Any]:
+    from ..export.decoder_checkpoint import read_decoder_checkpoint
+    from ..export.decoder_export import DecoderOptions, export_decoder
+
+    for name in OF_STREAMFORMER:
+        if getattr(arguments, name) is not None:
+            raise CheckpointError(f"--{name.replace('_', '-')}: only a StreamFormer has it, and this is a decoder")
+    if _label_options(arguments.labelling) is not None:
+        raise CheckpointError("--labels: only a StreamFormer scores labels; ask a decoder with questions")
+    size = parse_size(arguments.frame_size, "--frame-size") if arguments.frame_size else None
+    given = {name: getattr(arguments, name) for name in ("precision", "capacity", "chunk", "window", "rate")}
+    options = DecoderOptions(frame_size=size, **{name: value for name, value in given.items() if value is not None})
+    checkpoint = read_decoder_checkpoint(source, arguments.vision_tower)
+    report = export_decoder(checkpoint, arguments.output, options, arguments.force)
+    manifest = Bundle.open(report.path, verify=False).manifest
+    return {
+        "bundle": str(report.path),
+        "bytes": sum(entry.bytes for entry in manifest.files.values()),
+        "difference": report.difference,
+        "tokens_replayed": report.tokens,
+    }
+
+
+def _export_streamformer(arguments: ExportArguments) -> dict[str, Any]:
     from ..export.checkpoint import Checkpoint, read_checkpoint
     from ..export.export import ExportOptions, export_streamformer
     from ..export.streamformer import BASE, TINY, random_model
@@ -58,8 +102,9 @@ def export(arguments: ExportArguments) -> dict[str, Any]:
     if (arguments.checkpoint is None) == (arguments.random_init is None):
         raise CheckpointError("give a CHECKPOINT, or --random-init base|tiny for random weights, and not both")
     size = parse_size(arguments.image_size) if arguments.image_size else None
-    if arguments.resize not in ("crop", "stretch", "letterbox"):
-        raise CheckpointError(f"--resize: expected crop, stretch or letterbox, found '{arguments.resize}'")
+    resize = arguments.resize or "crop"
+    if resize not in ("crop", "stretch", "letterbox"):
+        raise CheckpointError(f"--resize: expected crop, stretch or letterbox, found '{resize}'")
     labelling = _label_options(arguments.labelling)
     if arguments.checkpoint is not None:
         checkpoint = read_checkpoint(arguments.checkpoint, arguments.config)
@@ -69,7 +114,7 @@ def export(arguments: ExportArguments) -> dict[str, Any]:
             raise CheckpointError(f"--random-init: expected base or tiny, found '{arguments.random_init}'")
         origin = f"random-init:{arguments.random_init}:{SEED}"
         checkpoint = Checkpoint(random_model(sizes[arguments.random_init], SEED), origin)
-    options = ExportOptions(arguments.window, size, arguments.rate, arguments.resize, arguments.head)
+    options = ExportOptions(arguments.window, size, arguments.rate, resize, arguments.head)
     report = export_streamformer(checkpoint, arguments.output, options, labelling, arguments.force)
     manifest = Bundle.open(report.path, verify=False).manifest
     return {
@@ -103,11 +148,11 @@ def label(path: Path, arguments: LabelArguments) -> dict[str, Any]:
     }
 
 
-def parse_size(text: str) -> tuple[int, int]:
+def parse_size(text: str, option: str = "--image-size") -> tuple[int, int]:
     """`H` or `HxW` in pixels."""
     found = re.fullmatch(r"(\d+)(?:x(\d+))?", text.strip().lower())
     if found is None:
-        raise CheckpointError(f"--image-size: expected H or HxW in pixels, found '{text}'")
+        raise CheckpointError(f"{option}: expected H or HxW in pixels, found '{text}'")
     height = int(found[1])
     return height, int(found[2] or height)
 

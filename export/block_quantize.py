@@ -43,7 +43,8 @@ def quantize_blocks(weight: Array, bits: int) -> tuple[npt.NDArray[np.int8], Arr
 
 def dequantize_blocks(integers: npt.NDArray[np.int8], scales: Array) -> Array:
     """The matrix [outputs, inputs] that the integers stand for."""
-    return integers * np.repeat(scales, BLOCK, axis=1)
+    wide: Array = np.repeat(scales, BLOCK, axis=1) * integers.astype(scales.dtype)
+    return wide
 
 
 def to_onnx(integers: npt.NDArray[np.int8], bits: int) -> npt.NDArray[np.generic]:

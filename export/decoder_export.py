@@ -19,6 +19,7 @@ from ..runtime.bundle import (
     State,
 )
 from ..runtime.errors import CheckpointError, FramestepError
+from .decoder import DecoderConfig
 from .decoder_checkpoint import DecoderCheckpoint
 from .decoder_graph import PRECISIONS, Precision, write_decoder, write_embed, write_rebase
 from .decoder_replay import replay
@@ -31,6 +32,7 @@ from .vision_graph import VISUAL, write_vision
 # largest relative error between PyTorch in float32 and the bundle that is accepted; of unrelated numbers it is 1.4
 AGREEMENT = {"fp32": 2e-4, "fp16": 3e-2, "w8": 0.3, "w4": 0.9}
 TOKENIZER = "tokenizer.json"
+CAPACITY = 4096
 NO_FRAME = FrameSpec(1, 1, "stretch")  # of a decoder without eyes
 
 
@@ -40,7 +42,7 @@ class DecoderOptions:
 
     Attributes:
         precision: one of `PRECISIONS`, of the decoder; what sees is float32, Qwen2.5-VL's tower FP16 with "fp16".
-        capacity: tokens that the cache holds.
+        capacity: tokens that the cache holds; None for 4,096, or all positions where there are fewer.
         chunk: tokens that one step should take at most.
         positions: position ids go from 0 to `positions` - 1; never beyond the trained range.
         frame_size: height and width of a Qwen2.5-VL's frames; None for the largest 16:9 within 100,352 pixels.
@@ -49,7 +51,7 @@ class DecoderOptions:
     """
 
     precision: str = "fp32"
-    capacity: int = 4096
+    capacity: int | None = None
     chunk: int = 128
     positions: int = 32768
     frame_size: tuple[int, int] | None = None
@@ -98,7 +100,7 @@ def write_bundle(checkpoint: DecoderCheckpoint, writer: BundleWriter, options: D
     """Write a bundle and compare it with nothing: `export_decoder` is what users want."""
     _check_options(checkpoint, options)
     folder, decoder, precision = writer.folder, checkpoint.decoder, Precision(options.precision)
-    positions = min(options.positions, decoder.config.max_position_embeddings)
+    positions, capacity = _sizes(decoder.config, options)
     frame, grid, graphs, states = _write_eyes(checkpoint, folder, options)
     weights = WeightFile(folder / "decoder.bin")
     tokens = dict(checkpoint.tokens)
@@ -110,10 +112,10 @@ def write_bundle(checkpoint: DecoderCheckpoint, writer: BundleWriter, options: D
     graphs["embed"] = write_embed(decoder, precision, builder, "embed.onnx", newline)
     builder.save(folder / "embed.onnx")
     builder = GraphBuilder("decoder", weights)
-    graphs["decoder"], linear = write_decoder(decoder, options.capacity, positions, precision, builder, "decoder.onnx")
+    graphs["decoder"], linear = write_decoder(decoder, capacity, positions, precision, builder, "decoder.onnx")
     builder.save(folder / "decoder.onnx")
     builder = GraphBuilder("rebase", weights)
-    graphs["rebase"] = write_rebase(decoder.config, options.capacity, positions, precision, builder, "rebase.onnx")
+    graphs["rebase"] = write_rebase(decoder.config, capacity, positions, precision, builder, "rebase.onnx")
     builder.save(folder / "rebase.onnx")
     weights.close()
     if checkpoint.tokenizer is not None:
@@ -135,7 +137,7 @@ def write_bundle(checkpoint: DecoderCheckpoint, writer: BundleWriter, options: D
             rebase="rebase",
             visual=VISUAL if checkpoint.vision is not None or checkpoint.projector is not None else None,
             positions=positions,
-            chunk=min(options.chunk, options.capacity),
+            chunk=min(options.chunk, capacity),
             tokenizer=TOKENIZER if checkpoint.tokenizer is not None else None,
             tokens=tokens,
             stop=checkpoint.stop,
@@ -175,6 +177,12 @@ def _write_eyes(
     return frame, grid, graphs, states
 
 
+def _sizes(config: DecoderConfig, options: DecoderOptions) -> tuple[int, int]:
+    """Positions and capacity."""
+    positions = min(options.positions, config.max_position_embeddings)
+    return positions, min(CAPACITY, positions) if options.capacity is None else options.capacity
+
+
 def _trained_frames(checkpoint: DecoderCheckpoint) -> int | None:
     return None if checkpoint.tower is None else checkpoint.tower.model.config.num_frames
 
@@ -183,10 +191,10 @@ def _check_options(checkpoint: DecoderCheckpoint, options: DecoderOptions) -> No
     config = checkpoint.decoder.config
     if options.precision not in PRECISIONS:
         raise CheckpointError(f"--precision: expected {', '.join(PRECISIONS)}, found '{options.precision}'")
-    positions = min(options.positions, config.max_position_embeddings)
-    if not 1 <= options.capacity <= positions:
+    positions, capacity = _sizes(config, options)
+    if not 1 <= capacity <= positions:
         raise CheckpointError(
-            f"--capacity: expected 1 to {positions} tokens, as many as there are positions, found {options.capacity}"
+            f"--capacity: expected 1 to {positions} tokens, as many as there are positions, found {capacity}"
         )
     if options.chunk < 1:
         raise CheckpointError(f"--chunk: expected at least 1 token, found {options.chunk}")

@@ -146,7 +146,9 @@ def write_decoder(
         """Write new rows [S, G, T, d] into the state `name` from `write_index` on."""
         shape = (STREAMS, G, C, d)
         past = g.input(f"{name}.past", dtype, shape)
-        present = g.node("TensorScatter", past, new, write_index, name=f"{name}_update", axis=2, mode="linear")
+        present = g.node(
+            "TensorScatter", past, new, write_index, name=f"{name.split('.')[-1]}_update", axis=2, mode="linear"
+        )
         states.append(State(name, "linear", shape, 2, C, 1, dtype))
         uses.append(StateUse(name, f"{name}.past", f"{name}.present"))
         return g.output(present, f"{name}.present", dtype, shape)
@@ -169,9 +171,9 @@ def write_decoder(
             )
             for part, w in projections.items()
         )  # [S, H or G, T, d]
-        update(f"{name}.raw_key", k)
+        update(f"decoder.{name}.raw_key", k)
         q, k = (g.node("RotaryEmbedding", rows, cos, sin) for rows in (q, k))
-        keys, values = update(f"{name}.key", k), update(f"{name}.value", v)
+        keys, values = update(f"decoder.{name}.key", k), update(f"decoder.{name}.value", v)
         h = g.node("Attention", q, keys, values, mask, name="attention", scale=1.0)
         h = g.node("Reshape", g.node("Transpose", h, perm=[0, 2, 1, 3]), g.constant([0, 0, H * d]))
         x = g.node("Add", x, precision.widen(g, precision.linear(g, h, f"{name}.output", attention.o_proj.weight)))
@@ -206,7 +208,7 @@ def write_rebase(
     cos, sin = _turn(g, config, slot_positions, positions, precision)
     uses = []
     for index in range(config.num_hidden_layers):
-        raw, key = f"layer{index}.raw_key", f"layer{index}.key"
+        raw, key = f"decoder.layer{index}.raw_key", f"decoder.layer{index}.key"
         raw_past, past = (g.input(f"{name}.past", precision.dtype, shape) for name in (raw, key))
         turned = g.node("RotaryEmbedding", raw_past, cos, sin, name=f"layer{index}/rotate")
         present = g.node("TensorScatter", past, turned, name=f"layer{index}/key_update", axis=2, mode="linear")

@@ -131,7 +131,7 @@ def write_projector(
         for index, layer in enumerate(layers):
             if index == len(layers) - 1 and config.pooling != "max":
                 matrix = precision.array(pooled[0].flatten(1).T)  # [M, N]
-                h = g.node("MatMul", g.weight("pooling", matrix), h, name="pooling")
+                h = g.node("MatMul", g.weight("pooling_matrix", matrix), h, name="pooling")
             h = precision.linear(g, h, f"projector{index}", layer.weight, layer.bias)
             if index < len(layers) - 1:
                 h = g.activation(h, "gelu")

@@ -123,14 +123,14 @@ def test_rebased_keys_are_those_of_the_new_positions_however_often(exported, pre
         run.rebase(generator.integers(0, 512, positions.shape))
     run.rebase(positions)
     # the first layer's keys come from the embeddings alone
-    assert np.array_equal(run.states["layer0.key"], fresh.states["layer0.key"])
-    raw = torch.from_numpy(run.states["layer1.raw_key"]).double()
+    assert np.array_equal(run.states["decoder.layer0.key"], fresh.states["decoder.layer0.key"])
+    raw = torch.from_numpy(run.states["decoder.layer1.raw_key"]).double()
     config = read_decoder_checkpoint(bundle.manifest.origin.checkpoint).decoder.config
     angles = torch.from_numpy(positions[0, 0, :, None] * config.rope.frequencies(config.head_dim))
     a, b = raw.chunk(2, dim=-1)
     turned = torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], dim=-1)
     bound = {"fp32": 1e-6, "fp16": 2e-3}[precision] * float(turned.abs().max())
-    assert float((torch.from_numpy(run.states["layer1.key"]).double() - turned).abs().max()) < bound
+    assert float((torch.from_numpy(run.states["decoder.layer1.key"]).double() - turned).abs().max()) < bound
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "w8", "w4"])
@@ -216,7 +216,7 @@ def test_far_positions_are_those_of_float64_angles(tmp_path):
     bundle = export(decoder_models.qwen2(max_position_embeddings=32768), tmp_path)
     run, far = DecoderRun(bundle), 32767
     run.step(run.embed(random_tokens(1)), np.array([[[far]]]), 0, np.zeros(CAPACITY, bool))
-    raw, key = (run.states[f"layer0.{name}"][0, 0, 0].astype(np.float64) for name in ("raw_key", "key"))
+    raw, key = (run.states[f"decoder.layer0.{name}"][0, 0, 0].astype(np.float64) for name in ("raw_key", "key"))
     angles = far * 10000.0 ** -(np.arange(8) / 8)
     turned = (raw[:8] + 1j * raw[8:]) * np.exp(1j * angles)
     assert np.abs(key - np.concatenate([turned.real, turned.imag])).max() < 1e-6 * np.abs(raw).max()

@@ -95,8 +95,3 @@ def test_logits_over_several_pictures_are_those_of_transformers(model, folder, c
         stop = min(at + chunk, tokens.shape[1])
         logits = run.step(embeddings[:, at:stop], position_ids[:, :, at:stop], at, np.arange(64) < at)
         golden.assert_close(logits, expected[stop - 1])
-
-
-def test_the_frame_is_the_largest_within_the_references_pixels(folder, model):
-    checkpoint = read_decoder_checkpoint(str(decoder_models.save(model, folder / "again")))
-    assert checkpoint.vision.config.default_frame() == (224, 420)
