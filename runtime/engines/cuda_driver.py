@@ -2,13 +2,16 @@
 
 pycuda has contexts, memory and streams and no CUDA graphs; cuda-bindings has those. Everything happens on the first
 device, in its primary context, on one stream of its own for each `CudaDriver`.
+
+The process has one pycuda context object and keeps it: pycuda frees memory from any thread only while the very object
+that it was allocated under is current, and giving a primary context back leaves it current in that thread.
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -37,13 +40,11 @@ class CudaDriver:
         self._cuda, self._graphs = _import()
         self._memory: dict[int, Any] = {}  # by address
         self._captured: list[Any] = []
-        self._context: Any = None
         try:
-            self._cuda.init()
-            self._device = self._cuda.Device(0)
-            self._context = self._device.retain_primary_context()
+            self._device, self._context = _first_device(self._cuda)
         except self._cuda.Error as error:
             raise EngineError(f"there is no NVIDIA GPU here that the driver can use ({_line(error)})") from None
+        self._open = True
         with self.current():
             self._stream = self._cuda.Stream()
 
@@ -107,12 +108,12 @@ class CudaDriver:
         return array
 
     def upload(self, address: int, host: Array) -> None:
-        """Copy to the device, in the order of the stream. Pinned memory is read later, other memory at once."""
+        """Copy to the device, in the order of the stream; while it captures, only from pinned memory."""
         if host.nbytes:
             self._cuda.memcpy_htod_async(address, host, self._stream)
 
     def download(self, host: Array, address: int) -> None:
-        """Copy to pinned memory, in the order of the stream."""
+        """Copy to the host, in the order of the stream; while it captures, only to pinned memory."""
         if host.nbytes:
             self._cuda.memcpy_dtoh_async(host, address, self._stream)
 
@@ -160,29 +161,34 @@ class CudaDriver:
 
     def close(self) -> None:
         """Free everything. A lost device frees its memory itself and refuses to be told so."""
-        if self._context is None:
+        if not self._open:
             return
-        context, self._context = self._context, None
-        try:
-            context.push()
+        self._open = False
+        with suppress(DeviceError), self.current():
             for graph in self._captured:
                 self._graphs.cuGraphExecDestroy(graph)
             for memory in self._memory.values():
                 memory.free()
             self._stream = None
-            self._cuda.Context.pop()
-            context.detach()
-        except self._cuda.Error:
-            pass
-        finally:
-            self._captured.clear()
-            self._memory.clear()
+        self._captured.clear()
+        self._memory.clear()
 
     def _check(self, found: tuple[Any, ...]) -> Any:
         status, *values = found
         if status != self._graphs.CUresult.CUDA_SUCCESS:
             raise DeviceError(f"the GPU failed or was lost ({status.name}); close the session and load it again")
         return values[0] if values else None
+
+
+_contexts: dict[Any, tuple[Any, Any]] = {}  # by pycuda module: one device and its primary context
+
+
+def _first_device(cuda: Any) -> tuple[Any, Any]:
+    if cuda not in _contexts:
+        cuda.init()
+        device = cuda.Device(0)
+        _contexts[cuda] = device, device.retain_primary_context()
+    return _contexts[cuda]
 
 
 def _import() -> tuple[Any, Any]:

@@ -48,6 +48,11 @@ def misfit(bundle: Bundle, entry: EngineFile, target: Target, streams: int) -> s
         return f"is {entry.precision}, not {manifest.precision}"
     if entry.graph not in manifest.graphs or entry.source != source_key(bundle, manifest.graphs[entry.graph]):
         return "was built from another graph"
+    return machine_misfit(entry, target, streams)
+
+
+def machine_misfit(entry: EngineFile, target: Target, streams: int = 1) -> str | None:
+    """Why an engine cannot run on a machine, whatever its graph; None where it can."""
     if entry.flavour != target.flavour:
         return f"was built by {entry.flavour}, and here is {target.flavour}"
     if entry.version != target.version and not _runs_on_later(entry, target.version):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,13 +20,12 @@ import numpy.typing as npt
 from ..bundle import STREAMS, Bundle, Graph, Manifest, Port
 from ..errors import EngineError, FramestepError
 from .cuda_driver import ALIGNMENT, CudaDriver, DeviceError
-from .engine_files import Target, find_engine, misfit, read_engine
+from .engine_files import Target, find_engine, read_engine
 from .tensorrt_package import Messages, choose_flavour, import_flavour, installed_flavours
 
 Array = npt.NDArray[Any]
 MOST_GRAPHS = 64  # captured ranges of slots that are kept
 WARM_UPS = 2  # runs before a capture: TensorRT sets itself up for new shapes in the first one
-PRECISIONS = ("fp16", "fp16+int8", "fp32", "int8")  # that are built, in the order in which "auto" takes them
 
 
 class TensorRtEngine:
@@ -106,10 +105,8 @@ class TensorRtEngine:
             for name, value in values.items():
                 if name in self._constants:
                     self._driver.free(self._constants.pop(name).address)
-                host = self._driver.pinned(value.shape, str(value.dtype))
-                host[...] = value
-                self._constants[name] = self._twin(host, f"the input '{name}'")
-                self._driver.upload(self._constants[name].address, host)
+                self._constants[name] = self._twin(value, f"the input '{name}'")
+                self._driver.upload(self._constants[name].address, np.ascontiguousarray(value))
             self._driver.wait()
             self._allocate_outputs({"C": labels})
 
@@ -141,18 +138,15 @@ class TensorRtEngine:
         """A copy of one stream's state."""
         buffer = self._states[name]
         with self._driver.current():
-            host = self._driver.pinned(buffer.shape[1:], buffer.dtype)
+            host = np.empty(buffer.shape[1:], buffer.dtype)
             self._driver.download(host, buffer.at(slot))
             self._driver.wait()
-        copy: Array = np.array(host)
-        return copy
+        return host
 
     def write_state(self, name: str, slot: int, value: Array) -> None:
         buffer = self._states[name]
         with self._driver.current():
-            host = self._driver.pinned(buffer.shape[1:], buffer.dtype)
-            host[...] = value
-            self._driver.upload(buffer.at(slot), host)
+            self._driver.upload(buffer.at(slot), np.ascontiguousarray(value, buffer.dtype))
             self._driver.wait()
 
     def zero_states(self, slot: int) -> None:
@@ -357,16 +351,6 @@ def find_target(manifest: Manifest) -> Target:
         return Target(flavour, version, driver.compute_capability)
     finally:
         driver.close()
-
-
-def built_precisions(bundle: Bundle, target: Target, streams: int) -> list[str]:
-    """Precisions for which a step of frames can run here; the fastest first."""
-    found = []
-    for precision in (name for name in PRECISIONS if name in bundle.manifest.precisions):
-        flat = replace(bundle, manifest=bundle.manifest.at(precision))
-        if any(misfit(flat, entry, target, streams) is None for entry in flat.manifest.engines.values()):
-            found.append(precision)
-    return found
 
 
 def _flavour_of(manifest: Manifest) -> str:
