@@ -231,6 +231,8 @@ def _check_options(options: BuildOptions) -> None:
 def _targets(trt: Any, flavour: str, options: BuildOptions) -> tuple[list[Any], tuple[str, ...]]:
     """What to tell the builder, and the compute capabilities to record."""
     if flavour == "tensorrt_rtx":
+        if options.attention == "triton":
+            raise EngineError("--attention triton: TensorRT for RTX has no plugin layers; use --flavour tensorrt")
         if options.version_compatible:
             raise EngineError("--version-compatible: TensorRT for RTX does not have it; build with each version")
         known = {
@@ -524,7 +526,7 @@ def _monitor(trt: Any, progress: Progress) -> tuple[Any, list[BaseException]]:
             stopped.append(error)
         return not stopped
 
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+    class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
 

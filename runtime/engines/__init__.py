@@ -14,7 +14,7 @@ import numpy.typing as npt
 from ..bundle import Bundle, Manifest
 from ..errors import EngineError
 
-ENGINES = ("onnxruntime", "torch")
+ENGINES = ("onnxruntime", "torch", "tensorrt")
 ARITHMETIC = ("fp32", "tf32", "fp16", "bf16")  # what the torch engine computes in where it is asked to: "torch:fp16"
 DEVICES = ("cpu", "cuda")
 # why an engine does not run a precision whose memory is INT8; the torch engine's kernel reads it as it is
@@ -114,6 +114,8 @@ def choose_engine(manifest: Manifest, engine: str, device: str, precision: str =
         check_memory(manifest, precision, name)
     if name == "torch":
         return _choose_torch("asked for", arithmetic or None, device)
+    if name == "tensorrt" or (name == "auto" and device != "cpu" and _built_for_here(manifest)):
+        return _choose_tensorrt(manifest, device, name)
     wanted = manifest.precisions if precision == "auto" else (precision,)
     if name == "auto" and all(has_int8_memory(manifest, one) for one in wanted):
         return _choose_torch("no other engine runs INT8 memory", None, device)
@@ -146,6 +148,31 @@ def _choose_torch(why: str, arithmetic: str | None, device: str) -> EngineChoice
     return EngineChoice("torch", taken, f"torch on {taken}{numbers} ({why})", arithmetic)
 
 
+def _choose_tensorrt(manifest: Manifest, device: str, asked: str) -> EngineChoice:
+    from .tensorrt import find_target
+
+    if device == "cpu":
+        raise EngineError("the engine 'tensorrt' needs an NVIDIA GPU; use the engine 'onnxruntime' on a CPU")
+    target = find_target(manifest)
+    why = "asked for" if asked == "tensorrt" else "the bundle has an engine for this GPU"
+    return EngineChoice("tensorrt", "cuda", f"tensorrt on cuda, {target.flavour} {target.version} ({why})")
+
+
+def _built_for_here(manifest: Manifest) -> bool:
+    """Whether somebody built engines for this very machine."""
+    from .engine_files import machine_misfit
+
+    if not manifest.engines:
+        return False
+    from .tensorrt import find_target
+
+    try:
+        target = find_target(manifest)
+    except EngineError:
+        return False
+    return any(machine_misfit(entry, target) is None for entry in manifest.engines.values())
+
+
 def choose_precision(manifest: Manifest, precision: str, device: str, engine: str) -> str:
     """Take the precision asked for, or the fastest one in the bundle that the device runs well.
 
@@ -157,6 +184,9 @@ def choose_precision(manifest: Manifest, precision: str, device: str, engine: st
         # A CPU widens every FP16 number before it computes with it. INT8 memory is only for those who ask for it.
         order = ("int8", "fp32") if device == "cpu" else ("fp16", "fp32", "fp16+int8", "int8")
         known = [name for name in manifest.precisions if not has_int8_memory(manifest, name)]
+        if engine == "tensorrt":  # what it was built for, where it was
+            built = {entry.precision for entry in manifest.engines.values()}
+            known = [name for name in known if name in built] or known
         precision = next((name for name in (*order, *known) if name in known), manifest.precision)
     check_memory(manifest, precision, engine)
     return manifest.at(precision).precision
@@ -174,6 +204,10 @@ def make_engine(
         from .torch import TorchEngine
 
         return TorchEngine(bundle, graphs, outputs, streams, choice.device, threads, choice.arithmetic)
+    if choice.engine == "tensorrt":
+        from .tensorrt import TensorRtEngine
+
+        return TensorRtEngine(bundle, graphs, outputs, streams)
     from .onnxruntime import OnnxRuntimeEngine
 
     return OnnxRuntimeEngine(bundle, graphs, outputs, streams, choice.device, threads)
