@@ -1,0 +1,145 @@
+// The inner parts of the library as C functions, for tests/native/test_native_parts.py and benchmarks/native_preprocess.py.
+// A function returns an fs_status; the text behind `text`, a result or a message, is freed with parts_free.
+
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <string>
+
+#include "error.h"
+#include "json.h"
+#include "onnx_files.h"
+#include "preprocess.h"
+#include "sha256.h"
+#include "state_file.h"
+
+using namespace framestep;
+
+namespace {
+
+size_t allocations = 0;
+
+template <typename Function>
+int call(char** text, Function function) {
+    std::string result;
+    int status = FS_OK;
+    try {
+        result = function();
+    } catch (const Error& error) {
+        result = error.message;
+        status = error.code;
+    }
+    *text = static_cast<char*>(std::malloc(result.size() + 1));
+    std::memcpy(*text, result.c_str(), result.size() + 1);
+    return status;
+}
+
+struct View {  // as in the test
+    const char* name;
+    const char* dtype;
+    const int64_t* shape;
+    size_t rank;
+    void* data;
+    size_t bytes;
+};
+
+std::vector<TensorView> views_of(const View* views, size_t count) {
+    std::vector<TensorView> tensors;
+    for (size_t i = 0; i < count; ++i) {
+        const View& view = views[i];
+        tensors.push_back({view.name, view.dtype, {view.shape, view.shape + view.rank}, view.data, view.bytes});
+    }
+    return tensors;
+}
+
+std::string hex(const std::vector<uint8_t>& bytes) {
+    std::string text;
+    for (const uint8_t byte : bytes) text += {"0123456789abcdef"[byte >> 4], "0123456789abcdef"[byte & 15]};
+    return text;
+}
+
+}  // namespace
+
+void* operator new(size_t size) {
+    ++allocations;
+    if (void* memory = std::malloc(size)) return memory;
+    throw std::bad_alloc();
+}
+void operator delete(void* memory) noexcept { std::free(memory); }
+void operator delete(void* memory, size_t) noexcept { std::free(memory); }
+
+#pragma GCC visibility push(default)
+extern "C" {
+
+void parts_free(void* memory) { std::free(memory); }
+
+size_t parts_allocations() { return allocations; }
+
+int parts_json(const char* bytes, size_t size, size_t max_depth, char** text) {
+    return call(text, [&] { return dump_sorted(Json::parse({bytes, size}, max_depth)); });
+}
+
+int parts_sha256_bytes(const char* bytes, size_t size, char** text) {
+    return call(text, [&] { return sha256_hex(std::string_view(bytes, size)); });
+}
+
+int parts_sha256_file(const char* path, char** text) {
+    return call(text, [&] { return sha256_hex(std::filesystem::path(path)); });
+}
+
+int parts_fastest_simd() { return static_cast<int>(fastest_simd()); }
+
+int parts_preprocess_open(int height, int width, int resize, int simd, Preprocess** preprocess, char** text) {
+    return call(text, [&] {
+        *preprocess = new Preprocess(height, width, static_cast<Resize>(resize), static_cast<Simd>(simd));
+        return std::string();
+    });
+}
+
+void parts_preprocess_close(Preprocess* preprocess) { delete preprocess; }
+
+int parts_preprocess_fit(Preprocess* preprocess, const uint8_t* data, int width, int height, int64_t stride, int format,
+                         uint8_t* out, char** text) {
+    try {
+        preprocess->fit({data, width, height, stride, static_cast<PixelFormat>(format)}, out);
+        return FS_OK;
+    } catch (const Error& error) {
+        return call(text, [&]() -> std::string { throw error; });
+    }
+}
+
+int parts_write_state(const char* path, const char* key, int64_t position, const View* views, size_t count, char** text) {
+    return call(text, [&] {
+        write_state(path, key, position, views_of(views, count));
+        return std::string();
+    });
+}
+
+int parts_read_state(const char* path, const char* key, const View* views, size_t count, char** text) {
+    return call(text, [&] { return std::to_string(read_state(path, key, views_of(views, count))); });
+}
+
+// A JSON list of [name, dtype, shape, data in hex].
+int parts_safetensors(const char* path, char** text) {
+    return call(text, [&] {
+        Json::Array list;
+        for (const Tensor& tensor : read_safetensors(path)) {
+            Json::Array shape;
+            for (const int64_t extent : tensor.shape) shape.emplace_back(extent);
+            list.emplace_back(Json::Array{Json(tensor.name), Json(tensor.dtype), Json(shape), Json(hex(tensor.data))});
+        }
+        return dump_sorted(Json(list));
+    });
+}
+
+// A JSON list.
+int parts_external_files(const char* path, char** text) {
+    return call(text, [&] {
+        Json::Array list;
+        for (const std::string& location : external_files(path)) list.emplace_back(location);
+        return dump_sorted(Json(list));
+    });
+}
+
+}  // extern "C"
+#pragma GCC visibility pop
