@@ -80,7 +80,9 @@ def observe(
     others = others or {}
     for values in others.values():
         layer_of.update(values)
-    wanted = {name: [*values, *others.get(name, {})] for name, values in entering.items()}
+    wanted = {
+        name: _in_order(models[name], [*values, *others.get(name, {})]) for name, values in entering.items()
+    }  # so that the first NaN is named
     total = sum(len(clip.frames) for clip in clips)
     stride = max(1, total // HISTOGRAM_STEPS)
     seen: Observations = {name: {} for name in models}
@@ -143,6 +145,12 @@ def largest_values(
                     seen = float(np.abs(engine.outputs[_alias(graph, value)]).max())
                     largest[graph, value] = max(largest.get((graph, value), 0.0), seen if np.isfinite(seen) else np.inf)
     yield from ((graph, value, number) for (graph, value), number in largest.items())
+
+
+def _in_order(model: onnx.ModelProto, values: Sequence[str]) -> list[str]:
+    """Values of a graph in the order in which they are computed."""
+    places = {output: place for place, node in enumerate(model.graph.node) for output in node.output}
+    return sorted(values, key=lambda value: places.get(value, -1))
 
 
 def _note(seen: dict[str, Activation], value: str, array: np.ndarray, sampled: bool, layer: str, step: int) -> None:
