@@ -28,7 +28,17 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 # name: seconds on a GPU; in the order in which they run
-SECTIONS = {"checks": 75, "bandwidth": 100, "step": 75, "streams": 60, "prime": 30, "decoding": 30, "compare": 140}
+SECTIONS = {
+    "checks": 75,
+    "bandwidth": 100,
+    "step": 75,
+    "streams": 60,
+    "tensorrt": 120,
+    "onnxruntime": 30,
+    "prime": 30,
+    "decoding": 30,
+    "compare": 140,
+}
 EXTRA = {"tune": 420}
 REHEARSAL_SECONDS = 300
 GRACE_SECONDS = 15  # past its time a section is stopped
@@ -79,7 +89,7 @@ def main() -> int:
 def run_section(options: argparse.Namespace) -> int:
     """In the process of one section."""
     import_checkout()
-    from framestep.benchmarks.gpu import bandwidth, checks, decoding, step, tune
+    from framestep.benchmarks.gpu import bandwidth, checks, compiled, decoding, step, tune
     from framestep.benchmarks.gpu.hardware import find_hardware
     from framestep.benchmarks.gpu.section import Section
     from framestep.benchmarks.gpu.sizes import FULL, SMALL
@@ -94,6 +104,8 @@ def run_section(options: argparse.Namespace) -> int:
         "bandwidth": lambda: bandwidth.run(section, hardware, sizes),
         "step": lambda: step.run(section, hardware, sizes, options.work),
         "streams": lambda: step.serve(section, hardware, sizes, options.work),
+        "tensorrt": lambda: compiled.tensorrt(section, hardware, sizes, options.work),
+        "onnxruntime": lambda: compiled.onnxruntime(section, hardware, sizes, options.work),
         "prime": lambda: step.prime(section, hardware, sizes, options.work),
         "decoding": lambda: decoding.run(section, hardware, sizes),
         "compare": lambda: step.compare(section, hardware, sizes, options.work),

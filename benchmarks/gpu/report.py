@@ -13,6 +13,7 @@ TITLES = {
     "step": "The step of the base model through the engine, one stream, host to host",
     "session": "The same through Session.step, float16",
     "streams": "Many streams in one step, float16, pooled brought to the host",
+    "compiled": "The same through TensorRT and ONNX Runtime, host to host",
     "baselines": "PyTorch's own ways, one stream, host to host",
     "kernels": "Where a float16 step's time goes on the device",
     "tune": "Ways to cut temporal_attention",
