@@ -597,8 +597,9 @@ def _check_name(name: str, where: Path) -> None:
 
 def _write_json(path: Path, manifest: Manifest) -> None:
     values = to_json(manifest)
-    if not manifest.engines:
-        del values["engines"]  # readers from before there were engines refuse the key
+    for key in ("engines", "language"):
+        if not values[key]:
+            del values[key]  # readers from before there were such bundles refuse the key
     text = json.dumps(values, indent=1, ensure_ascii=False) + "\n"
     write_file(path, [text.encode()])
 
