@@ -78,8 +78,8 @@ def observe(
     entering = {name: list(dict.fromkeys(linear.input for linear in linears(model))) for name, model in models.items()}
     layer_of = {linear.input: linear.name for model in reversed(list(models.values())) for linear in linears(model)}
     others = others or {}
-    for values in others.values():
-        layer_of.update(values)
+    for entered in others.values():
+        layer_of.update(entered)
     wanted = {
         name: _in_order(models[name], [*values, *others.get(name, {})]) for name, values in entering.items()
     }  # so that the first NaN is named
