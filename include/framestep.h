@@ -94,7 +94,8 @@ typedef struct fs_session_options {
     size_t output_count;
     int32_t streams;      /* places for streams; default 1 */
     int32_t threads;      /* of the engine; default: every core that this process may use */
-    int32_t trust_hashes; /* 1: do not compare the files with their SHA-256, as whoever calls has done so */
+    int32_t trust_files;  /* 1: do not check that files are listed, of their size and unchanged, as the caller did */
+    const char *manifest; /* the text to take in the place of the folder's manifest.json; default: read it */
 } fs_session_options;
 
 /* What a session is. Text is borrowed until the session is closed. */

@@ -172,7 +172,8 @@ SessionOptions options_of(const fs_session_options* given) {
     options.library = text_or(known.library, "");
     options.streams = known.streams == 0 ? 1 : known.streams;
     options.threads = known.threads;
-    options.hashes = known.trust_hashes == 0;
+    options.trust_files = known.trust_files != 0;
+    options.manifest = text_or(known.manifest, "");
     if (known.output_count != 0) need(known.outputs, "options.outputs");
     for (size_t index = 0; index < known.output_count; ++index) {
         need(known.outputs[index], "options.outputs");
@@ -180,6 +181,8 @@ SessionOptions options_of(const fs_session_options* given) {
     }
     return options;
 }
+
+constexpr int32_t MAX_SIDE = 1 << 14;  // pixels
 
 Frame frame_of(const fs_frame& given) {
     need(given.data, "frame");
@@ -191,8 +194,8 @@ Frame frame_of(const fs_frame& given) {
         case FS_GREY: frame.picture.format = PixelFormat::grey; break;
         default: throw Error(FS_ERROR_FRAME, "frame: the format " + std::to_string(given.format) + " is unknown");
     }
-    if (given.width < 1 || given.width > max_side || given.height < 1 || given.height > max_side) {
-        throw Error(FS_ERROR_FRAME, "frame: expected 1 to " + std::to_string(max_side) + " pixels a side, found " +
+    if (given.width < 1 || given.width > MAX_SIDE || given.height < 1 || given.height > MAX_SIDE) {
+        throw Error(FS_ERROR_FRAME, "frame: expected 1 to " + std::to_string(MAX_SIDE) + " pixels a side, found " +
                                         std::to_string(given.width) + " by " + std::to_string(given.height));
     }
     const int64_t row = int64_t{given.width} * (given.format == FS_GREY ? 1 : 3);

@@ -291,6 +291,14 @@ std::string read_text(const fs::path& folder) {
     return content;
 }
 
+void check_listed(const Bundle& bundle) {
+    for (const std::string& name : bundle.used_files) {
+        if (bundle.files.count(name) == 0) {
+            refuse((bundle.path / MANIFEST).string() + ": '" + name + "' is used but not listed under files");
+        }
+    }
+}
+
 void check_files(const Bundle& bundle) {
     std::error_code failed;
     const fs::path root = fs::canonical(bundle.path, failed);
@@ -458,10 +466,7 @@ void read_manifest(const Json& root, Bundle& bundle) {
             }
         }
     }
-    for (const std::string& name : bundle.used_files) {
-        check_name(name);
-        if (bundle.files.count(name) == 0) refuse("'" + name + "' is used but not listed under files");
-    }
+    for (const std::string& name : bundle.used_files) check_name(name);
 }
 
 }  // namespace
@@ -494,10 +499,12 @@ Bundle parse_manifest(std::string_view content, const std::filesystem::path& pat
     return bundle;
 }
 
-Bundle Bundle::open(const std::filesystem::path& folder, bool hashes) {
-    Bundle bundle = parse_manifest(read_text(folder), folder);
+Bundle Bundle::open(const std::filesystem::path& folder, const std::string& manifest, bool trust) {
+    Bundle bundle = parse_manifest(manifest.empty() ? read_text(folder) : manifest, folder);
+    if (trust) return bundle;
+    check_listed(bundle);
     check_files(bundle);
-    if (hashes) check_hashes(bundle);
+    check_hashes(bundle);
     return bundle;
 }
 
@@ -528,8 +535,13 @@ std::string Bundle::state_key(const Manifest& manifest) const {
     std::map<std::string, std::string> used;
     for (const Graph& graph : manifest.graphs) {
         if (graph.states.empty()) continue;
-        used[graph.file] = files.at(graph.file).sha256;
-        for (const std::string& name : external_files(path / graph.file)) used[name] = files.at(name).sha256;
+        std::vector<std::string> names = external_files(path / graph.file);
+        names.push_back(graph.file);
+        for (const std::string& name : names) {
+            const auto found = files.find(name);
+            if (found == files.end()) return "";
+            used[name] = found->second.sha256;
+        }
     }
     Json::Object hashes;
     for (const auto& [name, hash] : used) hashes.push_back({name, Json(hash)});

@@ -92,9 +92,9 @@ struct Bundle {
     std::map<std::string, FileEntry> files;
     std::vector<Manifest> precisions;  // the bundle's own first
 
-    // Reads the manifest and checks that every file is there, with its size and, if `hashes`, its SHA-256.
-    // Throws Error(FS_ERROR_BUNDLE).
-    static Bundle open(const std::filesystem::path& folder, bool hashes);
+    // Reads the manifest, or takes `manifest` for it where that is not empty, and checks that every file is listed, there,
+    // and unchanged. With `trust` the caller has checked the files. Throws Error(FS_ERROR_BUNDLE).
+    static Bundle open(const std::filesystem::path& folder, const std::string& manifest, bool trust);
 
     // Throws Error(FS_ERROR_BUNDLE): the bundle does not have it.
     const Manifest& at(const std::string& precision) const;
@@ -102,7 +102,7 @@ struct Bundle {
     // The precision asked for, or for "auto" the fastest one that the device runs well.
     const Manifest& choose(const std::string& precision, const std::string& device) const;
 
-    // Identifies what a saved state fits.
+    // Identifies what a saved state fits. Empty where files are not listed, as in a bundle in the making.
     std::string state_key(const Manifest& manifest) const;
 };
 

@@ -50,14 +50,6 @@ bool finite(const void* data, size_t bytes, fs_dtype dtype) {
     return true;
 }
 
-const char* safetensors_name(fs_dtype dtype) {
-    switch (dtype) {
-        case FS_FLOAT16: return "F16";
-        case FS_INT8: return "I8";
-        default: return "F32";
-    }
-}
-
 std::vector<std::string> default_outputs(const Manifest& manifest, bool labelled) {
     std::vector<std::string> names;
     // of the scores only those of whole frames, [S, C], which cost next to nothing
@@ -79,6 +71,12 @@ void check_outputs(const std::vector<std::string>& outputs, const Bundle& bundle
         }
         if (std::count(outputs.begin(), outputs.end(), name) > 1) {
             throw Error(FS_ERROR_ARGUMENT, "outputs: '" + name + "' stands twice");
+        }
+    }
+    for (const State& state : manifest.states) {
+        if (state.dtype == FS_INT8) {
+            throw Error(FS_ERROR_ENGINE, "precision '" + manifest.precision + "' keeps its memory as INT8, which ONNX Runtime"
+                                             " would dequantize as a whole in every step; take another precision");
         }
     }
     if (outputs.empty()) throw Error(FS_ERROR_BUNDLE, bundle.path.string() + ": has no output that frames give");
@@ -143,7 +141,7 @@ std::vector<std::pair<const Port*, bool>> available_outputs(const Manifest& mani
 }
 
 Session::Session(const std::string& path, const SessionOptions& options, MakeEngine make_engine)
-    : bundle_(Bundle::open(path, options.hashes)) {
+    : bundle_(Bundle::open(path, options.manifest, options.trust_files)) {
     if (options.engine != "auto" && options.engine != "onnxruntime") {
         throw Error(FS_ERROR_ENGINE, "engine '" + options.engine + "' is unknown; expected auto or onnxruntime");
     }
@@ -451,7 +449,7 @@ struct StateCopy {
     explicit StateCopy(const Plan& plan) {
         for (const State* state : plan.states) {
             memory.emplace_back(state->bytes());
-            views.push_back({state->name, safetensors_name(state->dtype), state->shape, memory.back().data(),
+            views.push_back({state->name, name_of(state->dtype), state->shape, memory.back().data(),
                              memory.back().size()});
         }
     }
@@ -460,7 +458,12 @@ struct StateCopy {
     std::vector<TensorView> views;
 };
 
+void Session::check_state_key() const {
+    if (state_key_.empty()) throw Error(FS_ERROR_STATE, bundle_.path.string() + ": its manifest does not list its files");
+}
+
 void Session::save_state(fs_stream stream, const std::string& path) {
+    check_state_key();
     StateCopy copy(plan_);
     const Guard taken(*this, stream);
     int64_t position = 0;
@@ -475,15 +478,10 @@ void Session::save_state(fs_stream stream, const std::string& path) {
 }
 
 void Session::load_state(fs_stream stream, const std::string& path) {
+    check_state_key();
     StateCopy copy(plan_);
     const Guard taken(*this, stream);
     const int64_t position = framestep::read_state(path, state_key_, copy.views);
-    for (size_t index = 0; index < copy.memory.size(); ++index) {
-        const State& state = *plan_.states[index];
-        if (!finite(copy.memory[index].data(), copy.memory[index].size(), state.dtype)) {
-            throw Error(FS_ERROR_STATE, path + ": NaN or infinity in '" + state.name + "'");
-        }
-    }
     const auto guard = lock_open();
     for (size_t index = 0; index < copy.memory.size(); ++index) {
         engine_->write_state(index, taken.slot, copy.memory[index].data());

@@ -23,7 +23,8 @@ struct SessionOptions {
     std::vector<std::string> outputs;  // empty: the default
     int streams = 1;
     int threads = 0;  // 0: every usable core
-    bool hashes = true;
+    std::string manifest;  // empty: the bundle's own
+    bool trust_files = false;
 };
 
 // A frame for a stream, and what became of it; as fs_frame.
@@ -110,6 +111,7 @@ private:
     void release(int slot) { slots_[slot]->busy.store(false, std::memory_order_release); }
     std::unique_lock<std::mutex> lock_open();
     void forget_outputs(int first, int stop);
+    void check_state_key() const;
     uint64_t nonfinite_outputs(int slot) const;
 
     Bundle bundle_;
