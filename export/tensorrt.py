@@ -75,7 +75,7 @@ class Network:
 
     Attributes:
         layers: how many, of all kinds.
-        cache_updates: KV-cache layers that update a state of the bundle in place.
+        cache_updates: KV-cache layers, or plugins of ours, that update a state of the bundle in place.
         copied_states: states that are updated otherwise: a runtime has to copy them, each step.
         cast_states: states whose numbers are converted before they are used.
         attentions: attention layers.
@@ -353,9 +353,9 @@ class _Maker:
         trt = self.trt
         self.messages.errors.clear()
         network = self.builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-        self._parse(network)
+        by_plugin = self._parse(network)
         layers = [network.get_layer(index) for index in range(network.num_layers)]
-        found = self._examine(network, layers)
+        found = self._examine(network, layers, by_plugin)
         for layer in layers:
             if layer.type != trt.LayerType.ATTENTION_INPUT:
                 continue
@@ -369,15 +369,20 @@ class _Maker:
         self._write_timing_cache(config)
         return content, found, decompose
 
-    def _parse(self, network: Any) -> None:
+    def _parse(self, network: Any) -> list[tuple[str, str]]:
+        """Fill the network. Returns input and output of the states that our plugin updates."""
         path = self.path
-        if self.options.attention == "triton" and self.graph.states:
-            from .tensorrt_plugin import with_triton_attention
-
-            path = with_triton_attention(self.trt, self.bundle, self.graph)
         parser = self.trt.OnnxParser(network, self.messages.logger)
-        if parser.parse_from_file(str(path)):
-            return
+        if self._uses_plugin():
+            from .tensorrt_plugin import insert_plugins, mark_sites, parse_marked
+
+            model, sites = mark_sites(self.bundle, self.graph)
+            if parse_marked(parser, model, path):
+                position = next(port.name for port in self.graph.inputs if port.role == "position")
+                insert_plugins(self.trt, network, sites, position, _capability_here() or "")
+                return [pair for site in sites for pair in site.rings]
+        elif parser.parse_from_file(str(path)):
+            return []
         texts = []
         for index in range(parser.num_errors):
             error = parser.get_error(index)
@@ -388,7 +393,10 @@ class _Maker:
             f"{path}: TensorRT {self.trt.__version__} cannot read it (ONNX opset {_opset(path)}): {reasons[:800]}"
         )
 
-    def _examine(self, network: Any, layers: Sequence[Any]) -> Network:
+    def _uses_plugin(self) -> bool:
+        return self.options.attention == "triton" and bool(self.graph.states)
+
+    def _examine(self, network: Any, layers: Sequence[Any], by_plugin: Sequence[tuple[str, str]]) -> Network:
         """Compare the network with what the manifest says, and look at what became of states and attention."""
         trt = self.trt
         inputs = {item.name: item for item in (network.get_input(i) for i in range(network.num_inputs))}
@@ -414,7 +422,7 @@ class _Maker:
             (layer.get_input(0).name, layer.get_output(0).name)
             for layer in layers
             if layer.type == trt.LayerType.KV_CACHE_UPDATE
-        }
+        } | set(by_plugin)
         written = [use for use in uses if use.output is not None]
         in_place = [use for use in written if (use.input, use.output) in updates]
         cast = [
@@ -454,6 +462,10 @@ class _Maker:
             config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace)
         if self.flavour == "tensorrt":  # the other one times nothing
             config.set_timing_cache(config.create_timing_cache(self._timing_cache()), False)
+        if self._uses_plugin():
+            from .tensorrt_plugin import allow_aliases
+
+            allow_aliases(trt, config)
         profile = self.builder.create_optimization_profile()
         for name, shape in self._input_shapes().items():
             if any(isinstance(n, str) for n in shape):

@@ -1,0 +1,191 @@
+"""Our kernel as a TensorRT plugin, up to the builder's call: the kernel, its PTX, its launch, and the changed network."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import types
+from dataclasses import replace
+
+import pytest
+import torch
+
+trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+
+from tensorrt_bundles import NoProgress  # noqa: E402
+
+from framestep.benchmarks.gpu.stand_in import stand_in  # noqa: E402
+from framestep.export.half import add_half  # noqa: E402
+from framestep.export.tensorrt import BuildOptions, build  # noqa: E402
+from framestep.export.tensorrt_plugin import INPUTS, OUTPUTS, mark_sites, register  # noqa: E402
+from framestep.kernels import reference  # noqa: E402
+from framestep.runtime.bundle import Bundle  # noqa: E402
+from framestep.runtime.errors import EngineError  # noqa: E402
+
+
+def compiled(*sizes):
+    """`compile_plugin` where Triton compiles: here its functions may be interpreted."""
+    script = """
+import json, sys
+from dataclasses import asdict
+from framestep.kernels.temporal_plugin import compile_plugin
+print(json.dumps(asdict(compile_plugin(*json.loads(sys.argv[1])))))
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", script, json.dumps(sizes)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_kernel_attends_over_the_rings_and_updates_them(dtype) -> None:
+    import triton
+
+    from framestep.kernels.temporal_plugin import constants, temporal_plugin
+
+    if isinstance(temporal_plugin, triton.runtime.JITFunction) and not torch.cuda.is_available():
+        pytest.skip("Triton was imported without its interpreter, and there is no GPU")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    streams, rows, window, size, scale = 3, 10, 6, 16, 0.25
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (streams, rows, size)
+    query, key, value = (torch.randn(shape, generator=generator, device=device).to(dtype) for _ in range(3))
+    rings = [torch.randn((streams, rows, window, size), generator=generator, device=device).to(dtype) for _ in range(2)]
+    position = torch.tensor([0, 4, 13], device=device)
+    copies = [ring.double() for ring in rings]
+    wide = [x.double()[:, :, None] for x in (query, key, value)]  # rows as patches of one head
+    expected = reference.temporal_attention(*wide, *copies, position, scale)[:, :, 0]
+    out = torch.empty_like(query)
+    fixed = constants(rows, window, size, query.element_size(), scale)
+    grid = (triton.cdiv(rows, fixed["BLOCK_R"]), 1, streams)
+    temporal_plugin[grid](query, key, value, *rings, position, out, *rings, **fixed, num_warps=2)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-3
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=tolerance)
+    for ring, copy in zip(rings, copies, strict=True):
+        torch.testing.assert_close(ring.double(), copy, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("capability", [80, 87, 90, 110])
+def test_the_ptx_takes_the_pointers_that_tensorrt_passes_and_no_more(capability) -> None:
+    found = compiled(2352, 16, 64, "fp16", 1.0, capability)
+    entry = found["ptx"][found["ptx"].index(".entry") :]
+    assert f".target sm_{capability}" in found["ptx"]
+    assert found["entry"] in entry[: entry.index("(")]
+    assert entry[: entry.index(")")].count(".param") == 9
+    assert f".reqntid {found['threads']}" in entry
+    assert found["grid_x"] * (2352 // found["grid_x"]) == 2352
+    assert found["shared_bytes"] > 0
+
+
+class Desc:
+    """What stands for `tensorrt.plugin.TensorDesc`."""
+
+    def __init__(self, shape, dtype, aliased_to=None) -> None:
+        self.shape_expr = [types.SimpleNamespace(constant_value=n) if isinstance(n, int) else n for n in shape]
+        self.shape, self.dtype, self.aliased_to = shape, dtype, aliased_to
+
+    def like(self):
+        return Desc(self.shape, self.dtype)
+
+    def aliased(self):
+        return Desc(self.shape, self.dtype, self)
+
+
+@pytest.fixture
+def plugins(monkeypatch):
+    """What stands for `tensorrt.plugin`: it keeps what is registered, and what is created."""
+    module = types.ModuleType("tensorrt.plugin")
+    module.TensorDesc, module.created = Desc, []
+    module.op = types.SimpleNamespace()
+    module.KernelLaunchParams = types.SimpleNamespace
+    module.SymIntExprs = lambda length: [None] * length
+
+    def keep(kind):
+        def decorator(identity):
+            def wrap(function):
+                namespace, name = identity.split("::")
+                setattr(module, kind, function)
+
+                def create(*tensors, **attributes):
+                    module.created.append((tensors, attributes))
+                    return tensors
+
+                setattr(module.op, namespace, types.SimpleNamespace(**{name: create}))
+                return function
+
+            return wrap
+
+        return decorator
+
+    module.register, module.aot_impl = keep("describe"), keep("implement")
+    monkeypatch.setitem(sys.modules, "tensorrt.plugin", module)
+    return module
+
+
+def test_rings_are_declared_as_their_own_outputs_memory(plugins, monkeypatch) -> None:
+    monkeypatch.setattr(
+        "framestep.kernels.temporal_plugin.compile_plugin", lambda *sizes: types.SimpleNamespace(
+            entry="temporal", ptx=repr(sizes), threads=64, shared_bytes=1024, grid_x=12
+        )
+    )  # fmt: skip
+    package = types.ModuleType("tensorrt")
+    package.DataType = trt.DataType
+    register(package)
+    row, ring = Desc(("S", 64, 1, 24), trt.DataType.HALF), Desc(("S", 64, 16, 24), trt.DataType.HALF)
+    rings = ring, Desc(("S", 64, 16, 24), trt.DataType.HALF)
+    out, keys, values = plugins.describe(row, row, row, *rings, Desc(("S",), trt.DataType.INT64), 0.5, 87)
+    assert (out.shape, out.aliased_to) == (row.shape, None)
+    assert keys.aliased_to is rings[0] and values.aliased_to is rings[1]
+    entry, ptx, launch, extra = plugins.implement(row, row, row, *rings, None, 0.5, 87, (out, keys, values), None)
+    assert (entry, ptx, extra) == ("temporal", repr((64, 16, 24, "fp16", 0.5, 87)), [])
+    assert (launch.grid_x, launch.grid_y, launch.grid_z) == (12, 1, "S")
+    assert (launch.block_x, launch.shared_mem) == (64, 1024)
+
+
+@pytest.mark.filterwarnings("ignore:.*imming cache:DeprecationWarning")
+def test_a_build_puts_one_plugin_in_the_place_of_each_pair_of_rings(
+    golden_bundle, tmp_path, plugins, monkeypatch
+) -> None:
+    """A network that takes plugins: identities of the right shapes stand for them, and TensorRT for RTX builds it."""
+    path = tmp_path / "golden.bundle"
+    shutil.copytree(golden_bundle, path)
+    bundle = add_half(Bundle.open(path))
+    asked = []
+
+    def add_plugin(network, tensors, aot):
+        asked.append(aot)
+        made = [network.add_identity(tensors[INPUTS.index(name)]).get_output(0) for name in OUTPUTS]
+        return types.SimpleNamespace(name="", get_output=made.__getitem__)
+
+    features = []
+    monkeypatch.setattr(trt.INetworkDefinition, "add_plugin", add_plugin, raising=False)
+    monkeypatch.setattr(trt.IBuilderConfig, "set_preview_feature", lambda config, *given: features.append(given))
+    with stand_in(path, flavour="tensorrt"):
+        bundle, report = build(bundle, BuildOptions("fp16", 2, "tensorrt", attention="triton"), NoProgress())
+    assert asked == [True] * 3
+    assert features == [(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)]
+    network = report.graphs[0].network
+    assert (network.cache_updates, network.copied_states, network.attentions) == (6, (), 4)  # the others stay
+    assert bundle.manifest.engines[report.graphs[0].file].attention == "triton"
+    tensors, attributes = plugins.created[0]
+    assert [tensor.name for tensor in tensors[3:]] == ["layer0.key.past", "layer0.value.past", "position"]
+    assert attributes == {"scale": 1.0, "capability": 86}
+
+
+def test_the_marked_graph_has_no_update_left(golden_bundle) -> None:
+    bundle = Bundle.open(golden_bundle)
+    graph = bundle.manifest.graphs["backbone"]
+    model, sites = mark_sites(bundle, graph)
+    assert [site.rings for site in sites] == [
+        tuple((f"layer{layer}.{name}.past", f"layer{layer}.{name}.present") for name in ("key", "value"))
+        for layer in range(3)
+    ]
+    assert not any(node.op_type == "TensorScatter" for node in model.graph.node)
+    assert sum(node.op_type == "Attention" for node in model.graph.node) == 4
+    linear = [replace(state, kind="linear") for state in bundle.manifest.states]
+    other = replace(bundle, manifest=replace(bundle.manifest, states=tuple(linear)))
+    with pytest.raises(EngineError, match="has no attention over rings"):
+        mark_sites(other, graph)
