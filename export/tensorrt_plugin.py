@@ -11,7 +11,7 @@ that carry its six inputs, and in the parsed network the plugin is put in their 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Tuple  # noqa: UP035  TensorRT compares with these very names
 
 import onnx
 from onnx import helper
@@ -138,11 +138,22 @@ def register(trt: Any) -> Any:
         position: desc,
         scale: float,
         capability: int,
-    ) -> tuple[desc, desc, desc]:
+    ) -> Tuple[desc, desc, desc]:  # noqa: UP006
         return query.like(), key_ring.aliased(), value_ring.aliased()
 
     @trtp.aot_impl(f"{NAMESPACE}::{NAME}")
-    def implement(query, key, value, key_ring, value_ring, position, scale, capability, outputs, tactic):  # type: ignore[no-untyped-def]
+    def implement(
+        query: desc,
+        key: desc,
+        value: desc,
+        key_ring: desc,
+        value_ring: desc,
+        position: desc,
+        scale: float,
+        capability: int,
+        outputs: Tuple[desc],  # noqa: UP006
+        tactic: int,
+    ) -> Tuple[str, str, trtp.KernelLaunchParams, trtp.SymExprs]:  # noqa: UP006
         from ..kernels.temporal_plugin import compile_plugin
 
         streams, rows, window, head_dim = key_ring.shape_expr

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shutil
 import subprocess
 import sys
 import types
+import typing
 from dataclasses import replace
 
 import pytest
@@ -100,7 +102,7 @@ def plugins(monkeypatch):
     module = types.ModuleType("tensorrt.plugin")
     module.TensorDesc, module.created = Desc, []
     module.op = types.SimpleNamespace()
-    module.KernelLaunchParams = types.SimpleNamespace
+    module.KernelLaunchParams = module.SymExprs = types.SimpleNamespace
     module.SymIntExprs = lambda length: [None] * length
 
     def keep(kind):
@@ -139,6 +141,8 @@ def test_rings_are_declared_as_their_own_outputs_memory(plugins, monkeypatch) ->
     out, keys, values = plugins.describe(row, row, row, *rings, Desc(("S",), trt.DataType.INT64), 0.5, 87)
     assert (out.shape, out.aliased_to) == (row.shape, None)
     assert keys.aliased_to is rings[0] and values.aliased_to is rings[1]
+    assert all(isinstance(item.annotation, type) for item in inspect.signature(plugins.describe).parameters.values())
+    assert len(typing.get_args(inspect.signature(plugins.implement).return_annotation)) == 4  # TensorRT wants them
     entry, ptx, launch, extra = plugins.implement(row, row, row, *rings, None, 0.5, 87, (out, keys, values), None)
     assert (entry, ptx, extra) == ("temporal", repr((64, 16, 24, "fp16", 0.5, 87)), [])
     assert (launch.grid_x, launch.grid_y, launch.grid_z) == (12, 1, "S")
