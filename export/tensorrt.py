@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..runtime.bundle import STREAMS, TOKENS, Bundle, EngineFile, Graph, Manifest, write_file
+from ..runtime.engines import check_memory
 from ..runtime.engines.cuda_driver import CudaDriver
 from ..runtime.engines.engine_files import named, read_engine, source_key, with_engine
 from ..runtime.engines.tensorrt_package import Messages, choose_flavour, import_flavour
@@ -145,6 +146,8 @@ def build(bundle: Bundle, options: BuildOptions, progress: Progress) -> tuple[Bu
         BundleError: the bundle does not have the precision, and it cannot be derived.
         OutputError: the engine cannot be written.
     """
+    if options.precision in bundle.manifest.precisions:
+        check_memory(bundle.manifest, options.precision, "tensorrt")
     _check_options(options)
     trt = import_flavour(choose_flavour(options.flavour))
     flavour = trt.__name__.partition(".")[0]

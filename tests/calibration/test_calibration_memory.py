@@ -23,6 +23,7 @@ from framestep.calibration.errors import CalibrationError
 from framestep.export.checkpoint import read_checkpoint
 from framestep.export.linears import initializer, read_graph, set_initializer
 from framestep.export.streamformer import StreamFormer
+from framestep.export.tensorrt import BuildOptions, build
 from framestep.runtime.bundle import Bundle, BundleWriter, file_entry
 from framestep.runtime.engines import choose_engine, choose_precision
 from framestep.runtime.errors import EngineError, StateError
@@ -229,6 +230,7 @@ def test_other_engines_refuse_it_with_their_reason(calibrated) -> None:
     for refuse in (
         lambda: choose_engine(manifest, "tensorrt", "auto", "fp32+kv8"),
         lambda: choose_precision(manifest, "fp32+kv8", "cuda", "tensorrt"),
+        lambda: build(Bundle.open(path), BuildOptions("fp32+kv8"), print),
     ):
         with pytest.raises(EngineError, match=r"FP32 or FP16; use the engine 'torch', or take .*\(fp16, fp32\)"):
             refuse()
