@@ -138,11 +138,21 @@ def _cuda() -> Finding:
 
 
 def _tensorrt() -> Finding:
-    for package, module in (("tensorrt", "tensorrt"), ("tensorrt-rtx", "tensorrt_rtx")):
-        if _installed(module):
-            found = importlib.import_module(module)
-            return Finding("TensorRT", "ok", f"{package} {found.__version__}")
-    return Finding("TensorRT", "absent", "not installed", "no engine of this version needs it")
+    from ..runtime.engines.tensorrt_package import INSTALL, import_flavour, installed_flavours
+    from ..runtime.errors import EngineError
+
+    found = installed_flavours()
+    if not found:
+        return Finding("TensorRT", "absent", "not installed; for `framestep build` and --engine tensorrt", INSTALL)
+    try:
+        versions = ", ".join(f"{flavour} {import_flavour(flavour).__version__}" for flavour in found)
+    except EngineError as error:
+        return Finding("TensorRT", "problem", str(error))
+    needed = {"pycuda": "pycuda", "cuda": "cuda-bindings"}
+    missing = [name for module, name in needed.items() if not _installed(module)]
+    if missing:
+        return Finding("TensorRT", "ok", f"{versions}: builds engines; to run them {', '.join(missing)} is missing")
+    return Finding("TensorRT", "ok", versions)
 
 
 def _triton() -> Finding:

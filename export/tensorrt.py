@@ -159,8 +159,12 @@ def build(bundle: Bundle, options: BuildOptions, progress: Progress) -> tuple[Bu
                 f"{bundle.path}: has no {options.precision} (it has {', '.join(bundle.manifest.precisions)});"
                 f" make it with 'framestep calibrate --precision {options.precision}'"
             )
-        from .half import add_half
-
+        try:
+            from .half import add_half
+        except ImportError as error:
+            raise EngineError(
+                f"{bundle.path}: has no fp16, and to derive it needs onnx ({error}): pip install onnx"
+            ) from None
         bundle = add_half(bundle)
         notes.append("the bundle had no fp16: derived from its fp32 graphs and added")
     flat = replace(bundle, manifest=bundle.manifest.at(options.precision))
