@@ -20,10 +20,9 @@ import onnx
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
-from framestep.calibration.integer import INTEGER_OPERATORS, optimised_graph
+from framestep.calibration.integer import BREAK_INTEGER_PRODUCTS, INTEGER_OPERATORS, optimised_graph
 from framestep.runtime.bundle import Bundle
 from framestep.runtime.engines import usable_cores
-from framestep.runtime.engines.onnxruntime import BREAK_INTEGER_PRODUCTS
 
 RUNS = 60
 

@@ -254,7 +254,8 @@ def _product_session(form: str, shape: tuple[int, ...], threads: int) -> tuple[A
     import onnxruntime
     from onnx import TensorProto, helper
 
-    from framestep.runtime.engines.onnxruntime import _session_options
+    sys.path.insert(0, str(Path(__file__).parent))
+    from python_loop import session_options
 
     M, K, N = shape
     generator = np.random.default_rng(0)
@@ -271,7 +272,7 @@ def _product_session(form: str, shape: tuple[int, ...], threads: int) -> tuple[A
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)])
     model.ir_version = 11
     session = onnxruntime.InferenceSession(
-        model.SerializeToString(), _session_options(onnxruntime, threads), providers=["CPUExecutionProvider"]
+        model.SerializeToString(), session_options(onnxruntime, threads), providers=["CPUExecutionProvider"]
     )
     binding = session.io_binding()
     binding.bind_ortvalue_input("x", onnxruntime.OrtValue.ortvalue_from_numpy(left))

@@ -14,8 +14,10 @@ from pathlib import Path
 import onnx
 
 from ..export.linears import Linear
-from ..runtime.engines.onnxruntime import BREAK_INTEGER_PRODUCTS
 
+# As in runtime/native/onnxruntime_engine.cpp. MatMulAddFusion makes a Gemm with a float bias, no integer product;
+# CommonSubexpressionElimination merges the quantizers of layers that share an input, and a shared one is not fused.
+BREAK_INTEGER_PRODUCTS = ("MatMulAddFusion", "CommonSubexpressionElimination")
 INTEGER_OPERATORS = ("MatMulIntegerToFloat", "QLinearMatMul", "MatMulInteger", "QGemm")
 
 

@@ -90,21 +90,20 @@ def observe(
     with _stepper(bundle, models, wanted) as engine:
         count = 0
         for clip in clips:
-            engine.positions[:] = 0
+            engine.seek(0, 0)
             for rgb in clip.frames:
-                engine.frames[0] = rgb
-                engine.run(0, 1)
+                engine.step({0: rgb})
+                outputs = engine.output(0)
                 # not the first steps of every clip alone: a stride that no clip's length is a multiple of
                 sampled = count % stride == stride // 2
                 for graph, values in wanted.items():
                     for value in values:
-                        _note(seen[graph], value, engine.outputs[_alias(graph, value)], sampled, layer_of[value], count)
+                        _note(seen[graph], value, outputs[_alias(graph, value)], sampled, layer_of[value], count)
                     collector = histograms[graph]
                     if sampled and collector is not None:
-                        inputs = {value: engine.outputs[_alias(graph, value)] for value in entering[graph]}
+                        inputs = {value: outputs[_alias(graph, value)] for value in entering[graph]}
                         with contextlib.redirect_stdout(io.StringIO()):  # it prints a line each time
                             collector.collect(inputs)
-                engine.positions += 1
                 count += 1
     for graph, collector in histograms.items():
         if collector is not None and entering[graph]:
@@ -137,12 +136,11 @@ def largest_values(
     with _stepper(bundle, models, wanted) as engine:
         largest: dict[tuple[str, str], float] = {}
         for rgb in clip.frames[:frames]:
-            engine.frames[0] = rgb
-            engine.run(0, 1)
-            engine.positions += 1
+            engine.step({0: rgb})
+            outputs = engine.output(0)
             for graph, values in wanted.items():
                 for value in values:
-                    seen = float(np.abs(engine.outputs[_alias(graph, value)]).max())
+                    seen = float(np.abs(outputs[_alias(graph, value)]).max())
                     largest[graph, value] = max(largest.get((graph, value), 0.0), seen if np.isfinite(seen) else np.inf)
     yield from ((graph, value, number) for (graph, value), number in largest.items())
 
@@ -193,8 +191,8 @@ def _stepper(
             ports = _expose(model, name, wanted[name], Path(folder) / f"{name}.onnx")
             graphs[name] = replace(graph, file=f"{name}.onnx", outputs=(*graph.outputs, *ports))
             outputs += [port.name for port in ports]
-        manifest = replace(bundle.manifest, graphs=graphs)
-        engine = OnnxRuntimeEngine(Bundle(Path(folder), manifest), list(models), outputs, 1, "cpu", usable_cores())
+        manifest = replace(bundle.manifest, graphs=graphs, labels=None, text=None, language=None)
+        engine = OnnxRuntimeEngine(Bundle(Path(folder), manifest), outputs, 1, "cpu", usable_cores())
     try:
         engine.set_constants(_any_labels(manifest.graphs))
         yield engine
@@ -246,11 +244,14 @@ def _alias(graph: str, value: str) -> str:
 
 def _any_labels(graphs: Mapping[str, Graph]) -> dict[str, np.ndarray]:
     """Something for the label inputs: what enters the linear layers does not depend on them."""
-    constants: dict[str, np.ndarray] = {"text_embeddings": np.ones((1, 1), np.float32)}
+    constants: dict[str, np.ndarray] = {
+        "text_embeddings": np.ones((1, 1), np.float32),
+        "patch_text_embeddings": np.ones((1, 1), np.float32),
+        "logit_scale": np.zeros((), np.float32),
+        "logit_bias": np.zeros((), np.float32),
+    }
     for graph in graphs.values():
         for port in graph.inputs:
             if port.role in ("text_embeddings", "patch_text_embeddings"):
                 constants[port.role] = np.ones((1, *(int(n) for n in port.shape[1:])), np.float32)
-            elif port.role in ("logit_scale", "logit_bias"):
-                constants[port.role] = np.zeros((), np.float32)
     return constants

@@ -147,7 +147,7 @@ class Session:
             self._check_open()
             for slot, stream in enumerate(self._slots):
                 if stream is None:
-                    self._engine.positions[slot] = 0
+                    self._engine.seek(slot, 0)
                     opened = self._slots[slot] = Stream(self, slot)
                     return opened
         raise EngineError(f"all {self.streams} streams of this session are open; load it with more streams")
@@ -170,11 +170,8 @@ class Session:
                 check_frame(rgb)
             if not frames:
                 return {}
-            for stream, rgb in frames.items():
-                self.preprocess(rgb, self._engine.frames[stream.slot])
-            slots = [stream.slot for stream in frames]
-            self._engine.run(min(slots), max(slots) + 1)
-            return self._collect(list(frames), start)
+            broken = self._engine.step({stream.slot: rgb for stream, rgb in frames.items()})
+            return self._collect(frames, broken, start)
 
     def prime(self, stream: Stream, frames: Iterable[Array]) -> Result:
         """See `Stream.prime`."""
@@ -192,19 +189,14 @@ class Session:
                 for rgb in given[:-1]:
                     self.step({stream: rgb})
                 return self.step({stream: given[-1]})[stream]
-            fitted = np.empty((len(given), *engine.frames.shape[1:]), np.uint8)
-            for rgb, out in zip(given, fitted, strict=True):
-                self.preprocess(rgb, out)
-            engine.prefill(stream.slot, fitted)
-            return self._collect([stream], start)[stream]
+            names = engine.prime(stream.slot, given)
+            return self._collect([stream], {stream.slot: names} if names else {}, start)[stream]
 
     def warm_up(self, steps: int = 2) -> None:
         """Run every number of streams, so that the first frames take no longer than the others."""
         with self._lock:
             self._check_open()
-            for _ in range(steps):
-                for count in range(1, self.streams + 1):
-                    self._engine.run(0, count)
+            self._engine.warm_up(steps)
 
     def set_labels(
         self, labels: Sequence[str], templates: Sequence[str] | None = None, background: str | None = None
@@ -259,24 +251,19 @@ class Session:
     ) -> None:
         self.close()
 
-    def _collect(self, streams: list[Stream], start: float) -> dict[Stream, Result]:
+    def _collect(
+        self, streams: Iterable[Stream], broken: Mapping[int, tuple[str, ...]], start: float
+    ) -> dict[Stream, Result]:
         results: dict[Stream, Result] = {}
-        broken: list[Stream] = []
-        names: set[str] = set()
         for stream in streams:
-            outputs = {name: array[stream.slot].copy() for name, array in self._engine.outputs.items()}
-            bad = [name for name, array in outputs.items() if not np.isfinite(array).all()]
-            if bad:
-                broken.append(stream)
-                names.update(bad)
-                self._engine.zero_states(stream.slot)  # a NaN in a hidden slot still counts: 0 * NaN is NaN
-                self._engine.positions[stream.slot] = 0
-                continue
-            position = int(self._engine.positions[stream.slot])
-            self._engine.positions[stream.slot] = position + 1
-            results[stream] = Result(outputs, position, (time.perf_counter() - start) * 1e3)
+            if stream.slot not in broken:
+                outputs = {name: array.copy() for name, array in self._engine.output(stream.slot).items()}
+                position = self._engine.position(stream.slot) - 1
+                results[stream] = Result(outputs, position, (time.perf_counter() - start) * 1e3)
         if broken:
-            raise NonFiniteOutputError(tuple(broken), tuple(sorted(names)), results)
+            names = sorted({name for bad in broken.values() for name in bad})
+            concerned = tuple(stream for stream in streams if stream.slot in broken)
+            raise NonFiniteOutputError(concerned, tuple(names), results)
         return results
 
     def _check_open(self) -> None:
@@ -296,7 +283,7 @@ class Stream:
     def position(self) -> int:
         """Frames since the last reset."""
         self._check_owner(self._session)
-        return int(self._session._engine.positions[self.slot])
+        return self._session._engine.position(self.slot)
 
     def step(self, rgb: Array) -> Result:
         """Advance by one frame.
@@ -327,7 +314,7 @@ class Stream:
         """Forget every frame so far."""
         with self._session._lock:
             self._check_owner(self._session)
-            self._session._engine.positions[self.slot] = 0
+            self._session._engine.seek(self.slot, 0)
 
     def save_state(self, path: str | os.PathLike[str]) -> None:
         """Write this stream's memory and clock to a file.
@@ -363,7 +350,7 @@ class Stream:
                 raise StateError(f"{path}: NaN or infinity in '{bad[0]}'")
             for name, tensor in tensors.items():
                 session._engine.write_state(name, self.slot, tensor)
-            session._engine.positions[self.slot] = position
+            session._engine.seek(self.slot, position)
 
     def close(self) -> None:
         """Give the place back."""

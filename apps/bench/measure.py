@@ -378,53 +378,21 @@ def measure_split(job: Job, emit: Emit) -> dict[str, Any]:
     session: Any = path.session
     engine = session._engine
     rgb = np.random.default_rng(0).integers(0, 256, CAMERA_FRAME, np.uint8)
-    clock = {"preprocess": 0.0, "run": 0.0, "engine": 0.0}
-    session.preprocess = _Stopwatch(session.preprocess, clock, "preprocess")
-    engine.run = _Stopwatch(engine.run, clock, "run")
-    inner = getattr(engine, "_sessions", None)
-    if inner is not None:  # the engine's own library is told apart from our calling it
-        engine._sessions = [_SessionStopwatch(each, clock) for each in inner]
     parts: dict[str, list[float]] = {name: [] for name in ("preprocess", "bind", "engine", "results", "total")}
     for index in range(job.samples + WARM_UP):
-        clock.update(dict.fromkeys(clock, 0.0))
         start = time.perf_counter()
         path.step(rgb)
         total = (time.perf_counter() - start) * 1e3
         if index < WARM_UP:
             continue
-        inside = clock["engine"] if inner is not None else clock["run"]
-        parts["preprocess"].append(clock["preprocess"])
-        parts["bind"].append(clock["run"] - inside)
-        parts["engine"].append(inside)
-        parts["results"].append(total - clock["preprocess"] - clock["run"])
+        times = engine.last_step(path.stream.slot)
+        parts["preprocess"].append(times.preprocess)
+        parts["bind"].append(times.total - times.preprocess - times.engine)
+        parts["engine"].append(times.engine)
+        parts["results"].append(total - times.total)
         parts["total"].append(total)
         emit({"progress": (index + 1) / (job.samples + WARM_UP)})
     return parts
-
-
-class _Stopwatch:
-    """Calls a function and adds the milliseconds to `clock[name]`."""
-
-    def __init__(self, function: Any, clock: dict[str, float], name: str) -> None:
-        self._function, self._clock, self._name = function, clock, name
-
-    def __call__(self, *arguments: Any, **options: Any) -> Any:
-        start = time.perf_counter()
-        try:
-            return self._function(*arguments, **options)
-        finally:
-            self._clock[self._name] += (time.perf_counter() - start) * 1e3
-
-
-class _SessionStopwatch:
-    """An ONNX Runtime session whose runs are timed."""
-
-    def __init__(self, session: Any, clock: dict[str, float]) -> None:
-        self._session = session
-        self.run_with_iobinding = _Stopwatch(session.run_with_iobinding, clock, "engine")
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._session, name)
 
 
 JOBS: dict[str, Callable[[Job, Emit], dict[str, Any]]] = {

@@ -153,7 +153,7 @@ class FramestepPath:
             for index in range(window_of(self.manifest)):
                 self.stream.step(frame_at(self.manifest, index))
             self._filled = True
-        self.session._engine.positions[self.stream.slot] = seen
+        self.session._engine.seek(self.stream.slot, seen)
 
     def step(self, rgb: Array) -> tuple[Array, Array]:
         result = self.stream.step(rgb)

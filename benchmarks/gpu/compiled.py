@@ -116,12 +116,14 @@ def _check(
 
 
 def _measure(section: Section, hardware: Hardware, sizes: Sizes, session: Session, row: dict[str, Any]) -> None:
-    engine = session._engine
+    engine, spec = session._engine, session.frame
+    frames = {slot: np.zeros((spec.height, spec.width, 3), np.uint8) for slot in range(session.streams)}
     wall: dict[int, list[float]] = {position: [] for position in sizes.positions}
     for _ in range(4):  # in turns, so that a drift of the clocks meets every position
         for position in sizes.positions:
-            engine.positions[:] = position
-            hardware.wall(lambda: engine.run(0, session.streams), WARM_RUNS)
-            wall[position] += hardware.wall(lambda: engine.run(0, session.streams), max(2, sizes.runs // 4))
+            for slot in frames:
+                engine.seek(slot, position)
+            hardware.wall(lambda: engine.step(frames), WARM_RUNS)
+            wall[position] += hardware.wall(lambda: engine.step(frames), max(2, sizes.runs // 4))
     for position, spent in wall.items():
         section.add("compiled", **row, position=position, **_spread(spent))

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
 import numpy.typing as npt
 
 from ..bundle import Bundle, Manifest
 from ..errors import EngineError
 
+Array = npt.NDArray[Any]
 ENGINES = ("onnxruntime", "torch", "tensorrt")
 ARITHMETIC = ("fp32", "tf32", "fp16", "bf16")  # what the torch engine computes in where it is asked to: "torch:fp16"
 DEVICES = ("cpu", "cuda")
@@ -24,26 +24,58 @@ NO_INT8_MEMORY = {
 }
 
 
-class Engine(Protocol):
-    """What a session needs of an engine.
+@dataclass(frozen=True)
+class StepTimes:
+    """Where the time of a step went, in milliseconds.
 
     Attributes:
-        frames: uint8 [streams, height, width, 3], input of the next step.
-        positions: int64 [streams], input of the next step.
-        outputs: float32 [streams, ...] by name, result of the last step.
+        preprocess: resize and crop of all its frames.
+        engine: the engine's own library.
+        total: from the engine's being called to its return.
     """
 
-    frames: npt.NDArray[np.uint8]
-    positions: npt.NDArray[np.int64]
-    outputs: dict[str, npt.NDArray[Any]]
+    preprocess: float
+    engine: float
+    total: float
 
-    def set_constants(self, values: Mapping[str, npt.NDArray[Any]]) -> None: ...
-    def run(self, first: int, stop: int) -> None: ...
+
+class Engine(Protocol):
+    """What a session needs of an engine. A slot is the place of one stream."""
+
+    def set_constants(self, values: Mapping[str, Array]) -> None: ...
+
+    def step(self, frames: Mapping[int, Array]) -> dict[int, tuple[str, ...]]:
+        """Advance slots by one frame each, in one run over the range that covers them.
+
+        Args:
+            frames: uint8 [height, width, 3] RGB of any size, by slot; checked.
+
+        Returns:
+            The slots that got NaN or infinity, and in which outputs. Their memory was zeroed and their clock set to 0.
+
+        Raises:
+            FrameError, EngineError: no clock has moved.
+        """
+        ...
+
+    def output(self, slot: int) -> dict[str, Array]:
+        """What the slot's last step gave, by name: views of the engine's memory, until the next step."""
+        ...
+
+    def position(self, slot: int) -> int:
+        """Frames since the slot's reset."""
+        ...
+
+    def seek(self, slot: int, position: int) -> None:
+        """Set the slot's clock and leave its memory."""
+        ...
+
+    def warm_up(self, steps: int) -> None: ...
+    def last_step(self, slot: int) -> StepTimes: ...
     def state_names(self) -> list[str]: ...
     def state_address(self, name: str) -> int: ...
-    def read_state(self, name: str, slot: int) -> npt.NDArray[Any]: ...
-    def write_state(self, name: str, slot: int, value: npt.NDArray[Any]) -> None: ...
-    def zero_states(self, slot: int) -> None: ...
+    def read_state(self, name: str, slot: int) -> Array: ...
+    def write_state(self, name: str, slot: int, value: Array) -> None: ...
     def close(self) -> None: ...
 
 
@@ -52,7 +84,10 @@ class PrefillEngine(Engine, Protocol):
     """An engine that can run many frames of one stream at once."""
 
     def can_prefill(self) -> bool: ...
-    def prefill(self, slot: int, frames: npt.NDArray[np.uint8]) -> None: ...
+
+    def prime(self, slot: int, frames: Sequence[Array]) -> tuple[str, ...]:
+        """Advance a slot by all frames; the names are those of outputs with NaN or infinity, as in `step`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -210,4 +245,4 @@ def make_engine(
         return TensorRtEngine(bundle, graphs, outputs, streams)
     from .onnxruntime import OnnxRuntimeEngine
 
-    return OnnxRuntimeEngine(bundle, graphs, outputs, streams, choice.device, threads)
+    return OnnxRuntimeEngine(bundle, outputs, streams, choice.device, threads)

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from ..bundle import STREAMS, Bundle, Graph, Manifest, Port
 from ..errors import EngineError, FramestepError
+from .buffers import BufferEngine
 from .cuda_driver import ALIGNMENT, CudaDriver, DeviceError
 from .engine_files import Target, find_engine, read_engine
 from .tensorrt_package import Messages, choose_flavour, import_flavour, installed_flavours
@@ -28,7 +29,7 @@ MOST_GRAPHS = 64  # captured ranges of slots that are kept
 WARM_UPS = 2  # runs before a capture: TensorRT sets itself up for new shapes in the first one
 
 
-class TensorRtEngine:
+class TensorRtEngine(BufferEngine):
     """Runs the graphs of a bundle for a range of stream slots.
 
     Args:
@@ -48,6 +49,7 @@ class TensorRtEngine:
 
     def __init__(self, bundle: Bundle, graphs: Sequence[str], outputs: Sequence[str], streams: int) -> None:
         manifest = bundle.manifest
+        super().__init__(manifest.frame)
         self._manifest = manifest
         self._asked = tuple(outputs)
         self._streams = streams
@@ -66,10 +68,8 @@ class TensorRtEngine:
             with self._driver.current():
                 for name in graphs:
                     self._loaded.append(self._load(bundle, name, target))
-                self.frames: npt.NDArray[np.uint8] = self._driver.pinned(
-                    (streams, frame.height, frame.width, 3), "uint8"
-                )
-                self.positions: npt.NDArray[np.int64] = self._driver.pinned((streams,), "int64")
+                self.frames = self._driver.pinned((streams, frame.height, frame.width, 3), "uint8")
+                self.positions = self._driver.pinned((streams,), "int64")
                 self._inputs = {
                     "frame": self._twin(self.frames, "frames"),
                     "position": self._twin(self.positions, "positions"),
@@ -89,7 +89,7 @@ class TensorRtEngine:
                 self._driver.wait()
                 self._constants: dict[str, _Buffer] = {}
                 self._values: dict[str, _Buffer] = {}
-                self.outputs: dict[str, Array] = {}
+                self.outputs = {}
                 self._allocate_outputs({})
         except BaseException:
             self._release()

@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from ..bundle import STREAMS, Bundle, Graph, Port
 from ..errors import EngineError
+from .buffers import BufferEngine
 from .onnx_program import read_graph
 
 try:
@@ -41,7 +42,7 @@ WARM_UPS = 3  # runs before a capture: libraries choose their kernels and alloca
 PREFILL_FRAMES = 32  # at once; bounds the memory of `prefill`
 
 
-class TorchEngine:
+class TorchEngine(BufferEngine):
     """Runs the graphs of a bundle for a range of stream slots.
 
     Args:
@@ -72,6 +73,7 @@ class TorchEngine:
         if device == "cuda" and importlib.util.find_spec("triton") is None:
             raise EngineError("the torch engine needs Triton on a GPU: pip install 'framestep[torch]'")
         manifest = bundle.manifest
+        super().__init__(manifest.frame)
         self._device = torch.device(device)
         self._threads = threads
         self._tf32 = precision == "tf32"
@@ -81,12 +83,12 @@ class TorchEngine:
         frame = manifest.frame
         self._host_frames = self._host((streams, frame.height, frame.width, 3), torch.uint8)
         self._host_positions = self._host((streams,), torch.int64)
-        self.frames: npt.NDArray[np.uint8] = self._host_frames.numpy()
-        self.positions: npt.NDArray[np.int64] = self._host_positions.numpy()
+        self.frames = self._host_frames.numpy()
+        self.positions = self._host_positions.numpy()
         self._frames = self._twin(self._host_frames)
         self._positions = self._twin(self._host_positions)
         self._host_outputs: dict[str, Tensor] = {}
-        self.outputs: dict[str, Array] = {}
+        self.outputs = {}
         self._constants: dict[str, Tensor] = {}
         self._declared = {state.name: state for state in manifest.states}
         dtype = None if precision is None else PRECISIONS[precision]
@@ -145,6 +147,11 @@ class TorchEngine:
                 self.positions[slot] = first + len(part) - last_part
             for name, host in self._host_outputs.items():
                 host[slot].copy_(made[name][-1])
+
+    def prime(self, slot: int, frames: Sequence[Array]) -> tuple[str, ...]:
+        """See `PrefillEngine.prime`."""
+        self.prefill(slot, self.fit(frames))
+        return self.advance(slot)
 
     def state_names(self) -> list[str]:
         return list(self._states)

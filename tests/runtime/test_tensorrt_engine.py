@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+import itertools
 import json
 import re
 import shutil
@@ -128,7 +129,7 @@ def test_labels_are_scored_on_the_device_and_may_change(built, machine, copied) 
     graphs, outputs = ["backbone", "label", "patch_label"], ["scores", "patch_scores"]
     assert {"label", "patch_label"} <= manifest["graphs"].keys()
     ours = TensorRtEngine(flat, graphs, outputs, STREAMS)
-    other = OnnxRuntimeEngine(flat, graphs, outputs, STREAMS, "cpu", 1)
+    other = OnnxRuntimeEngine(flat, outputs, STREAMS, "cpu", 1)
     hidden = flat.manifest.graphs["label"].inputs[1].shape[1]
     generator = np.random.default_rng(0)
     with pytest.raises(EngineError, match="needs labels"):
@@ -140,14 +141,13 @@ def test_labels_are_scored_on_the_device_and_may_change(built, machine, copied) 
         constants |= {"logit_scale": np.array(2.0, np.float32), "logit_bias": np.array(-1.0, np.float32)}
         for engine in (ours, other):
             engine.set_constants(constants)
-            engine.frames[:] = (
-                generator.integers(0, 256, engine.frames.shape, np.uint8) if engine is ours else ours.frames
-            )
-            engine.positions[:] = 0
-            engine.run(0, STREAMS)
-        for name in outputs:
-            assert ours.outputs[name].shape[:2] == (STREAMS, labels)
-            golden.assert_close(ours.outputs[name], other.outputs[name], 1e-4)
+            for slot in range(STREAMS):
+                engine.seek(slot, 0)
+        frames = generator.integers(0, 256, ours.frames.shape, np.uint8)
+        assert ours.step(dict(enumerate(frames))) == other.step(dict(enumerate(frames))) == {}
+        for slot, name in itertools.product(range(STREAMS), outputs):
+            assert ours.output(slot)[name].shape[0] == labels
+            golden.assert_close(ours.output(slot)[name], other.output(slot)[name], 1e-4)
     assert len(machine.memory) == held + 4  # the constants; buffers of other sizes were given back
     with pytest.raises(EngineError, match=r"5000 labels are more than the 4096"):
         ours.set_constants({"text_embeddings": np.zeros((5000, hidden), np.float32)})

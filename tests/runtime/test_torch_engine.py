@@ -165,11 +165,11 @@ def test_scores_agree_with_onnx_runtime(golden_bundle, arrays):
         choice = engines.choose_engine(bundle.manifest, name, "cpu")
         engine = engines.make_engine(choice, bundle, graphs_for(bundle.manifest, names), names, 2, 1)
         with pytest.raises(EngineError, match="needs labels"):
-            engine.run(0, 1)
+            engine.step({0: arrays["frames"][0]})
         engine.set_constants(values)
-        engine.frames[:] = arrays["frames"][:2]
-        engine.run(0, 2)
-        found.append({name: array.copy() for name, array in engine.outputs.items()})
+        assert engine.step(dict(enumerate(arrays["frames"][:2]))) == {}
+        outputs = [engine.output(slot) for slot in (0, 1)]
+        found.append({name: np.stack([of_slot[name] for of_slot in outputs]) for name in names})
         engine.close()
     assert found[0]["patch_scores"].shape == (2, 5, 4, 4)
     for name in names:
