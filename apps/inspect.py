@@ -11,6 +11,8 @@ from rich.text import Text
 
 from ..runtime.bundle import Bundle
 
+DECISIONS = ("silence", "standby", "response")  # tokens with which a model says whether it speaks
+
 
 def describe(bundle: Bundle) -> dict[str, Any]:
     """Everything that `framestep inspect` tells, as plain data."""
@@ -33,6 +35,7 @@ def describe(bundle: Bundle) -> dict[str, Any]:
         "frame": f"{manifest.frame.height}x{manifest.frame.width}, {manifest.frame.resize}",
         "rate": manifest.rate,
         "window": _window(bundle),
+        "language": _language(bundle),
         "trained_frames": manifest.origin.trained_frames,
         "graphs": graphs,
         "states": len(manifest.states),
@@ -66,7 +69,12 @@ def table(bundle: Bundle) -> Table:
     add("bundle", f"{facts['path']}  ({facts['family']}, {facts['precision']}, {_size(facts['bytes_on_disk'])})")
     add("from", f"{facts['origin']}, written by {facts['written_by']}")
     add("sees", f"{facts['frame']}; {rate}")
-    add("remembers", f"{facts['window']} frames, the current one included")
+    if facts["window"]:
+        add("remembers", f"{facts['window']} frames, the current one included")
+    if facts["language"] is not None:
+        spoken = facts["language"]
+        add("speaks", f"{spoken['capacity']} tokens in the cache, positions up to {spoken['positions']}")
+        add("", "decides when to speak" if spoken["decides"] else "answers when asked; it has no tokens to decide when")
     add("state", f"{facts['states']} tensors, {_size(facts['bytes_per_stream'])} per stream")
     for name, graph in facts["graphs"].items():
         add(f"graph {name}", graph["file"])
@@ -75,7 +83,8 @@ def table(bundle: Bundle) -> Table:
                 add("", f"{'<-' if kind == 'inputs' else '->'} {port}: {kind_shape}")
     if facts["labels"]:
         add("labels", ", ".join(facts["labels"]))
-    add("scores", facts["scores"])
+    if facts["language"] is None:
+        add("scores", facts["scores"])
     if len(facts["precisions"]) > 1:
         sizes = facts["bytes_per_stream_by_precision"]
         add("precisions", "; ".join(f"{name}, {_size(sizes[name])} of state per stream" for name in sizes))
@@ -89,8 +98,18 @@ def table(bundle: Bundle) -> Table:
 
 
 def _window(bundle: Bundle) -> int:
-    """Frames that a stream remembers, the current one included; 0 without memory."""
-    return max((state.capacity for state in bundle.manifest.states), default=0)
+    """Frames that a stream remembers, the current one included; 0 without memory of frames."""
+    return max((state.capacity for state in bundle.manifest.states if state.kind == "ring"), default=0)
+
+
+def _language(bundle: Bundle) -> dict[str, Any] | None:
+    """What a decoder holds and knows."""
+    language = bundle.manifest.language
+    if language is None:
+        return None
+    capacity = max(state.capacity for state in bundle.manifest.states if state.kind == "linear")
+    decides = all(name in language.tokens for name in DECISIONS)
+    return {"capacity": capacity, "positions": language.positions, "chunk": language.chunk, "decides": decides}
 
 
 def _scores(bundle: Bundle) -> str:

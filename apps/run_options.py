@@ -10,7 +10,7 @@ from pathlib import Path
 
 import cv2
 
-from ..runtime.bundle import Manifest
+from ..runtime.bundle import LABEL_ROLES, STREAM_ROLES, Manifest
 from ..runtime.errors import FramestepError, OutputError
 from .annotate import check_overlay
 from .events import EventDetector
@@ -73,10 +73,12 @@ def plan_run(options: RunOptions, manifest: Manifest) -> Plan:
     sizes = {
         port.name: _values(port.shape, len(labels))
         for graph in manifest.graphs.values()
-        if all(port.role != "input_ids" for port in graph.inputs)  # of texts, not of frames
+        if all(port.role in (*STREAM_ROLES, *LABEL_ROLES) for port in graph.inputs)  # of frames, not of texts
         for port in graph.outputs
         if labels or "C" not in port.shape
     }
+    if not sizes:
+        raise FramestepError(f"{options.bundle}: a {manifest.family} sees no frames; there is nothing to run on video")
     EventDetector((), options.on, options.off_threshold)
     for name in options.outputs:
         if name not in sizes:

@@ -133,6 +133,10 @@ def _check_options(bundle: Bundle, options: CalibrationOptions, check: Sequence[
     for precision in options.precisions:
         if precision not in PRECISIONS:
             raise CalibrationError(f"--precision: expected {', '.join(PRECISIONS)}, found '{precision}'")
+    if bundle.manifest.language is not None:
+        raise CalibrationError(
+            f"{bundle.path}: has a decoder; choose its precision when it is exported (framestep export --precision)"
+        )
     if FLOAT not in bundle.manifest.precisions:
         found = ", ".join(bundle.manifest.precisions)
         raise CalibrationError(

@@ -10,9 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..runtime.bundle import Bundle
-from ..runtime.engines.onnxruntime import _aligned, _session_options
-from ..runtime.session import Session
+from ..runtime.bundle import STREAMS, TOKENS, Bundle, Graph, graphs_for
 from .decoder import Cache
 from .decoder_checkpoint import DecoderCheckpoint
 from .vision_graph import VISUAL
@@ -23,32 +21,52 @@ FORGOTTEN = slice(3, 6)
 SHIFT = 5  # positions
 
 
+def session_options() -> Any:
+    """As a runtime sets them, with two threads."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 2
+    options.log_severity_level = 2  # warnings: of a state that had to be copied
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "4")
+    return options
+
+
 class DecoderRun:
-    """The graphs of a decoder over state buffers of one stream, on ONNX Runtime's CPU provider.
+    """The graphs of a bundle with a decoder over the states of one stream, on ONNX Runtime's CPU provider.
 
     Attributes:
-        states: by name, [1, G, C, d]; the graphs write into them.
+        states: by name, the first axis 1; the graphs write into them.
         capacity: tokens.
     """
 
-    def __init__(self, bundle: Bundle, threads: int = 2) -> None:
+    def __init__(self, bundle: Bundle) -> None:
         import onnxruntime
 
-        manifest, options = bundle.manifest, _session_options(onnxruntime, threads)
-        assert manifest.language is not None
-        linear = [state for state in manifest.states if state.kind == "linear"]
-        self.states = {state.name: _aligned((1, *map(int, state.shape[1:])), state.dtype) for state in linear}
-        self.capacity = linear[0].capacity
-        self._graphs = {}
-        for role in ("embed", "decoder", "rebase"):
-            graph = manifest.graphs[getattr(manifest.language, role)]
+        manifest, options = bundle.manifest, session_options()
+        language = manifest.language
+        assert language is not None
+        self.states = {s.name: np.zeros((1, *map(int, s.shape[1:])), s.dtype) for s in manifest.states}
+        self.capacity = next(state.capacity for state in manifest.states if state.kind == "linear")
+        self._roles = {role: getattr(language, role) for role in ("embed", "decoder", "rebase")}
+        self._eyes = graphs_for(manifest, [language.visual] if language.visual else [])
+        self._graphs: dict[str, tuple[Graph, Any]] = {}
+        for name in (*self._eyes, *self._roles.values()):
+            graph = manifest.graphs[name]
             path = str(bundle.file(graph.file))
             session = onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
-            self._graphs[role] = (graph, session)
+            self._graphs[name] = (graph, session)
+
+    def see(self, frame: Array) -> Array:
+        """Embeddings [1, tokens, D] of the first frame of a stream, uint8 [height, width, 3]."""
+        values: dict[str, Array] = {"frame": frame[None], "position": np.zeros(1, np.int64)}
+        for name in self._eyes:
+            values |= self._run(name, {port.name: values[port.name] for port in self._graphs[name][0].inputs})
+        return values[VISUAL]
 
     def embed(self, tokens: Array) -> Array:
         """Embeddings [1, T, D] of tokens [1, T]."""
-        return self._run("embed", {"tokens": tokens})["embeddings"]
+        return self._run(self._roles["embed"], {"tokens": tokens})["embeddings"]
 
     def step(self, embeddings: Array, position_ids: Array, write_index: int, slot_mask: Array) -> Array:
         """Logits [V] after embeddings [1, T, D] at position ids [1, R, T], written from slot `write_index` on."""
@@ -58,18 +76,18 @@ class DecoderRun:
             "write_index": np.array([write_index]),
             "slot_mask": slot_mask[None],
         }
-        return self._run("decoder", inputs)["logits"][0]
+        return self._run(self._roles["decoder"], inputs)["logits"][0]
 
     def rebase(self, slot_positions: Array) -> None:
         """Turn the keys of all slots to positions [1, R, C]."""
-        self._run("rebase", {"slot_positions": slot_positions})
+        self._run(self._roles["rebase"], {"slot_positions": slot_positions})
 
-    def _run(self, role: str, inputs: dict[str, Array]) -> dict[str, Array]:
-        graph, session = self._graphs[role]
+    def _run(self, name: str, inputs: dict[str, Array]) -> dict[str, Array]:
+        graph, session = self._graphs[name]
         binding = session.io_binding()
-        sizes = {"S": 1, "T": next(iter(inputs.values())).shape[1]}
+        sizes = {STREAMS: 1, TOKENS: next((a.shape[1] for a in inputs.values() if a.ndim > 1), 1)}
         outputs = {
-            port.name: _aligned(tuple(sizes[n] if isinstance(n, str) else n for n in port.shape), port.dtype)
+            port.name: np.zeros([sizes[n] if isinstance(n, str) else n for n in port.shape], port.dtype)
             for port in graph.outputs
         }
         inputs = {name: np.ascontiguousarray(value) for name, value in inputs.items()}
@@ -101,7 +119,7 @@ def replay(checkpoint: DecoderCheckpoint, bundle: Bundle) -> tuple[float, int]:
     cache: Cache | None = None
     pairs: list[tuple[Array, Tensor]] = []
     with torch.inference_mode():
-        visual = _see(checkpoint, bundle, generator, pairs)
+        visual = _see(checkpoint, bundle, run, generator, pairs)
         for length in (*STEPS, 1):
             stop = at + length
             embeddings = run.embed(tokens[:, at:stop])
@@ -129,15 +147,18 @@ def replay(checkpoint: DecoderCheckpoint, bundle: Bundle) -> tuple[float, int]:
 
 
 def _see(
-    checkpoint: DecoderCheckpoint, bundle: Bundle, generator: np.random.Generator, pairs: list[tuple[Array, Tensor]]
+    checkpoint: DecoderCheckpoint,
+    bundle: Bundle,
+    run: DecoderRun,
+    generator: np.random.Generator,
+    pairs: list[tuple[Array, Tensor]],
 ) -> Array | None:
     """What the bundle makes of a random frame, [1, tokens, D], and beside it in `pairs` what PyTorch does."""
     if checkpoint.vision is None and checkpoint.projector is None:
         return None
     manifest = bundle.manifest
     frame = generator.integers(0, 256, (manifest.frame.height, manifest.frame.width, 3), np.uint8)
-    with Session(bundle, outputs=(VISUAL,)) as session, session.open_stream() as stream:
-        visual = stream.step(frame)[VISUAL][None]
+    visual = run.see(frame)
     pixels = torch.from_numpy(frame)[None]
     if checkpoint.vision is not None:
         expected = checkpoint.vision(pixels)

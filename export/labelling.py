@@ -65,6 +65,8 @@ def label_bundle(bundle: Bundle, options: LabelOptions) -> Bundle:
         BundleError: no text model given, and the bundle has no text graph.
     """
     old = bundle.manifest
+    if old.language is not None:
+        raise LabelError(f"{bundle.path}: a {old.family} scores no labels; ask its decoder questions")
     try:
         before = set(bundle.path.iterdir())
         manifest = write_labels(bundle.path, old, options)

@@ -162,7 +162,7 @@ def test_integer_weights_give_the_logits_of_what_they_stand_for(exported, monkey
     integers = run_tokens(DecoderRun(bundle), random_tokens(), [TOKENS])[0]
     plain = onnxruntime.SessionOptions()
     plain.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    monkeypatch.setattr(decoder_replay, "_session_options", lambda *_: plain)
+    monkeypatch.setattr(decoder_replay, "session_options", lambda: plain)
     golden.assert_close(run_tokens(DecoderRun(bundle), random_tokens(), [TOKENS])[0], expected)
     # the fused layers round their inputs to eight bits too
     assert np.corrcoef(integers, expected)[0, 1] > 0.999
@@ -190,7 +190,7 @@ def test_a_quantized_weight_is_near_within_its_block(bits, bound):
 @pytest.mark.parametrize("kind", ["qwen2, tied", "llama"])
 def test_every_linear_layer_multiplies_integers(exported, tmp_path, kind, precision):
     _, bundle = exported(kind, precision)
-    options = decoder_replay._session_options(onnxruntime, 1)
+    options = decoder_replay.session_options()
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     onnxruntime.InferenceSession(str(bundle.file("decoder.onnx")), options, ["CPUExecutionProvider"])
     optimized = onnx.load(tmp_path / "optimized.onnx", load_external_data=False)

@@ -14,12 +14,16 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from framestep.apps.cli import app
+from framestep.apps.inspect import describe
+from framestep.apps.run_options import RunOptions, plan_run
 from framestep.export import decoder_export
 from framestep.export.decoder_checkpoint import read_decoder_checkpoint
 from framestep.export.decoder_export import DecoderOptions, export_decoder
+from framestep.export.labelling import LabelOptions, label_bundle
 from framestep.export.vision import VisionConfig
 from framestep.runtime.bundle import Bundle
 from framestep.runtime.errors import CheckpointError, FramestepError
+from framestep.runtime.text import LabelError
 
 
 @pytest.fixture
@@ -183,3 +187,27 @@ def test_the_frame_is_the_largest_within_the_references_pixels(pictured):
     assert (height, width) == (224, 420)  # what the reference's rounding makes of 16:9
     assert height * width <= 100_352
     assert np.all(np.array([height, width]) % config.unit == 0)
+
+
+def test_other_commands_say_what_a_decoder_bundle_is(checkpoint, pictured, tmp_path):
+    decoder_models.save_tokenizer(pictured)
+    bundles = {}
+    for name, folder in (("blind", checkpoint), ("seeing", pictured)):
+        size = (56, 84) if name == "seeing" else None
+        options = DecoderOptions(capacity=64, frame_size=size)
+        bundles[name] = export_decoder(read_decoder_checkpoint(str(folder)), tmp_path / name, options).path
+    (tmp_path / "labels.txt").write_text("a cat\n", "utf-8")
+    seeing, blind = (Bundle.open(bundles[name]) for name in ("seeing", "blind"))
+    assert describe(seeing)["language"] == {"capacity": 64, "positions": 512, "chunk": 64, "decides": True}
+    assert describe(blind)["language"]["decides"] is False
+    with pytest.raises(FramestepError, match="a qwen2 sees no frames"):
+        plan_run(
+            RunOptions(bundle=blind.path, sources=("synthetic",), engine="auto", device="auto", on=0.5), blind.manifest
+        )
+    assert plan_run(
+        RunOptions(bundle=seeing.path, sources=("synthetic",), engine="auto", device="auto", on=0.5), seeing.manifest
+    ).fetched == ("visual",)
+    with pytest.raises(LabelError, match="a qwen2_5_vl scores no labels"):
+        label_bundle(seeing, LabelOptions(("a cat",), text_embeddings=tmp_path / "none"))
+    result = CliRunner().invoke(app, ["calibrate", str(seeing.path), "-v", "synthetic", "-o", str(tmp_path / "int8")])
+    assert "has a decoder; choose its precision when it is exported" in str(result.exception)
