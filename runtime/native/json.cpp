@@ -23,7 +23,8 @@ size_t utf8_length(std::string_view bytes) {
         const bool overlong = first == 0xE0 && byte(1) < 0xA0, surrogate = first == 0xED && byte(1) >= 0xA0;
         return follows(1) && follows(2) && !overlong && !surrogate ? 3 : 0;
     }
-    const bool overlong = first == 0xF0 && byte(1) < 0x90, beyond = first > 0xF4 || (first == 0xF4 && byte(1) >= 0x90);
+    const bool overlong = first == 0xF0 && byte(1) < 0x90;
+    const bool beyond = first > 0xF4 || (first == 0xF4 && byte(1) >= 0x90);
     return follows(1) && follows(2) && follows(3) && !overlong && !beyond ? 4 : 0;
 }
 
@@ -152,7 +153,8 @@ private:
         ++at_;
         std::string out;
         while (!take('"')) {
-            if (at_ < text_.size() && static_cast<uint8_t>(text_[at_]) < 0x20) fail("an escape for a control character");
+            if (at_ < text_.size() && static_cast<uint8_t>(text_[at_]) < 0x20)
+                fail("an escape for a control character");
             if (take('\\')) {
                 escape(out);
                 continue;
@@ -233,7 +235,8 @@ private:
         const char *first = text_.data() + begin, *last = text_.data() + at_;
         if (whole) {
             int64_t value = 0;
-            if (std::from_chars(first, last, value).ec != std::errc()) fail_at(begin, "an integer of 64 bits", "a larger one");
+            if (std::from_chars(first, last, value).ec != std::errc())
+                fail_at(begin, "an integer of 64 bits", "a larger one");
             return Json(value);
         }
         double value = 0;
@@ -242,7 +245,8 @@ private:
             return Json(value);
         }
         // from_chars says the same of numbers too large and too small
-        if (!is_tiny({first, static_cast<size_t>(last - first)})) fail_at(begin, "a number that a double holds", "a larger one");
+        if (!is_tiny({first, static_cast<size_t>(last - first)}))
+            fail_at(begin, "a number that a double holds", "a larger one");
         return Json(*first == '-' ? -0.0 : 0.0);
     }
 
@@ -257,7 +261,8 @@ private:
             const char* from = number.data() + exponent_at + 1;
             const bool negative = *from == '-';
             if (*from == '+' || negative) ++from;
-            if (std::from_chars(from, number.data() + number.size(), exponent).ec != std::errc()) exponent = INT64_MAX / 2;
+            if (std::from_chars(from, number.data() + number.size(), exponent).ec != std::errc())
+                exponent = INT64_MAX / 2;
             if (negative) exponent = -exponent;
         }
         return point - leading < -exponent;
@@ -398,7 +403,8 @@ const Json* Json::find(std::string_view name) const {
 }
 
 const char* kind_name(Json::Kind kind) {
-    static const char* const names[] = {"null", "true or false", "an integer", "a number", "a string", "a list", "an object"};
+    static const char* const names[] = {"null",     "true or false", "an integer", "a number",
+                                        "a string", "a list",        "an object"};
     return names[static_cast<size_t>(kind)];
 }
 

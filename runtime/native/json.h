@@ -1,4 +1,5 @@
-// A strict reader of JSON (RFC 8259) for manifests and safetensors headers, and the one writer that the state key needs.
+// A strict reader of JSON (RFC 8259) for manifests and safetensors headers, and the one writer that the state key
+// needs.
 #pragma once
 
 #include <cstdint>

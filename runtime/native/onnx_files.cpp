@@ -19,10 +19,12 @@ constexpr int MAX_DEPTH = 100;  // messages in messages, as protobuf's own reade
 Message field_of(Message message, uint64_t number) {
     using M = Message;
     switch (message) {
-        case M::model: return number == 7 ? M::graph : number == 20 ? M::training : number == 25 ? M::function : M::none;
+        case M::model:
+            return number == 7 ? M::graph : number == 20 ? M::training : number == 25 ? M::function : M::none;
         case M::training: return number == 1 || number == 2 ? M::graph : M::none;
         case M::function: return number == 7 ? M::node : number == 11 ? M::attribute : M::none;
-        case M::graph: return number == 1 ? M::node : number == 5 ? M::tensor : number == 15 ? M::sparse_tensor : M::none;
+        case M::graph:
+            return number == 1 ? M::node : number == 5 ? M::tensor : number == 15 ? M::sparse_tensor : M::none;
         case M::node: return number == 5 ? M::attribute : M::none;
         case M::attribute:
             if (number == 5 || number == 10) return M::tensor;
@@ -30,7 +32,8 @@ Message field_of(Message message, uint64_t number) {
             return number == 22 || number == 23 ? M::sparse_tensor : M::none;
         case M::sparse_tensor: return number == 1 || number == 2 ? M::tensor : M::none;
         case M::tensor: return number == 13 ? M::entry : M::none;
-        case M::entry: case M::none: break;
+        case M::entry:
+        case M::none: break;
     }
     return M::none;
 }

@@ -13,8 +13,8 @@
 #include <immintrin.h>
 #endif
 
-// A resize is separable: rows first, as most of the frame is gone after that, then columns, four rows at a time while they
-// are in the cache. Written as plain loops over floats that the compiler vectorises, once for each set of instructions.
+// A resize is separable: down first, as most of the frame is gone after that, then across, four rows at a time while
+// they are in the cache. Computed in floats, and compiled once for each set of instructions.
 
 #define FRAMESTEP_INLINE [[gnu::always_inline]] inline
 
@@ -70,8 +70,8 @@ Layout layout_of(int64_t frame_height, int64_t frame_width, int64_t height, int6
     return {new_height, new_width, half_to_even(new_height - height), half_to_even(new_width - width)};
 }
 
-// Resizing `size` samples to `new_size`, for the output samples first..first + count. The filter is Pillow's: a triangle
-// of half-width max(1, size / new_size) about each output's centre, normalised.
+// Resizing `size` samples to `new_size`, for the output samples first..first + count. The filter is Pillow's: a
+// triangle of half-width max(1, size / new_size) about each output's centre, normalised.
 Filter make_filter(int size, int64_t new_size, int64_t first, int count) {
     const double scale = static_cast<double>(size) / static_cast<double>(new_size);
     const double support = std::max(scale, 1.0);
@@ -120,8 +120,8 @@ FRAMESTEP_INLINE Four blue_for_red(Four pixel) {
 #endif
 }
 
-// out[i] = sum over k < count of weights[k] * rows[k * stride + i] (+ out[i]). `count` is known at compile time, so that
-// each sum stays in a register. x86 needs to be told how to widen bytes; elsewhere the compiler finds out.
+// out[i] = sum over k < count of weights[k] * rows[k * stride + i] (+ out[i]). `count` is known at compile time, so
+// that each sum stays in a register. x86 needs to be told how to widen bytes; elsewhere the compiler finds out.
 using WeightedRows = void (*)(const uint8_t* rows, int64_t stride, const float* weights, int64_t size, float* out);
 
 template <int count, bool add>
@@ -140,7 +140,8 @@ struct Baseline {
 #define FRAMESTEP_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")))
 
 // The numbers that do not fill a vector.
-void weighted_rest(int count, bool add, const uint8_t* rows, int64_t stride, const float* weights, int64_t size, float* out) {
+void weighted_rest(int count, bool add, const uint8_t* rows, int64_t stride, const float* weights, int64_t size,
+                   float* out) {
     for (int64_t i = 0; i < size; ++i) {
         float sum = add ? out[i] : 0.0F;
         for (int k = 0; k < count; ++k) sum += weights[k] * static_cast<float>(rows[k * stride + i]);
@@ -148,7 +149,8 @@ void weighted_rest(int count, bool add, const uint8_t* rows, int64_t stride, con
     }
 }
 
-// The next output row adds a few rows below these, which the processor does not foresee: it waited for them half the time.
+// The next output row adds a few rows below these, which the processor does not foresee: it waited for them half the
+// time that a frame took.
 FRAMESTEP_INLINE void fetch_ahead(const uint8_t* rows, int64_t stride, int count) {
     const auto address = reinterpret_cast<uintptr_t>(rows);  // not a pointer: it may lie beyond the frame
     for (int k = count; k < count + 3; ++k) {
@@ -158,7 +160,8 @@ FRAMESTEP_INLINE void fetch_ahead(const uint8_t* rows, int64_t stride, int count
 
 template <int count, bool add>
 struct Avx2 {
-    FRAMESTEP_AVX2 static void run(const uint8_t* rows, int64_t stride, const float* weights, int64_t size, float* out) {
+    FRAMESTEP_AVX2 static void run(const uint8_t* rows, int64_t stride, const float* weights, int64_t size,
+                                   float* out) {
         int64_t i = 0;
         for (; i + 8 <= size; i += 8) {
             fetch_ahead(rows + i, stride, count);
@@ -176,7 +179,8 @@ struct Avx2 {
 
 template <int count, bool add>
 struct Avx512 {
-    FRAMESTEP_AVX512 static void run(const uint8_t* rows, int64_t stride, const float* weights, int64_t size, float* out) {
+    FRAMESTEP_AVX512 static void run(const uint8_t* rows, int64_t stride, const float* weights, int64_t size,
+                                     float* out) {
         const __mmask16 all = 0xFFFF;  // gcc warns of uninitialised vectors in the forms without a mask
         int64_t i = 0;
         for (; i + 16 <= size; i += 16) {
@@ -199,12 +203,12 @@ constexpr int MOST_ROWS = 8;
 // By number of rows, from 1.
 template <template <int, bool> class Kernel>
 struct Kernels {
-    static constexpr WeightedRows first[MOST_ROWS] = {Kernel<1, false>::run, Kernel<2, false>::run, Kernel<3, false>::run,
-                                                      Kernel<4, false>::run, Kernel<5, false>::run, Kernel<6, false>::run,
-                                                      Kernel<7, false>::run, Kernel<8, false>::run};
-    static constexpr WeightedRows further[MOST_ROWS] = {Kernel<1, true>::run, Kernel<2, true>::run, Kernel<3, true>::run,
-                                                        Kernel<4, true>::run, Kernel<5, true>::run, Kernel<6, true>::run,
-                                                        Kernel<7, true>::run, Kernel<8, true>::run};
+    static constexpr WeightedRows first[MOST_ROWS] = {
+        Kernel<1, false>::run, Kernel<2, false>::run, Kernel<3, false>::run, Kernel<4, false>::run,
+        Kernel<5, false>::run, Kernel<6, false>::run, Kernel<7, false>::run, Kernel<8, false>::run};
+    static constexpr WeightedRows further[MOST_ROWS] = {
+        Kernel<1, true>::run, Kernel<2, true>::run, Kernel<3, true>::run, Kernel<4, true>::run,
+        Kernel<5, true>::run, Kernel<6, true>::run, Kernel<7, true>::run, Kernel<8, true>::run};
 };
 
 // One output row in the frame's columns.
@@ -228,7 +232,8 @@ template <bool swap>
 FRAMESTEP_INLINE void resize_across(const Plan& plan, Scratch& scratch) {
     const float* tall[ROWS_AT_ONCE];
     float* wide[ROWS_AT_ONCE];
-    for (int row = 0; row < ROWS_AT_ONCE; ++row) tall[row] = scratch.tall[row].data(), wide[row] = scratch.wide[row].data();
+    for (int row = 0; row < ROWS_AT_ONCE; ++row)
+        tall[row] = scratch.tall[row].data(), wide[row] = scratch.wide[row].data();
     const int64_t columns = plan.columns, first = plan.first_column, taps = plan.across.taps;
     const int* starts = plan.across.starts.data();
     const float* weights = plan.across.weights.data();
@@ -254,7 +259,8 @@ FRAMESTEP_INLINE void repeat_three_times(const float* numbers, int64_t size, flo
 }
 
 template <template <int, bool> class Kernel>
-FRAMESTEP_INLINE void resize_rows(const Plan& plan, const Picture& picture, Scratch& scratch, uint8_t* out, int64_t stride) {
+FRAMESTEP_INLINE void resize_rows(const Plan& plan, const Picture& picture, Scratch& scratch, uint8_t* out,
+                                  int64_t stride) {
     for (int first = 0; first < plan.rows; first += ROWS_AT_ONCE) {
         const int rows = std::min(ROWS_AT_ONCE, plan.rows - first);
         for (int row = 0; row < rows; ++row) {
@@ -283,11 +289,13 @@ void resize_baseline(const Plan& plan, const Picture& picture, Scratch& scratch,
 }
 
 #if defined(__x86_64__)
-FRAMESTEP_AVX2 void resize_avx2(const Plan& plan, const Picture& picture, Scratch& scratch, uint8_t* out, int64_t stride) {
+FRAMESTEP_AVX2 void resize_avx2(const Plan& plan, const Picture& picture, Scratch& scratch, uint8_t* out,
+                                int64_t stride) {
     resize_rows<Avx2>(plan, picture, scratch, out, stride);
 }
 
-FRAMESTEP_AVX512 void resize_avx512(const Plan& plan, const Picture& picture, Scratch& scratch, uint8_t* out, int64_t stride) {
+FRAMESTEP_AVX512 void resize_avx512(const Plan& plan, const Picture& picture, Scratch& scratch, uint8_t* out,
+                                    int64_t stride) {
     resize_rows<Avx512>(plan, picture, scratch, out, stride);
 }
 #endif
@@ -305,8 +313,8 @@ void check(const Picture& picture) {
     auto fail = [](const std::string& what) { throw Error(FS_ERROR_FRAME, "frame: expected " + what); };
     const int64_t row_bytes = int64_t{picture.width} * (picture.format == PixelFormat::grey ? 1 : 3);
     if (picture.height < 1 || picture.width < 1 || picture.height > MAX_FRAME_SIDE || picture.width > MAX_FRAME_SIDE) {
-        fail("height and width from 1 to " + std::to_string(MAX_FRAME_SIDE) + ", found " + std::to_string(picture.height) + " x " +
-             std::to_string(picture.width));
+        fail("height and width from 1 to " + std::to_string(MAX_FRAME_SIDE) + ", found " +
+             std::to_string(picture.height) + " x " + std::to_string(picture.width));
     }
     if (picture.stride < row_bytes) {
         fail("a stride of at least " + std::to_string(row_bytes) + " bytes, found " + std::to_string(picture.stride));
@@ -323,7 +331,8 @@ void copy(const Picture& picture, uint8_t* out) {
         if (picture.format == PixelFormat::rgb) {
             std::memcpy(to, from, static_cast<size_t>(width) * 3);
         } else if (picture.format == PixelFormat::bgr) {
-            for (int64_t i = 0; i < width; ++i) to[3 * i] = from[3 * i + 2], to[3 * i + 1] = from[3 * i + 1], to[3 * i + 2] = from[3 * i];
+            for (int64_t i = 0; i < width; ++i)
+                to[3 * i] = from[3 * i + 2], to[3 * i + 1] = from[3 * i + 1], to[3 * i + 2] = from[3 * i];
         } else {
             for (int64_t i = 0; i < width; ++i) to[3 * i] = to[3 * i + 1] = to[3 * i + 2] = from[i];
         }

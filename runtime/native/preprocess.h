@@ -1,5 +1,5 @@
-// Bringing camera frames of any size to the model's, as runtime/preprocess.py does it: bilinear with antialiasing, resize
-// and crop in one pass over the frame.
+// Bringing camera frames of any size to the model's, as runtime/preprocess.py does it: bilinear with antialiasing,
+// resize and crop in one pass over the frame.
 #pragma once
 
 #include <cstdint>

@@ -25,7 +25,7 @@ struct Dtype {
 
 constexpr Dtype DTYPES[] = {{"float32", "F32", 4}, {"float16", "F16", 2}, {"int8", "I8", 1}};
 
-const Dtype* dtype_of(const std::string& text, const char* Dtype::* member) {
+const Dtype* dtype_of(const std::string& text, const char* Dtype::*member) {
     for (const Dtype& dtype : DTYPES) {
         if (text == dtype.*member) return &dtype;
     }
@@ -58,7 +58,8 @@ std::optional<Entry> read_entry(const Json::Member& member) {
     uint64_t size = entry.dtype->bytes;
     for (const Json& extent : shape->items()) {
         entry.shape.push_back(extent.as_int());
-        if (entry.shape.back() < 0 || __builtin_mul_overflow(size, static_cast<uint64_t>(entry.shape.back()), &size)) return {};
+        if (entry.shape.back() < 0 || __builtin_mul_overflow(size, static_cast<uint64_t>(entry.shape.back()), &size))
+            return {};
     }
     const int64_t begin = places->items()[0].as_int(), end = places->items()[1].as_int();
     if (begin < 0 || end < begin || static_cast<uint64_t>(end - begin) != size) return {};
@@ -143,8 +144,8 @@ std::optional<StateHeader> read_state_header(const std::string& text) try {
 void write_state(const std::filesystem::path& path, const std::string& state_key, int64_t position,
                  const std::vector<TensorView>& tensors) {
     Json::Object members = {{METADATA, Json(Json::Object{{"format", Json(FORMAT)},
-                                                              {"position", Json(std::to_string(position))},
-                                                              {"state_key", Json(state_key)}})}};
+                                                         {"position", Json(std::to_string(position))},
+                                                         {"state_key", Json(state_key)}})}};
     int64_t offset = 0;
     std::vector<std::string_view> pieces(1);
     for (const TensorView& tensor : tensors) {
@@ -153,9 +154,10 @@ void write_state(const std::filesystem::path& path, const std::string& state_key
         const int64_t end = offset + static_cast<int64_t>(tensor.bytes);
         Json::Array shape;
         for (const int64_t extent : tensor.shape) shape.emplace_back(extent);
-        members.push_back({tensor.name, Json(Json::Object{{"dtype", Json(dtype->code)},
-                                                          {"shape", Json(std::move(shape))},
-                                                          {"data_offsets", Json(Json::Array{Json(offset), Json(end)})}})});
+        members.push_back(
+            {tensor.name, Json(Json::Object{{"dtype", Json(dtype->code)},
+                                            {"shape", Json(std::move(shape))},
+                                            {"data_offsets", Json(Json::Array{Json(offset), Json(end)})}})});
         pieces.emplace_back(static_cast<const char*>(tensor.data), tensor.bytes);
         offset = end;
     }
@@ -168,7 +170,8 @@ void write_state(const std::filesystem::path& path, const std::string& state_key
     write_file(path, pieces);
 }
 
-int64_t read_state(const std::filesystem::path& path, const std::string& state_key, const std::vector<TensorView>& into) {
+int64_t read_state(const std::filesystem::path& path, const std::string& state_key,
+                   const std::vector<TensorView>& into) {
     auto fail = [&](const std::string& what) -> Error { return {FS_ERROR_STATE, path.string() + ": " + what}; };
     InputFile file(path, FS_ERROR_STATE);
     const std::optional<StateHeader> header = read_state_header(read_header_text(file));
@@ -226,7 +229,8 @@ std::vector<Tensor> read_safetensors(const std::filesystem::path& path) {
     if (!header || header->bytes != data.size()) throw fail();
     std::vector<Tensor> tensors;
     for (Entry& entry : header->entries) {
-        const auto first = data.begin() + static_cast<int64_t>(entry.begin), last = data.begin() + static_cast<int64_t>(entry.end);
+        const auto first = data.begin() + static_cast<int64_t>(entry.begin),
+                   last = data.begin() + static_cast<int64_t>(entry.end);
         tensors.push_back({std::move(entry.name), entry.dtype->name, std::move(entry.shape), {first, last}});
     }
     return tensors;

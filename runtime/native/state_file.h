@@ -1,5 +1,6 @@
-// Tensors in the safetensors layout: eight bytes with the length of a JSON header, the header, then the raw little-endian
-// tensors (https://github.com/huggingface/safetensors#format). A stream's saved state and a bundle's label embeddings.
+// Tensors in the safetensors layout: eight bytes with the length of a JSON header, the header, then the raw
+// little-endian tensors (https://github.com/huggingface/safetensors#format). A stream's saved state and a bundle's
+// label embeddings.
 #pragma once
 
 #include <cstdint>
@@ -23,7 +24,8 @@ void write_state(const std::filesystem::path& path, const std::string& state_key
 
 // Reads a stream's state and returns its position. Everything is checked before a byte of `into` changes. Throws Error
 // (FS_ERROR_STATE): missing, damaged, of another model, or with numbers that are not finite.
-int64_t read_state(const std::filesystem::path& path, const std::string& state_key, const std::vector<TensorView>& into);
+int64_t read_state(const std::filesystem::path& path, const std::string& state_key,
+                   const std::vector<TensorView>& into);
 
 struct Tensor {
     std::string name;

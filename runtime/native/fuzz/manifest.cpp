@@ -15,9 +15,12 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
             }
             if (graphs_for(manifest, outputs).size() > manifest.graphs.size()) std::abort();
             for (const State& state : manifest.states) {
-                if (state.bytes() == 0 || state.shape.at(static_cast<size_t>(state.axis)) < state.capacity) std::abort();
+                if (state.bytes() == 0 || state.shape.at(static_cast<size_t>(state.axis)) < state.capacity)
+                    std::abort();
             }
-            if (bundle.at(manifest.precision).precision != manifest.precision || dump_sorted(manifest.states_as_written).empty()) std::abort();
+            if (bundle.at(manifest.precision).precision != manifest.precision ||
+                dump_sorted(manifest.states_as_written).empty())
+                std::abort();
         }
         for (const char* device : {"cpu", "cuda"}) bundle.choose("auto", device);
     } catch (const Error& error) {

@@ -43,10 +43,11 @@ void fit(Preprocess& preprocess, Bytes& bytes, uint8_t* out, size_t pixels, bool
     const int64_t channels = picture.format == PixelFormat::grey ? 1 : 3;
     picture.stride = picture.width * channels + static_cast<int8_t>(bytes.next(1));
     const uint32_t colour = bytes.next(3);
-    const bool sizes = picture.width > 0 && picture.height > 0 && picture.width <= MAX_FRAME_SIDE && picture.height <= MAX_FRAME_SIDE;
+    const bool sizes =
+        picture.width > 0 && picture.height > 0 && picture.width <= MAX_FRAME_SIDE && picture.height <= MAX_FRAME_SIDE;
     const bool possible = sizes && picture.stride >= picture.width * channels;
     size_t size = possible ? static_cast<size_t>(picture.stride * (picture.height - 1) + picture.width * channels) : 1;
-    if (size > 1 << 16) return;  // slow
+    if (size > 1 << 16) return;                             // slow
     auto* data = static_cast<uint8_t*>(std::malloc(size));  // not a byte more
     picture.data = data;
     for (size_t i = 0; possible && i < size; ++i) {
@@ -74,7 +75,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     auto* out = static_cast<uint8_t*>(std::malloc(3 * pixels + (pixels == 0)));
     try {
         Preprocess preprocess(height, width, resize, simd);
-        for (int frames = 0; frames < 8 && bytes.size > 0; ++frames) fit(preprocess, bytes, out, pixels, resize == Resize::letterbox);
+        for (int frames = 0; frames < 8 && bytes.size > 0; ++frames)
+            fit(preprocess, bytes, out, pixels, resize == Resize::letterbox);
     } catch (const Error& error) {
         if (pixels != 0 || error.code != FS_ERROR_BUNDLE) std::abort();
     }

@@ -1,5 +1,6 @@
-// The inner parts of the library as C functions, for tests/native/test_native_parts.py and benchmarks/native_preprocess.py.
-// A function returns an fs_status; the text behind `text`, a result or a message, is freed with parts_free.
+// The inner parts of the library as C functions, for tests/native/test_native_parts.py and
+// benchmarks/native_preprocess.py. A function returns an fs_status; the text behind `text`, a result or a message, is
+// freed with parts_free.
 
 #include <cstdlib>
 #include <cstring>
@@ -108,7 +109,8 @@ int parts_preprocess_fit(Preprocess* preprocess, const uint8_t* data, int width,
     }
 }
 
-int parts_write_state(const char* path, const char* key, int64_t position, const View* views, size_t count, char** text) {
+int parts_write_state(const char* path, const char* key, int64_t position, const View* views, size_t count,
+                      char** text) {
     return call(text, [&] {
         write_state(path, key, position, views_of(views, count));
         return std::string();
