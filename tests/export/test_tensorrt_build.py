@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,7 +34,7 @@ from framestep.runtime.bundle import (  # noqa: E402
 from framestep.runtime.errors import BundleError, EngineError  # noqa: E402
 
 CARDS = ("8.6", "8.9", "12.0")
-MOST_SECONDS = 60.0
+MOST_SECONDS = 60.0  # of the processor: about 12 on this project's machines
 # of the engine, over the weights' bytes: the kernels that are generated for a layer weigh more beside INT8 weights
 MOST_BYTES = {"fp16": 1.1, "fp16+int8": 1.13}
 
@@ -58,6 +59,7 @@ def base(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("precision", ["fp16", "fp16+int8"])
 def test_the_base_model_becomes_an_engine_that_updates_its_caches_in_place(base, precision) -> None:
     progress = NoProgress()
+    begin = time.process_time()
     bundle, report = build(
         Bundle.open(base, verify=False), BuildOptions(precision, 4, compute_capabilities=CARDS), progress
     )
@@ -68,7 +70,7 @@ def test_the_base_model_becomes_an_engine_that_updates_its_caches_in_place(base,
     assert backbone.network.copied_states == () == backbone.network.cast_states
     assert backbone.network.attentions == 2 * layers + 1 == backbone.fused
     assert backbone.bytes < MOST_BYTES[precision] * weight_bytes(bundle, precision, "backbone")
-    assert sum(item.seconds for item in report.graphs) < MOST_SECONDS
+    assert time.process_time() - begin < MOST_SECONDS
     assert report.compute_capabilities == CARDS
     assert report.state_bytes == bundle.manifest.at(precision).states[0].bytes_per_stream() * 2 * layers
     assert progress.graphs == ["backbone", "label", "patch_label"]
@@ -141,7 +143,7 @@ def test_an_engine_of_changed_weights_is_replaced(copied) -> None:
     assert old not in bundle.manifest.engines
 
 
-@pytest.mark.filterwarnings("ignore:.*imming cache:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*iming cache:DeprecationWarning")
 def test_the_full_package_takes_the_same_path(copied) -> None:
     """TensorRT for RTX in the place of the full package: its builder, and a GPU to build for."""
     with stand_in(copied, flavour="tensorrt") as machine:
@@ -210,7 +212,7 @@ def test_a_stopped_build_ends_and_leaves_no_engine(copied) -> None:
     assert files(copied) == before
 
 
-@pytest.mark.filterwarnings("ignore:.*imming cache:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*iming cache:DeprecationWarning")
 def test_too_little_memory_to_build_says_how_much(copied, monkeypatch) -> None:
     def fail(self, network, config):
         self.logger.log(trt.ILogger.ERROR, "Requested amount of GPU memory (123456 bytes) could not be allocated.")

@@ -28,16 +28,21 @@ from framestep.runtime.bundle import Bundle  # noqa: E402
 from framestep.runtime.errors import EngineError  # noqa: E402
 
 
-def compiled(*sizes):
-    """`compile_plugin` where Triton compiles: here its functions may be interpreted."""
+CAPABILITIES = (80, 87, 90, 110)
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """`compile_plugin` for each GPU, in a process where Triton compiles: here its functions may be interpreted."""
     script = """
 import json, sys
 from dataclasses import asdict
 from framestep.kernels.temporal_plugin import compile_plugin
-print(json.dumps(asdict(compile_plugin(*json.loads(sys.argv[1])))))
+found = {name: asdict(compile_plugin(2352, 16, 64, "fp16", 1.0, name)) for name in json.loads(sys.argv[1])}
+print(json.dumps(found))
 """
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", script, json.dumps(sizes)]
+    command = [sys.executable, "-c", script, json.dumps(CAPABILITIES)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     return json.loads(done.stdout)
 
@@ -70,9 +75,9 @@ def test_the_kernel_attends_over_the_rings_and_updates_them(dtype) -> None:
         torch.testing.assert_close(ring.double(), copy, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("capability", [80, 87, 90, 110])
-def test_the_ptx_takes_the_pointers_that_tensorrt_passes_and_no_more(capability) -> None:
-    found = compiled(2352, 16, 64, "fp16", 1.0, capability)
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_the_ptx_takes_the_pointers_that_tensorrt_passes_and_no_more(compiled, capability) -> None:
+    found = compiled[str(capability)]
     entry = found["ptx"][found["ptx"].index(".entry") :]
     assert f".target sm_{capability}" in found["ptx"]
     assert found["entry"] in entry[: entry.index("(")]
@@ -149,7 +154,7 @@ def test_rings_are_declared_as_their_own_outputs_memory(plugins, monkeypatch) ->
     assert (launch.block_x, launch.shared_mem) == (64, 1024)
 
 
-@pytest.mark.filterwarnings("ignore:.*imming cache:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*iming cache:DeprecationWarning")
 def test_a_build_puts_one_plugin_in_the_place_of_each_pair_of_rings(
     golden_bundle, tmp_path, plugins, monkeypatch
 ) -> None:
