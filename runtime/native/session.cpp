@@ -232,7 +232,7 @@ private:
 };
 
 int Session::slot_of(fs_stream stream) const {
-    for (size_t slot = 0; slot < slots_.size(); ++slot) {
+    for (size_t slot = 0; stream != 0 && slot < slots_.size(); ++slot) {  // 0 marks a free place
         if (slots_[slot]->handle.load(std::memory_order_acquire) == stream) return static_cast<int>(slot);
     }
     throw Error(FS_ERROR_HANDLE, "this stream is closed, or belongs to another session");
