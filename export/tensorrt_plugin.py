@@ -6,7 +6,9 @@ The ONNX parser has no node for it. So each update of two rings and the attentio
 that carry its six inputs, and in the parsed network the plugin is put in their place.
 """
 
-# No `from __future__ import annotations`: TensorRT reads the annotations of what is registered.
+# No `from __future__ import annotations`: TensorRT reads the annotations of what is registered. They are its own types,
+# which are known only where it is installed.
+# mypy: disable-error-code="valid-type,name-defined,attr-defined"
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -158,8 +160,8 @@ def register(trt: Any) -> Any:
 
         streams, rows, window, head_dim = key_ring.shape_expr
         dtype = {trt.DataType.HALF: "fp16", trt.DataType.FLOAT: "fp32"}[key_ring.dtype]
-        sizes = [size.constant_value for size in (rows, window, head_dim)]
-        kernel = compile_plugin(*sizes, dtype, scale, capability)
+        row_count, slots, size = (extent.constant_value for extent in (rows, window, head_dim))
+        kernel = compile_plugin(row_count, slots, size, dtype, scale, capability)
         launch = trtp.KernelLaunchParams()
         launch.grid_x, launch.grid_y, launch.grid_z = kernel.grid_x, 1, streams
         launch.block_x = kernel.threads

@@ -27,7 +27,6 @@ from framestep.kernels import reference  # noqa: E402
 from framestep.runtime.bundle import Bundle  # noqa: E402
 from framestep.runtime.errors import EngineError  # noqa: E402
 
-
 CAPABILITIES = (80, 87, 90, 110)
 
 
