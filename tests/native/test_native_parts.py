@@ -193,17 +193,31 @@ def test_edges_of_json_are_as_in_python(parts, text):
 @pytest.mark.parametrize(
     "data",
     [
-        b'"\xff"',
-        b'"\xc0\x80"',
-        b'"\xed\xa0\x80"',
-        b'"\xf4\x90\x80\x80"',
-        b'"\xe2\x82"',
-        b'"\xf0\x9f\x98\x80"',
-        b'"\xc3',
+        *(
+            b"\xff",
+            b"\x80",
+            b"\xe2\x82",
+            b"\xc3",
+            b"\xf0\x9f\x98",
+            b"\xe2\x28\xa1",
+            b"\xf0\x28\x8c\xbc",
+            b"\xf8\x88\x80\x80\x80",
+        ),
+        *(b"\xc0\x80", b"\xc1\xbf", b"\xe0\x9f\xbf", b"\xf0\x8f\xbf\xbf"),  # overlong
+        *(b"\xed\xa0\x80", b"\xed\xbf\xbf", b"\xf4\x90\x80\x80", b"\xf5\x80\x80\x80"),  # surrogates, beyond the last
+        *(
+            b"\xc2\x80",
+            b"\xe0\xa0\x80",
+            b"\xed\x9f\xbf",
+            b"\xee\x80\x80",
+            b"\xf0\x90\x80\x80",
+            b"\xf4\x8f\xbf\xbf",
+        ),  # good
     ],
 )
-def test_text_that_is_not_utf8_is_refused(parts, data):
-    assert_reads_as_python_does(parts, data)
+def test_text_is_utf8_where_it_is_for_python(parts, data):
+    assert_reads_as_python_does(parts, b'"' + data + b'"')
+    assert_reads_as_python_does(parts, b'"' + data)
 
 
 @given(value=st.floats(allow_nan=False, allow_infinity=False))
