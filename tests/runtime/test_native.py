@@ -16,7 +16,7 @@ import pytest
 
 import framestep
 from framestep.runtime.bundle import Bundle
-from framestep.runtime.engines.onnxruntime import shared_library
+from framestep.runtime.engines.onnxruntime import available_devices, shared_library
 from framestep.runtime.errors import EngineError
 from framestep.runtime.library import HEADER, LIBRARY, Library, library
 
@@ -673,23 +673,48 @@ def test_a_library_of_another_version_is_named(tmp_path):
         Library(HEADER, Path(other))
 
 
-def test_messages_go_to_a_callback(native, golden_bundle, tmp_path):
-    """ONNX Runtime warns where an update cannot be done in place; here nothing does, and an error of a model is a line."""
+GPU_BUILD = """
+#include <stdint.h>
+#include <stddef.h>
+typedef void (*logger)(void *, int, const char *, const char *, const char *, const char *);
+static char name[] = "CUDAExecutionProvider";
+static char *names[] = {name};
+static void *create_env(logger log, void *user, int severity, const char *id, void **env) {
+    log(user, 2, "", id, "", "first line\\n  second line");
+    *env = name;
+    return NULL;
+}
+static void *providers(char ***found, int *count) { *found = names; *count = 1; return NULL; }
+static void *release_providers(char **found, int count) { return NULL; }
+static void *no_options(void **options) { return name; }
+static const char *message(void *status) { return "no CUDA-capable device is detected"; }
+static void release(void *object) {}
+static const void *table[300];
+static const void *api(uint32_t version) {
+    table[2] = message; table[4] = create_env; table[10] = no_options; table[93] = table[100] = release;
+    table[125] = providers; table[126] = release_providers;
+    return table;
+}
+static const char *version(void) { return "1.31.1"; }
+struct base { const void *(*api)(uint32_t); const char *(*version)(void); };
+static const struct base all = {api, version};
+const struct base *OrtGetApiBase(void) { return &all; }
+"""
+
+
+def test_a_gpu_build_without_a_gpu_has_the_cpu_alone_and_its_messages_go_to_a_callback(native, tmp_path, monkeypatch):
     received: list[tuple[int, str]] = []
 
     @native.ffi.callback("fs_log_callback")
     def receive(level: int, message: Any, user: Any) -> None:
         received.append((level, native.library.text(message)))
 
+    monkeypatch.setenv("FRAMESTEP_ONNXRUNTIME", build(tmp_path, GPU_BUILD))
     native.c.fs_log_to(receive, native.ffi.NULL)
     try:
-        shutil.copytree(BUNDLE, tmp_path / "b")
-        manifest = json.loads((tmp_path / "b" / "manifest.json").read_text())
-        (tmp_path / "b" / "label.onnx").write_bytes(b"")
-        options = {"manifest": json.dumps(manifest), "trust_files": 1}
-        status, _ = native.try_open(tmp_path / "b", **options)
-        assert status == "FS_ERROR_ENGINE"
-        assert "label.onnx" in native.error()
+        assert available_devices() == ["cpu"]
+        with pytest.raises(EngineError, match="device 'cuda' is not available"):
+            framestep.load(BUNDLE, engine="onnxruntime", device="cuda")
     finally:
         native.c.fs_log_to(native.ffi.NULL, native.ffi.NULL)
-    assert all("\n" not in message for _, message in received)
+    assert received == [(native.c.FS_LOG_WARNING, "ONNX Runtime: first line second line")]
