@@ -99,11 +99,11 @@ Ort load(void* library, const std::string& place) {
 
 }  // namespace
 
-void Ort::check(OrtStatus* status, const std::string& what) const {
+void Ort::check(OrtStatus* status, std::string_view what) const {
     if (status == nullptr) return;
     const std::string message = one_line(GetErrorMessage(status));
     ReleaseStatus(status);
-    throw Error(FS_ERROR_ENGINE, what + ": " + message);
+    throw Error(FS_ERROR_ENGINE, std::string(what) + ": " + message);
 }
 
 const Ort& load_ort(const std::string& path) {

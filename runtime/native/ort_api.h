@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <string_view>
 
 namespace framestep {
 
@@ -115,7 +116,7 @@ struct Ort {
     std::string version;  // "1.31.1"
 
     // Throws an Error with ONNX Runtime's message, on one line, behind `what`.
-    void check(OrtStatus* status, const std::string& what) const;
+    void check(OrtStatus* status, std::string_view what) const;
 };
 
 // ONNX Runtime's library, loaded once and never unloaded.

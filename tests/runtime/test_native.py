@@ -718,3 +718,18 @@ def test_a_gpu_build_without_a_gpu_has_the_cpu_alone_and_its_messages_go_to_a_ca
     finally:
         native.c.fs_log_to(native.ffi.NULL, native.ffi.NULL)
     assert received == [(native.c.FS_LOG_WARNING, "ONNX Runtime: first line second line")]
+
+
+def test_after_warm_up_the_library_asks_for_no_memory(tmp_path):
+    if shutil.which("gcc") is None:
+        pytest.skip("gcc is not installed")
+    program = tmp_path / "allocations"
+    source = Path(__file__).parent / "allocations.c"
+    folder = LIBRARY.parent
+    command = ["gcc", "-O1", "-I", HEADER.parent, source, "-o", program, "-L", folder, "-lframestep"]
+    subprocess.run([*command, f"-Wl,-rpath,{folder}", "-ldl"], check=True)
+    done = subprocess.run([program, BUNDLE, shared_library()], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    opening, steps = map(int, done.stdout.split())
+    assert opening > 100  # it does count
+    assert steps == 0
