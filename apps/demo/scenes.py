@@ -26,14 +26,16 @@ LABELS = (
     "disappearing",
     "nothing",
 )
+NEED_ROOM = ("left", "right", "up", "down", "approaching", "receding")
 FPS = 25.0
+LAG = 6  # frames
 GRACE = 13  # frames; a new motion gives a frame its name from its seventh frame on, a quarter of a second late
 
-SHORTEST, LONGEST = 20, 48  # frames of one motion
-SPEED = (0.010, 0.022)  # sides a frame
-GROWTH = (1.017, 1.034)  # factor a frame
-TURN = (0.06, 0.12)  # radians a frame
-RADIUS = (0.15, 0.30)  # of the shape, in sides
+SHORTEST, LONGEST = 22, 68  # frames of one motion
+SPEED = (0.009, 0.020)  # sides a frame
+GROWTH = (1.013, 1.028)  # factor a frame
+TURN = (0.10, 0.18)  # radians a frame
+RADIUS = (0.17, 0.32)  # of the shape, in sides
 EMPTY = (14, 28)  # frames of nothing
 FAINT = 0.15  # opacity from which a shape appears and to which it disappears
 SHAPES = ("disc", "square", "triangle", "bar", "ring")
@@ -57,10 +59,16 @@ class Scene:
     Attributes:
         frames: uint8 [T, size, size, 3], RGB.
         labels: int64 [T], indices into `LABELS`, fixed by the frames up to each.
+        state: float32 [T, 6], where the shape is: x and y from the centre, log radius, the direction it points in
+            (x, y), opacity; each about 1 in size, and 0 where there is no shape.
+        change: float32 [T, 6], how the shape changed over the last `LAG` frames: x, y, log radius, angle, opacity, and
+            whether it is there; each about 1 in size.
     """
 
     frames: np.ndarray
     labels: np.ndarray
+    state: np.ndarray
+    change: np.ndarray
 
 
 def draw_scene(seed: int, frames: int, size: int = 64) -> Scene:
@@ -81,7 +89,7 @@ def draw_scene(seed: int, frames: int, size: int = 64) -> Scene:
     canvases += grain * np.float32(noise)
     flicker = 1 + rng.uniform(0, 0.03) * rng.standard_normal(frames)
     canvases *= flicker[:, None, None, None].astype(np.float32)
-    return Scene(np.clip(canvases, 0, 255).astype(np.uint8), name_frames(motions))
+    return Scene(np.clip(canvases, 0, 255).astype(np.uint8), name_frames(motions), *_measure(poses, cuts))
 
 
 def name_frames(motions: np.ndarray) -> np.ndarray:
@@ -95,6 +103,20 @@ def name_frames(motions: np.ndarray) -> np.ndarray:
     return named
 
 
+def _measure(poses: list[Pose], cuts: set[int]) -> tuple[np.ndarray, np.ndarray]:
+    """`Scene.state` and `Scene.change` of poses."""
+    x, y, radius, angle, opacity = np.array([(p.x, p.y, p.radius, p.angle, p.opacity) for p in poses]).T
+    seen = opacity > 0
+    state = np.stack([(x - 0.5) * 4, (y - 0.5) * 4, np.log(radius / 0.23) * 3, np.cos(angle), np.sin(angle), opacity])
+    # the shape that a frame shows began at `first`; nothing is known of it before
+    first = np.maximum.accumulate(np.where([index in cuts for index in range(len(poses))], np.arange(len(poses)), 0))
+    before = np.maximum(np.arange(len(poses)) - LAG, first)
+    scales = (1 / (SPEED[1] * LAG), 1 / (SPEED[1] * LAG), 1 / (np.log(GROWTH[1]) * LAG), 1 / (TURN[1] * LAG), 6.0)
+    tracks = zip((x, y, np.log(radius), angle, opacity), scales, strict=True)
+    change = np.stack([*((track - track[before]) * scale for track, scale in tracks), seen])
+    return (state * seen).T.astype(np.float32), (change * seen).T.astype(np.float32)
+
+
 def choreograph(rng: np.random.Generator, frames: int) -> tuple[list[Pose], np.ndarray, set[int]]:
     """One motion after another, each within the frame.
 
@@ -106,7 +128,7 @@ def choreograph(rng: np.random.Generator, frames: int) -> tuple[list[Pose], np.n
     cuts = {0}
     pose = _somewhere(rng)
     motion = "still"
-    skip = int(rng.integers(0, SHORTEST))  # so that a scene may begin in the middle of a motion
+    skip = int(rng.integers(0, 3 * LONGEST))  # so that a scene may begin in the middle of any motion
     while len(poses) < skip + frames:
         motion, path = _next_motion(rng, pose, motion)
         if motion == "appearing":
@@ -131,7 +153,9 @@ def _next_motion(rng: np.random.Generator, pose: Pose, last: str) -> tuple[str, 
     if last == "nothing":
         pose = _somewhere(rng)
         return "appearing", [replace(pose, opacity=FAINT + (1 - FAINT) * (step + 1) / length) for step in range(length)]
-    for name in rng.permutation([name for name in LABELS if name not in (last, "nothing", "appearing")]):
+    # what needs room is often impossible, so it is tried more often
+    tried = ["still", "clockwise", "anticlockwise", "disappearing", *NEED_ROOM * 2]
+    for name in rng.permutation([name for name in tried if name != last]):
         path = _path(rng, pose, str(name), length)
         if len(path) >= SHORTEST:
             return str(name), path
@@ -185,7 +209,7 @@ class _Look:
     @classmethod
     def random(cls, rng: np.random.Generator) -> _Look:
         # lighter than the background, one half by far; any hue
-        levels = np.array([rng.uniform(215, 255), rng.uniform(130, 165)])
+        levels = np.array([rng.uniform(215, 255), rng.uniform(100, 135)])
         hues = rng.uniform(0.7, 1.0, (2, 3))
         colours = levels[:, None] * hues / hues.max(-1, keepdims=True)
         return cls(str(rng.choice(SHAPES)), colours, rng.uniform(1, 3), rng.uniform(0, 0.15))
