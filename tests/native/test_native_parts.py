@@ -509,7 +509,7 @@ def test_every_shorter_or_longer_state_is_refused_with_nothing_changed(parts, tm
 
 
 def rewritten(path: Path, change: Any) -> None:
-    """Change the header of a state file; `change` gets the parsed one."""
+    """Change the header of a safetensors file; `change` gets the parsed one."""
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
@@ -644,6 +644,32 @@ def test_damaged_label_embeddings_are_read_as_in_python_or_refused(parts, tmp_pa
             assert np.array_equal(found[name], array, equal_nan=True)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda header: header["text_embeddings"].update(shape=[2, 3]),
+        lambda header: header["text_embeddings"].update(shape=[-2, -2]),
+        lambda header: header["text_embeddings"].update(shape=[2**62, 2**62]),
+        lambda header: header["text_embeddings"].update(shape=[2.0, 2]),
+        lambda header: header["text_embeddings"].update(data_offsets=[0, 40]),
+        lambda header: header["text_embeddings"].update(data_offsets=[16, 0]),
+        lambda header: header["text_embeddings"].update(data_offsets=[-16, 0]),
+        lambda header: header["text_embeddings"].update(data_offsets=[0, 16, 16]),
+        lambda header: header["text_embeddings"].update(more=1),
+        lambda header: header["text_embeddings"].pop("dtype"),
+        lambda header: header["patch_text_embeddings"].update(data_offsets=[20, 44]),
+        lambda header: header["patch_text_embeddings"].update(data_offsets=[0, 24]),
+        lambda header: header.pop("patch_text_embeddings"),
+    ],
+)
+def test_label_embeddings_that_do_not_fill_their_file_are_refused(parts, tmp_path, change):
+    path = tmp_path / "labels"
+    path.write_bytes(labels.label_bytes(random_tensor((2, 2), "float32"), random_tensor((2, 3), "float32")))
+    rewritten(path, change)
+    with pytest.raises(Refused, match="damaged; label the bundle again with 'framestep label'"):
+        safetensors(parts, path)
+
+
 # ONNX
 
 
@@ -655,14 +681,22 @@ def external(location: str) -> onnx.TensorProto:
     return tensor
 
 
+def a_sparse(name: str) -> onnx.SparseTensorProto:
+    return onnx.SparseTensorProto(values=external(f"{name}.values"), indices=external(f"{name}.indices"), dims=[1])
+
+
 def a_graph(depth: int = 0) -> onnx.GraphProto:
     """Tensors wherever ONNX can hold one, and at each depth a graph in a node."""
-    sparse = onnx.SparseTensorProto(values=external(f"sparse{depth}"), indices=external(f"indices{depth}"), dims=[1])
+    sparse = a_sparse(f"sparse{depth}")
     node = onnx.helper.make_node("If", ["c"], ["y"])
     attributes = {
         "one": onnx.helper.make_attribute("one", external(f"one{depth}")),
         "several": onnx.helper.make_attribute("several", [external(f"a{depth}"), external(f"b{depth}")]),
         "sparse": onnx.helper.make_attribute("sparse", sparse),
+        "sparses": onnx.helper.make_attribute("sparses", [a_sparse(f"first{depth}"), a_sparse(f"second{depth}")]),
+        "graphs": onnx.helper.make_attribute(
+            "graphs", [onnx.helper.make_graph([], "g", [], [], [external(f"in{depth}")])]
+        ),
         "text": onnx.helper.make_attribute("text", "location"),
     }
     if depth < 3:
@@ -689,7 +723,7 @@ def test_external_files_are_found_as_in_python(parts, tmp_path):
     path.write_bytes(a_model())
     expected = sorted(onnx_files.external_files(path))
     assert parts.external_files(path) == expected
-    assert {"weights/ü.bin", "in_function", "in_default", "sparse3", "one0", "b2"} <= set(expected)
+    assert {"weights/ü.bin", "in_function", "in_default", "sparse3.values", "one0", "b2", "in1"} <= set(expected)
 
 
 @given(edits=st.data())
