@@ -450,8 +450,9 @@ private:
     template <class Declared, class GetName, class GetType>
     void check_side(const std::string& path, const std::string& kind, const Declared& declared, OrtNativeSession* session,
                     size_t count, GetName get_name, GetType get_type) const {
-        const auto refuse = [&](const std::string& name, const char* what) {
-            throw Error(FS_ERROR_BUNDLE, path + ": " + kind + " '" + name + "' " + what + "; export the bundle again");
+        const auto refuse = [&](const std::string& name, const std::string& in_graph, const std::string& in_manifest) {
+            throw Error(FS_ERROR_BUNDLE, path + ": " + kind + " '" + name + "' is " + in_graph + " in the graph and " +
+                                             in_manifest + " in the manifest; export the bundle again");
         };
         OrtAllocator* allocator = nullptr;
         ort_.check(ort_.GetAllocatorWithDefaultOptions(&allocator), path);
@@ -462,15 +463,28 @@ private:
             const std::string name = text;
             ort_.check(ort_.AllocatorFree(allocator, text), path);
             const auto found = declared.find(name);
-            if (found == declared.end()) refuse(name, "is in the graph and not in the manifest");
             Owned<OrtTypeInfo> type(ort_.ReleaseTypeInfo);
             ort_.check(get_type(session, index, type.into()), path);
-            if (describe(type.get(), path) != found->second) refuse(name, "differs between the graph and the manifest");
+            const auto actual = describe(type.get(), path);
+            if (found == declared.end()) refuse(name, text_of(actual), "absent");
+            if (actual != found->second) refuse(name, text_of(actual), text_of(found->second));
             seen[name] = true;
         }
         for (const auto& item : declared) {
-            if (seen.count(item.first) == 0) refuse(item.first, "is in the manifest and not in the graph");
+            if (seen.count(item.first) == 0) refuse(item.first, "absent", text_of(item.second));
         }
+    }
+
+    // "float32 [S, 96]"
+    static std::string text_of(const std::pair<int, std::vector<Dim>>& port) {
+        std::string sizes, kind = "of type " + std::to_string(port.first);
+        for (const fs_dtype dtype : {FS_UINT8, FS_INT8, FS_INT32, FS_INT64, FS_BOOL, FS_FLOAT16, FS_FLOAT32}) {
+            if (element_of(dtype) == port.first) kind = name_of(dtype);
+        }
+        for (const Dim& dim : port.second) {
+            sizes += (sizes.empty() ? "" : ", ") + (dim.symbol != 0 ? std::string(1, dim.symbol) : std::to_string(dim.size));
+        }
+        return kind + " [" + sizes + "]";
     }
 
     std::pair<int, std::vector<Dim>> describe(const OrtTypeInfo* type, const std::string& path) const {

@@ -63,6 +63,14 @@ def test_training_was_within_its_budget_and_reached_what_it_says() -> None:
     assert facts["minutes"] < 40
 
 
+def test_without_memory_the_same_training_does_not_get_there() -> None:
+    facts, control = (json.loads((MODEL / name).read_text()) for name in ("training.json", "training_window_1.json"))
+    assert control["window"] == 1
+    assert control["accuracy"] <= 0.45
+    for same in ("steps", "seed", "streams", "frames"):
+        assert control[same] == facts[same]
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     from framestep.apps.demo import demo
