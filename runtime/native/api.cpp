@@ -456,12 +456,12 @@ fs_status fs_stream_open(fs_session session, fs_stream* stream) {
         need(stream, "stream");
         *stream = 0;
         const std::shared_ptr<Session> open = session_of(session);
-        const int slot = open->open_stream();
         const fs_stream added = handles().add(Handles::stream_kind, open);
-        open->name_stream(slot, added);
-        if (open->closed()) {  // a moment ago, by another thread, which may have missed this stream
+        try {
+            open->open_stream(added);
+        } catch (...) {
             handles().remove(added);
-            throw Error(FS_ERROR_HANDLE, "this session is closed");
+            throw;
         }
         *stream = added;
         return FS_OK;

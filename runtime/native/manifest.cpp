@@ -336,16 +336,22 @@ void check_hashes(const Bundle& bundle) {
     for (const auto& item : bundle.files) found.emplace_back(item.first, "");
     std::vector<std::thread> workers;
     std::vector<std::exception_ptr> errors(std::max(1u, std::thread::hardware_concurrency()));
-    for (size_t worker = 0; worker < errors.size(); ++worker) {
-        workers.emplace_back([&, worker] {
-            try {
-                for (size_t at = worker; at < found.size(); at += errors.size()) {
-                    found[at].second = sha256_hex(bundle.path / found[at].first);
-                }
-            } catch (...) {
-                errors[worker] = std::current_exception();
+    const auto hash = [&](size_t worker) {
+        try {
+            for (size_t at = worker; at < found.size(); at += errors.size()) {
+                found[at].second = sha256_hex(bundle.path / found[at].first);
             }
-        });
+        } catch (...) {
+            errors[worker] = std::current_exception();
+        }
+    };
+    workers.reserve(errors.size());
+    for (size_t worker = 0; worker < errors.size(); ++worker) {
+        try {
+            workers.emplace_back(hash, worker);
+        } catch (const std::exception&) {  // no more threads are to be had
+            hash(worker);
+        }
     }
     for (std::thread& worker : workers) worker.join();
     for (const std::exception_ptr& error : errors) {
@@ -477,6 +483,10 @@ size_t State::bytes() const {
     return total;
 }
 
+bool Manifest::has_int8_memory() const {
+    return std::any_of(states.begin(), states.end(), [](const State& state) { return state.dtype == FS_INT8; });
+}
+
 Bundle parse_manifest(std::string_view content, const std::filesystem::path& path) {
     const std::string where = (path / MANIFEST).string() + ": ";
     Bundle bundle;
@@ -525,8 +535,11 @@ const Manifest& Bundle::choose(const std::string& precision, const std::string& 
                                                : std::vector<std::string>{"fp16", "fp32", "fp16+int8", "int8"};
     for (const std::string& name : order) {
         for (const Manifest& manifest : precisions) {
-            if (manifest.precision == name) return manifest;
+            if (manifest.precision == name && !manifest.has_int8_memory()) return manifest;
         }
+    }
+    for (const Manifest& manifest : precisions) {
+        if (!manifest.has_int8_memory()) return manifest;
     }
     return precisions.front();
 }

@@ -72,6 +72,8 @@ struct Manifest {
     std::vector<Graph> graphs;
     std::vector<State> states;
     Json states_as_written;  // for the state key
+
+    bool has_int8_memory() const;  // which only some engines run
 };
 
 struct FileEntry {

@@ -73,13 +73,19 @@ void check_outputs(const std::vector<std::string>& outputs, const Bundle& bundle
             throw Error(FS_ERROR_ARGUMENT, "outputs: '" + name + "' stands twice");
         }
     }
-    for (const State& state : manifest.states) {
-        if (state.dtype == FS_INT8) {
-            throw Error(FS_ERROR_ENGINE, "precision '" + manifest.precision + "' keeps its memory as INT8, which ONNX Runtime"
-                                             " would dequantize as a whole in every step; take another precision");
-        }
-    }
     if (outputs.empty()) throw Error(FS_ERROR_BUNDLE, bundle.path.string() + ": has no output that frames give");
+}
+
+void check_memory(const Bundle& bundle, const Manifest& manifest) {
+    if (!manifest.has_int8_memory()) return;
+    std::string others;
+    for (const Manifest& other : bundle.precisions) {
+        if (!other.has_int8_memory()) others += (others.empty() ? " (" : ", ") + other.precision;
+    }
+    throw Error(FS_ERROR_ENGINE, "precision '" + manifest.precision + "' keeps its memory as INT8, which ONNX Runtime would"
+                                 " dequantize as a whole in every step; " +
+                                 (others.empty() ? "export the bundle with another precision"
+                                                 : "take another precision" + others + ")"));
 }
 
 Plan make_plan(const Manifest& manifest, const std::vector<std::string>& outputs) {
@@ -165,6 +171,7 @@ Session::Session(const std::string& path, const SessionOptions& options, MakeEng
     engine_options_.streams = options.streams;
     engine_options_.threads = options.threads == 0 ? usable_cores() : options.threads;
     manifest_ = &bundle_.choose(options.precision, engine_options_.device);
+    check_memory(bundle_, *manifest_);
     const std::vector<std::string> outputs =
         options.outputs.empty() ? default_outputs(*manifest_, bundle_.labels.has_value()) : options.outputs;
     check_outputs(outputs, bundle_, *manifest_);
@@ -188,13 +195,14 @@ Session::Session(const std::string& path, const SessionOptions& options, MakeEng
 // A stream taken by this thread for one call; refused where another thread has it.
 class Session::Guard {
 public:
-    Guard(Session& session, fs_stream stream) : session_(session), slot(session.take(stream)) {}
-    ~Guard() { session_.release(slot); }
+    Guard(Session& session, fs_stream stream) : session_(session), stream_(stream), slot(session.take(stream)) {}
+    ~Guard() { session_.release(slot, stream_); }
     Guard(const Guard&) = delete;
     Guard& operator=(const Guard&) = delete;
 
 private:
     Session& session_;
+    const fs_stream stream_;
 
 public:
     const int slot;
@@ -223,7 +231,10 @@ public:
 
 private:
     void release() {
-        while (taken_ > 0) session_.release(session_.slot_of(frames_[--taken_].stream));
+        while (taken_ > 0) {
+            const fs_stream stream = frames_[--taken_].stream;
+            session_.release(session_.slot_of(stream), stream);
+        }
     }
 
     Session& session_;
@@ -233,23 +244,23 @@ private:
 
 int Session::slot_of(fs_stream stream) const {
     for (size_t slot = 0; stream != 0 && slot < slots_.size(); ++slot) {  // 0 marks a free place
-        if (slots_[slot]->handle.load(std::memory_order_acquire) == stream) return static_cast<int>(slot);
+        if ((slots_[slot]->handle.load(std::memory_order_acquire) & ~TAKEN) == stream) return static_cast<int>(slot);
     }
     throw Error(FS_ERROR_HANDLE, "this stream is closed, or belongs to another session");
 }
 
 int Session::take(fs_stream stream) {
     const int slot = slot_of(stream);
-    Slot& taken = *slots_[slot];
-    if (taken.busy.exchange(true, std::memory_order_acquire)) {
-        taken.refused.fetch_add(1, std::memory_order_relaxed);
-        throw Error(FS_ERROR_BUSY, "stream in place " + std::to_string(slot) + ": another thread's call is at work in it");
-    }
-    if (taken.handle.load(std::memory_order_acquire) != stream) {  // closed a moment ago
-        release(slot);
-        throw Error(FS_ERROR_HANDLE, "this stream is closed");
-    }
-    return slot;
+    fs_stream found = stream;
+    if (slots_[slot]->handle.compare_exchange_strong(found, stream | TAKEN, std::memory_order_acquire)) return slot;
+    if (found != (stream | TAKEN)) throw Error(FS_ERROR_HANDLE, "this stream is closed");  // a moment ago
+    slots_[slot]->refused.fetch_add(1, std::memory_order_relaxed);
+    throw Error(FS_ERROR_BUSY, "stream in place " + std::to_string(slot) + ": another thread's call is at work in it");
+}
+
+void Session::release(int slot, fs_stream stream) {
+    fs_stream found = stream | TAKEN;  // another number where the stream was closed: the place may be someone else's by now
+    slots_[slot]->handle.compare_exchange_strong(found, stream, std::memory_order_release);
 }
 
 std::unique_lock<std::mutex> Session::lock_open() {
@@ -264,7 +275,7 @@ void Session::close() {
     forget_outputs(0, static_cast<int>(slots_.size()));
 }
 
-int Session::open_stream() {
+void Session::open_stream(fs_stream stream) {
     const auto guard = lock_open();
     for (size_t slot = 0; slot < slots_.size(); ++slot) {
         Slot& place = *slots_[slot];
@@ -274,13 +285,12 @@ int Session::open_stream() {
         place.refused.store(0, std::memory_order_relaxed);
         place.frames = place.dropped = place.nonfinite = 0;
         place.last_ms = place.last_preprocess_ms = place.last_engine_ms = 0;
-        return static_cast<int>(slot);
+        place.handle.store(stream, std::memory_order_release);
+        return;
     }
     throw Error(FS_ERROR_ENGINE, "all " + std::to_string(slots_.size()) +
                                      " streams of this session are open; open it with more streams");
 }
-
-void Session::name_stream(int slot, fs_stream handle) { slots_[slot]->handle.store(handle, std::memory_order_release); }
 
 void Session::close_stream(fs_stream stream) {
     const Guard taken(*this, stream);
@@ -313,24 +323,23 @@ fs_status Session::step(Frame* frames, size_t count) {
     engine_->run(first, stop);
     const Clock::time_point ran = Clock::now();
     fs_status status = FS_OK;
-    const uint64_t generation = generations_.fetch_add(1, std::memory_order_relaxed) + 1;
-    for (size_t index = 0; index < count; ++index) {
+    for (size_t index = 0; index < count; ++index) {  // before any clock moves: the engine may fail in here
         Frame& frame = frames[index];
         const int slot = slot_of(frame.stream);
-        Slot& place = *slots_[slot];
-        int64_t& position = engine_->positions()[slot];
-        frame.position = position;
+        frame.position = engine_->positions()[slot];
         frame.nonfinite = nonfinite_outputs(slot);
         frame.status = frame.nonfinite == 0 ? FS_OK : FS_ERROR_NONFINITE;
-        place.result.store(generation, std::memory_order_release);
-        if (frame.nonfinite == 0) {
-            position += 1;
-        } else {
-            status = FS_ERROR_NONFINITE;
-            engine_->zero_states(slot);  // a NaN in a hidden slot still counts: 0 * NaN is NaN
-            position = 0;
-            ++place.nonfinite;
-        }
+        if (frame.nonfinite == 0) continue;
+        status = FS_ERROR_NONFINITE;
+        engine_->zero_states(slot);  // a NaN in a hidden slot still counts: 0 * NaN is NaN
+        engine_->positions()[slot] = 0;
+        ++slots_[slot]->nonfinite;
+    }
+    const uint64_t generation = generations_.fetch_add(1, std::memory_order_relaxed) + 1;
+    for (size_t index = 0; index < count; ++index) {
+        const int slot = slot_of(frames[index].stream);
+        if (frames[index].nonfinite == 0) engine_->positions()[slot] += 1;
+        slots_[slot]->result.store(generation, std::memory_order_release);
     }
     const Clock::time_point end = Clock::now();
     for (size_t index = 0; index < count; ++index) {
@@ -483,6 +492,7 @@ void Session::load_state(fs_stream stream, const std::string& path) {
     const Guard taken(*this, stream);
     const int64_t position = framestep::read_state(path, state_key_, copy.views);
     const auto guard = lock_open();
+    engine_->positions()[taken.slot] = 0;  // should the engine fail, what is half written is out of sight
     for (size_t index = 0; index < copy.memory.size(); ++index) {
         engine_->write_state(index, taken.slot, copy.memory[index].data());
     }

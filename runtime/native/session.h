@@ -47,9 +47,8 @@ public:
     void close();
     bool closed() const { return closed_.load(std::memory_order_acquire); }
 
-    // Of the handle registry: the slot taken for a stream, and its handle once there is one.
-    int open_stream();
-    void name_stream(int slot, fs_stream handle);
+    // Takes a free place for a stream, whose number the handle registry gave.
+    void open_stream(fs_stream stream);
     void close_stream(fs_stream stream);
 
     // Advances the streams of `count` frames, in one run. Throws where nothing advanced; returns FS_ERROR_NONFINITE
@@ -85,10 +84,10 @@ public:
 
 private:
     static constexpr size_t LATENCIES = 4096;
+    static constexpr fs_stream TAKEN = fs_stream{1} << 63;  // beside a stream's number: a call is at work in it
 
     struct Slot {
-        std::atomic<fs_stream> handle{0};
-        std::atomic<bool> busy{false};
+        std::atomic<fs_stream> handle{0};  // 0: nobody's
         std::atomic<uint64_t> result{0};   // generation of the outputs; 0: none
         std::atomic<uint64_t> refused{0};
         bool open = false;                 // under lock_
@@ -108,7 +107,7 @@ private:
 
     int slot_of(fs_stream stream) const;
     int take(fs_stream stream);
-    void release(int slot) { slots_[slot]->busy.store(false, std::memory_order_release); }
+    void release(int slot, fs_stream stream);
     std::unique_lock<std::mutex> lock_open();
     void forget_outputs(int first, int stop);
     void check_state_key() const;
