@@ -31,6 +31,7 @@ def load(
     outputs: Sequence[str] | None = None,
     threads: int | None = None,
     precision: str = "auto",
+    graphs: Sequence[str] | None = None,
 ) -> Session:
     """Load a bundle.
 
@@ -43,6 +44,7 @@ def load(
             has a graph of its own. Default: features and pooled, and scores where the bundle has labels.
         threads: threads of the engine; default: every core that this process may use.
         precision: "auto" for the fastest in the bundle that the device runs well, or one of its own, such as "int8".
+        graphs: what to load for `Stream.run`, by name. Default: the language decoder, where the bundle has one.
 
     Raises:
         FramestepError: the bundle is damaged, or the engine or device cannot be used here.
@@ -50,7 +52,7 @@ def load(
     from .runtime.bundle import Bundle
     from .runtime.session import Session
 
-    return Session(Bundle.open(path), engine, device, streams, outputs, threads, precision)
+    return Session(Bundle.open(path), engine, device, streams, outputs, threads, precision, graphs)
 
 
 def open_source(spec: str | int | os.PathLike[str], **options: Any) -> Source:

@@ -12,7 +12,8 @@
  *
  * Threads: every function may be called from any thread. Steps of one session run one at a time; streams of one session
  * may be driven by different threads, which then wait for each other. One stream belongs to one thread at a time: a call
- * that finds another thread's call at work in the same stream returns FS_ERROR_BUSY and does nothing.
+ * that finds another thread's call at work in the same stream returns FS_ERROR_BUSY and does nothing. fs_run is apart:
+ * see there what waits for it and what goes on beside it.
  *
  * Memory: whatever is passed in stays the caller's, is not changed unless documented, and is not kept after the call.
  * What a function hands out is borrowed; its comment says for how long. Nothing that this library hands out is freed.
@@ -96,6 +97,8 @@ typedef struct fs_session_options {
     int32_t threads;      /* of the engine; default: every core that this process may use */
     int32_t trust_files;  /* 1: do not check that files are listed, of their size and unchanged, as the caller did */
     const char *manifest; /* the text to take in the place of the folder's manifest.json; default: read it */
+    const char *const *graphs; /* names of graphs to load for fs_run, beside those of steps. Default: none */
+    size_t graph_count;
 } fs_session_options;
 
 /* What a session is. Text is borrowed until the session is closed. */
@@ -117,9 +120,11 @@ typedef struct fs_session_info {
     size_t outputs;
     size_t labels;
     size_t state_bytes; /* memory of one stream */
+    size_t step_graphs; /* so many of the graphs, the first ones, are what a step runs */
 } fs_session_info;
 
-/* A step graph that the session runs, in the order in which they run. */
+/* A graph that the session has loaded: first those of a step, in the order in which they run, then those that
+   fs_session_options asked for. */
 typedef struct fs_graph_info {
     size_t struct_size;
     const char *name;
@@ -128,6 +133,27 @@ typedef struct fs_graph_info {
     size_t outputs;
     size_t states;
 } fs_graph_info;
+
+/* An input or an output of a graph. */
+typedef struct fs_port_info {
+    size_t struct_size;
+    const char *name;
+    const char *role; /* what feeds an input: docs/design.md has the list */
+    fs_dtype dtype;
+    int32_t rank;     /* without the streams axis */
+    int64_t shape[8]; /* of one stream; -1 for an axis of any size, such as that of new tokens */
+} fs_port_info;
+
+/* A tensor that fs_run reads: of one stream, numbers of the input's type in C order, at an address that is a multiple of
+   a number's size. */
+typedef struct fs_input {
+    size_t struct_size;
+    const char *name;
+    const void *data;
+    fs_dtype dtype;
+    int32_t rank;
+    int64_t shape[8];
+} fs_input;
 
 /* A state: the memory that each stream carries from step to step. */
 typedef struct fs_state_info {
@@ -247,6 +273,8 @@ fs_status fs_session_describe(fs_session session, fs_session_info *info);
    are borrowed until the session is closed, those of labels until fs_set_labels at the latest. The shape of an output that
    has a row for each label changes with fs_set_labels. */
 fs_status fs_graph_describe(fs_session session, size_t index, fs_graph_info *info);
+fs_status fs_graph_input_describe(fs_session session, size_t graph, size_t index, fs_port_info *info);
+fs_status fs_graph_output_describe(fs_session session, size_t graph, size_t index, fs_port_info *info);
 fs_status fs_state_describe(fs_session session, size_t index, fs_state_info *info);
 fs_status fs_output_describe(fs_session session, size_t index, fs_output_info *info);
 fs_status fs_label_name(fs_session session, size_t index, const char **name);
@@ -285,6 +313,22 @@ fs_status fs_output(fs_stream stream, size_t index, fs_tensor *tensor);
 /* 1 while an output with this generation is valid, otherwise 0; also 0 for a handle that is none. */
 int32_t fs_output_valid(fs_stream stream, uint64_t generation);
 
+/* Runs one graph by itself for a stream, its states in place: `graph` counts as in fs_graph_describe, and `inputs` are
+   `count` structs, one after the other, all of the same struct_size, that name every input of the graph once. Axes of any
+   size may have another one in each run. No clock moves. It allocates nothing that grows once a size was seen.
+   Graphs that write a common state take turns, as do runs of the same graph; all others, and steps whose graphs write none
+   of its states, go on beside it. A graph may read a state while another writes it: the masks must hide the slots being
+   written. A stream's reset, seek and figures do not concern it.
+   FS_ERROR_ARGUMENT: an input is missing, unknown, or of another type or shape; nothing has run.
+   FS_ERROR_ENGINE: the graph refused its inputs, such as a slot beyond the capacity.
+   FS_ERROR_NONFINITE: an output has NaN or infinity. The states that the graph writes were zeroed for this stream; outputs
+   can be borrowed. */
+fs_status fs_run(fs_stream stream, size_t graph, const fs_input *inputs, size_t count);
+
+/* Borrows output `index` of the last run of `graph` for the stream, until that graph's next run for it, or closing; waits
+   for a run at work. fs_output_valid takes its generation too. FS_ERROR_STALE: it was not run yet. */
+fs_status fs_run_output(fs_stream stream, size_t graph, size_t index, fs_tensor *tensor);
+
 /* Forgets every frame so far. Outputs stay. */
 fs_status fs_reset(fs_stream stream);
 
@@ -295,7 +339,7 @@ fs_status fs_position(fs_stream stream, int64_t *position);
    whoever writes the memory with fs_state_write. `position` is at least 0 and at most 2^62. */
 fs_status fs_seek(fs_stream stream, int64_t position);
 
-/* Copies the stream's memory of one state out or in. `bytes` must be fs_state_info's. */
+/* Copies the stream's memory of one state out or in; waits for runs at work. `bytes` must be fs_state_info's. */
 fs_status fs_state_read(fs_stream stream, size_t index, void *data, size_t bytes);
 fs_status fs_state_write(fs_stream stream, size_t index, const void *data, size_t bytes);
 

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from . import state_file
 from .bundle import LABEL_ROLES, STREAM_ROLES, Bundle, FrameSpec, Manifest, graphs_for
-from .engines import PrefillEngine, choose_engine, choose_precision, make_engine, usable_cores
+from .engines import GraphEngine, PrefillEngine, choose_engine, choose_precision, make_engine, usable_cores
 from .errors import BundleError, EngineError, FrameError, FramestepError, StateError
 from .labels import label_inputs, read_label_embeddings
 from .preprocess import Preprocess, check_frame
@@ -88,6 +88,7 @@ class Session:
         outputs: Sequence[str] | None = None,
         threads: int | None = None,
         precision: str = "auto",
+        graphs: Sequence[str] | None = None,
     ) -> None:
         if streams < 1:
             raise EngineError(f"streams: expected at least 1, found {streams}")
@@ -96,8 +97,9 @@ class Session:
             raise EngineError(
                 f"threads: expected 1 to {usable_cores()}, the cores that this process may use, found {threads}"
             )
-        if isinstance(outputs, str):
-            raise EngineError(f"outputs: expected a list of names, found the text '{outputs}'")
+        for option, names in (("outputs", outputs), ("graphs", graphs)):
+            if isinstance(names, str):
+                raise EngineError(f"{option}: expected a list of names, found the text '{names}'")
         choice = choose_engine(bundle.manifest, engine, device, precision)
         self.precision = choose_precision(bundle.manifest, precision, choice.device, choice.engine)
         self.bundle = bundle = replace(bundle, manifest=bundle.manifest.at(self.precision))
@@ -106,7 +108,10 @@ class Session:
         self.labels: tuple[str, ...] = manifest.labels.names if manifest.labels else ()
         self.background: str | None = manifest.labels.background if manifest.labels else None
         self.outputs = tuple(outputs) if outputs is not None else _default_outputs(manifest)
-        _check_outputs(self.outputs, manifest, bundle)
+        self.graphs = tuple(graphs) if graphs is not None else _decoder_graphs(manifest)
+        if unknown := [name for name in self.graphs if name not in manifest.graphs]:
+            raise EngineError(f"graphs: '{unknown[0]}' is unknown; this bundle has {', '.join(manifest.graphs)}")
+        _check_outputs(self.outputs, self.graphs, manifest, bundle)
         self.preprocess = Preprocess(manifest.frame)
         self.streams = streams
         self.engine_choice = f"{choice.reason}, {self.precision}"
@@ -117,6 +122,7 @@ class Session:
             self.outputs,
             streams,
             threads or usable_cores(),
+            self.graphs,
         )
         self._lock = threading.RLock()
         self._labelling = threading.Lock()
@@ -310,6 +316,35 @@ class Stream:
         """
         return self._session.prime(self, frames)
 
+    def run(self, graph: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Run one graph of the bundle by itself, with this stream's states in place.
+
+        Graphs that write a common state take turns; all others, and steps whose graphs write none of its states, go on
+        beside it in other threads. No clock moves.
+
+        Args:
+            graph: one of `Session.graphs`.
+            inputs: every input by name, of the manifest's type and shape without the streams axis. An axis of any size,
+                such as that of new tokens, may have another one in each run.
+
+        Returns:
+            The outputs by name, without the streams axis; copies.
+
+        Raises:
+            EngineError: an input is missing, unknown or of another type or shape, or the graph refused it.
+            NonFiniteOutputError: the model gave NaN or infinity. What the graph writes was zeroed for this stream.
+        """
+        session = self._session
+        self._check_owner(session)
+        engine = session._engine
+        if graph not in session.graphs or not isinstance(engine, GraphEngine):
+            raise EngineError(f"graph '{graph}' was not loaded to be run by itself; load(..., graphs=('{graph}',))")
+        found = engine.run(self.slot, graph, inputs)
+        bad = [name for name, array in found.items() if array.dtype.kind == "f" and not np.isfinite(array).all()]
+        if bad:
+            raise NonFiniteOutputError((self,), tuple(bad), {})
+        return found
+
     def reset(self) -> None:
         """Forget every frame so far."""
         with self._session._lock:
@@ -387,7 +422,9 @@ def _available_outputs(manifest: Manifest) -> dict[str, bool]:
 
 
 def _default_outputs(manifest: Manifest) -> tuple[str, ...]:
-    """All that comes from frames; of the scores only those of whole frames, [S, C], which cost next to nothing."""
+    """What the decoder sees, where there is one; otherwise all that comes from frames; of the scores only those of whole frames, [S, C], which cost next to nothing."""
+    if manifest.language is not None:
+        return () if manifest.language.visual is None else (manifest.language.visual,)
     ranks = {port.name: len(port.shape) for graph in manifest.graphs.values() for port in graph.outputs}
     return tuple(
         name
@@ -396,9 +433,15 @@ def _default_outputs(manifest: Manifest) -> tuple[str, ...]:
     )
 
 
-def _check_outputs(outputs: Sequence[str], manifest: Manifest, bundle: Bundle) -> None:
+def _decoder_graphs(manifest: Manifest) -> tuple[str, ...]:
+    """Those that a language decoder needs."""
+    language = manifest.language
+    return () if language is None else (language.embed, language.decoder, language.rebase)
+
+
+def _check_outputs(outputs: Sequence[str], graphs: Sequence[str], manifest: Manifest, bundle: Bundle) -> None:
     available = _available_outputs(manifest)
-    if not outputs:
+    if not outputs and not graphs:
         raise EngineError(f"outputs: expected at least one of {', '.join(available)}")
     for name in outputs:
         if name not in available:

@@ -80,6 +80,21 @@ class Engine(Protocol):
 
 
 @runtime_checkable
+class GraphEngine(Engine, Protocol):
+    """An engine that runs graphs by themselves, beside those of a step."""
+
+    def run(self, slot: int, graph: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Run one graph for a slot, its states in place; see `Stream.run`. The arrays are copies.
+
+        Where an output has NaN or infinity, the states that the graph writes were zeroed for this slot.
+
+        Raises:
+            EngineError: an input is missing, unknown or of another type or shape, or the graph refused it.
+        """
+        ...
+
+
+@runtime_checkable
 class PrefillEngine(Engine, Protocol):
     """An engine that can run many frames of one stream at once."""
 
@@ -234,7 +249,18 @@ def make_engine(
     outputs: Sequence[str],
     streams: int,
     threads: int,
+    own_graphs: Sequence[str] = (),
 ) -> Engine:
+    """Make an engine that steps `graphs` and runs `own_graphs` by themselves.
+
+    Raises:
+        EngineError: it cannot be used here, or does not run graphs by themselves.
+    """
+    if own_graphs and choice.engine != "onnxruntime":
+        raise EngineError(
+            f"engine '{choice.engine}' runs frames only, and this bundle has graphs to be run by themselves"
+            f" ({', '.join(own_graphs)}); use the engine 'onnxruntime'"
+        )
     if choice.engine == "torch":
         from .torch import TorchEngine
 
@@ -245,4 +271,4 @@ def make_engine(
         return TensorRtEngine(bundle, graphs, outputs, streams)
     from .onnxruntime import OnnxRuntimeEngine
 
-    return OnnxRuntimeEngine(bundle, outputs, streams, choice.device, threads)
+    return OnnxRuntimeEngine(bundle, outputs, streams, choice.device, threads, own_graphs)

@@ -9,7 +9,9 @@ import importlib.util
 import json
 import math
 import os
+import threading
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +37,21 @@ class OnnxRuntimeEngine:
         streams: number of slots.
         device: "cpu" or "cuda".
         threads: threads for one operator.
+        graphs: names of the graphs that are to be run by themselves.
     """
 
-    def __init__(self, bundle: Bundle, outputs: Sequence[str], streams: int, device: str, threads: int) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        outputs: Sequence[str],
+        streams: int,
+        device: str,
+        threads: int,
+        graphs: Sequence[str] = (),
+    ) -> None:
         self._library = native = library()
         ffi = native.ffi
-        texts = [ffi.new("char[]", name.encode()) for name in outputs]
+        texts = [ffi.new("char[]", name.encode()) for name in (*outputs, *graphs)]
         names = ffi.new("char *[]", texts)
         options = native.new("fs_session_options")
         manifest = bundle.manifest
@@ -50,6 +61,7 @@ class OnnxRuntimeEngine:
         for name, pointer in pointers.items():
             setattr(options, name, pointer)
         options.outputs, options.output_count = names, len(outputs)
+        options.graphs, options.graph_count = names + len(outputs), len(graphs)
         options.streams, options.threads = streams, threads
         options.trust_files = 1  # whoever opened the bundle has checked them
         self._session = self._handle("fs_session", native.functions.fs_session_open, os.fsencode(bundle.path), options)
@@ -60,6 +72,8 @@ class OnnxRuntimeEngine:
             self._tensor = native.new("fs_tensor")
             self._outputs = tuple(outputs)
             self._states = _states(native, self._session)
+            self._graphs = _graphs(native, self._session)
+            self._run_locks = {name: threading.Lock() for name in self._graphs}
         except BaseException:
             self.close()
             raise
@@ -104,9 +118,35 @@ class OnnxRuntimeEngine:
         found = {}
         for index, name in enumerate(self._outputs):
             native.check(native.functions.fs_output(self._streams[slot], index, tensor))
-            memory = native.ffi.buffer(tensor.data, tensor.bytes)
-            shape = tuple(tensor.shape[0 : tensor.rank])
-            found[name] = np.frombuffer(memory, _DTYPES[tensor.dtype]).reshape(shape)
+            found[name] = _array(native, tensor)
+        return found
+
+    def run(self, slot: int, graph: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """See `Engine.run`."""
+        native, ffi = self._library, self._library.ffi
+        index, outputs = self._graphs[graph]
+        given = ffi.new("fs_input[]", len(inputs))
+        kept = []  # what the library reads from
+        for place, (name, value) in zip(given, inputs.items(), strict=True):
+            array = np.require(value, requirements=("C", "A"))
+            text = ffi.new("char[]", name.encode())
+            kept.append((array, text))
+            place.struct_size = ffi.sizeof("fs_input")
+            place.name, place.data = text, ffi.cast("void *", array.ctypes.data)
+            if array.dtype.type not in _FS_DTYPES or array.ndim > len(place.shape):
+                raise EngineError(f"graph '{graph}': input '{name}' cannot be {array.dtype} {list(array.shape)}")
+            place.dtype, place.rank = _FS_DTYPES[array.dtype.type], array.ndim
+            place.shape[0 : array.ndim] = array.shape
+        with self._run_locks[graph]:
+            if not self._session:
+                raise EngineError("this session is closed")
+            status = native.functions.fs_run(self._streams[slot], index, given, len(inputs))
+            if status != native.functions.FS_ERROR_NONFINITE:
+                native.check(status)
+            tensor, found = native.new("fs_tensor"), {}
+            for number, name in enumerate(outputs):
+                native.check(native.functions.fs_run_output(self._streams[slot], index, number, tensor))
+                found[name] = _array(native, tensor).copy()
         return found
 
     def position(self, slot: int) -> int:
@@ -152,10 +192,13 @@ class OnnxRuntimeEngine:
         self._library.check(self._library.functions.fs_state_write(self._streams[slot], index, pointer, whole.nbytes))
 
     def close(self) -> None:
-        """Free everything; once is enough."""
-        if self._session:
-            self._library.functions.fs_session_close(self._session)
-            self._session = 0
+        """Free everything; once is enough. Waits for runs at work."""
+        with ExitStack() as stack:
+            for lock in getattr(self, "_run_locks", {}).values():
+                stack.enter_context(lock)  # nobody copies an output while its memory goes
+            if self._session:
+                self._library.functions.fs_session_close(self._session)
+                self._session = 0
 
     def __del__(self) -> None:
         if getattr(self, "_session", 0):
@@ -171,6 +214,13 @@ class OnnxRuntimeEngine:
 
 
 _DTYPES = {1: np.uint8, 2: np.int8, 3: np.int32, 4: np.int64, 5: np.bool_, 6: np.float16, 7: np.float32}  # fs_dtype
+_FS_DTYPES = {kind: number for number, kind in _DTYPES.items()}
+
+
+def _array(native: Library, tensor: Any) -> Array:
+    """A view of a borrowed tensor."""
+    memory = native.ffi.buffer(tensor.data, tensor.bytes)
+    return np.frombuffer(memory, _DTYPES[tensor.dtype]).reshape(tuple(tensor.shape[0 : tensor.rank]))
 
 
 def available_devices() -> list[str]:
@@ -218,4 +268,19 @@ def _states(native: Library, session: int) -> dict[str, tuple[int, tuple[int, ..
         shape = tuple(info.shape[0 : info.rank])
         found[native.text(info.name)] = (index, shape, _DTYPES[info.dtype])
         assert info.bytes == math.prod(shape) * np.dtype(_DTYPES[info.dtype]).itemsize, native.text(info.name)
+    return found
+
+
+def _graphs(native: Library, session: int) -> dict[str, tuple[int, tuple[str, ...]]]:
+    """Index and names of the outputs of each graph, by name."""
+    session_info, info, port = (native.new(f"fs_{kind}_info") for kind in ("session", "graph", "port"))
+    native.check(native.functions.fs_session_describe(session, session_info))
+    found = {}
+    for index in range(session_info.graphs):
+        native.check(native.functions.fs_graph_describe(session, index, info))
+        outputs = []
+        for number in range(info.outputs):
+            native.check(native.functions.fs_graph_output_describe(session, index, number, port))
+            outputs.append(native.text(port.name))
+        found[native.text(info.name)] = (index, tuple(outputs))
     return found

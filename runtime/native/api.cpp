@@ -179,6 +179,11 @@ SessionOptions options_of(const fs_session_options* given) {
         need(known.outputs[index], "options.outputs");
         options.outputs.emplace_back(known.outputs[index]);
     }
+    if (known.graph_count != 0) need(known.graphs, "options.graphs");
+    for (size_t index = 0; index < known.graph_count; ++index) {
+        need(known.graphs[index], "options.graphs");
+        options.graphs.emplace_back(known.graphs[index]);
+    }
     return options;
 }
 
@@ -246,6 +251,32 @@ fs_status step(fs_session handle, fs_frame* frames, size_t count) {
     return status;
 }
 
+fs_status run(fs_stream handle, size_t graph, const fs_input* inputs, size_t count) {
+    const std::shared_ptr<Session> session = stream_of(handle);
+    constexpr size_t MAX_INPUTS = 256;
+    if (count > MAX_INPUTS) throw Error(FS_ERROR_ARGUMENT, "inputs: " + std::to_string(count) + " are too many");
+    if (count != 0) need(inputs, "inputs");
+    std::vector<NamedTensor> named;
+    const size_t size = count != 0 ? inputs->struct_size : 0;
+    if (count != 0) check_size(size, sizeof(fs_input), "inputs");
+    const auto* place = reinterpret_cast<const unsigned char*>(inputs);
+    for (size_t index = 0; index < count; ++index) {
+        const auto given = read_struct<fs_input>(place + index * size, "inputs");
+        if (given.struct_size != size) throw Error(FS_ERROR_ARGUMENT, "inputs: structs of different sizes");
+        need(given.name, "inputs");
+        need(given.data, given.name);
+        if (given.rank < 0 || given.rank > FS_MAX_RANK) {
+            throw Error(FS_ERROR_ARGUMENT, std::string(given.name) + ": a rank of " + std::to_string(given.rank));
+        }
+        named.push_back({given.name, given.dtype, {given.data, {given.shape, given.shape + given.rank}}});
+    }
+    const fs_status status = session->run(handle, graph, named);
+    if (status == FS_ERROR_NONFINITE) {
+        return fail(status, "the model gave NaN or infinity; the states that the graph writes were zeroed for this stream");
+    }
+    return status;
+}
+
 void set_labels(fs_session handle, const fs_labels* given) {
     const std::shared_ptr<Session> session = session_of(handle);
     const auto known = read_struct<fs_labels>(given, "labels");
@@ -297,7 +328,28 @@ void describe(Session& session, fs_session_info* out) {
     info.states = session.plan().states.size();
     info.outputs = session.plan().outputs.size();
     info.labels = session.labels();
+    info.step_graphs = session.plan().step_graphs;
     for (const State* state : session.plan().states) info.state_bytes += state->bytes();
+    write_struct(out, info);
+}
+
+void describe_port(Session& session, size_t graph, bool input, size_t index, fs_port_info* out) {
+    check_out(out, "info");
+    check_index(graph, session.plan().graphs.size(), "graph");
+    const Graph& described = *session.plan().graphs[graph];
+    const std::vector<Port>& ports = input ? described.inputs : described.outputs;
+    if (index >= ports.size()) {
+        throw Error(FS_ERROR_ARGUMENT, "graph '" + described.name + "' has no " + (input ? "input " : "output ") +
+                                           std::to_string(index));
+    }
+    const Port& port = ports[index];
+    fs_port_info info{};
+    info.name = port.name.c_str();
+    info.role = port.role.c_str();
+    info.dtype = port.dtype;
+    for (const Dim& dim : port.shape) {
+        if (dim.symbol != 'S') info.shape[info.rank++] = dim.symbol == 0 ? dim.size : -1;
+    }
     write_struct(out, info);
 }
 
@@ -408,6 +460,20 @@ fs_status fs_graph_describe(fs_session session, size_t index, fs_graph_info* inf
     });
 }
 
+fs_status fs_graph_input_describe(fs_session session, size_t graph, size_t index, fs_port_info* info) {
+    return call([&] {
+        describe_port(*session_of(session), graph, true, index, info);
+        return FS_OK;
+    });
+}
+
+fs_status fs_graph_output_describe(fs_session session, size_t graph, size_t index, fs_port_info* info) {
+    return call([&] {
+        describe_port(*session_of(session), graph, false, index, info);
+        return FS_OK;
+    });
+}
+
 fs_status fs_state_describe(fs_session session, size_t index, fs_state_info* info) {
     return call([&] {
         describe_state(*session_of(session), index, info);
@@ -487,6 +553,21 @@ fs_status fs_output(fs_stream stream, size_t index, fs_tensor* tensor) {
         check_out(tensor, "tensor");
         fs_tensor value{};
         session->output(stream, index, value);
+        write_struct(tensor, value);
+        return FS_OK;
+    });
+}
+
+fs_status fs_run(fs_stream stream, size_t graph, const fs_input* inputs, size_t count) {
+    return call([&] { return run(stream, graph, inputs, count); });
+}
+
+fs_status fs_run_output(fs_stream stream, size_t graph, size_t index, fs_tensor* tensor) {
+    return call([&] {
+        const std::shared_ptr<Session> session = stream_of(stream);
+        check_out(tensor, "tensor");
+        fs_tensor value{};
+        session->run_output(stream, graph, index, value);
         write_struct(tensor, value);
         return FS_OK;
     });

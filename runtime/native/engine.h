@@ -13,7 +13,8 @@ namespace framestep {
 
 // What of a bundle runs.
 struct Plan {
-    std::vector<const Graph*> graphs;   // each after those that feed it
+    std::vector<const Graph*> graphs;   // first those of a step, each after those that feed it, then those run by themselves
+    size_t step_graphs = 0;
     std::vector<const State*> states;   // those that these graphs touch, in the manifest's order
     std::vector<const Port*> outputs;   // to be brought to the host
 };
@@ -45,6 +46,12 @@ struct Output {
     const uint8_t* data;
 };
 
+// A tensor of the caller's.
+struct HostTensor {
+    const void* data;
+    std::vector<int64_t> shape;
+};
+
 class Engine {
 public:
     virtual ~Engine() = default;
@@ -71,8 +78,24 @@ public:
     // A slot's memory of the plan's state `index`, as contiguous numbers of the manifest's type.
     virtual void read_state(size_t index, int slot, void* out) = 0;
     virtual void write_state(size_t index, int slot, const void* data) = 0;
-    virtual void zero_states(int slot) = 0;
+    virtual void zero_state(size_t index, int slot) = 0;
     virtual uintptr_t state_address(size_t index) const = 0;
+
+    // Whether the graphs that are not of a step can be run.
+    virtual bool runs_graphs() const { return false; }
+
+    // Runs graph `index` of the plan by itself for a slot, with its states in place. Shapes are the graph's own for one
+    // stream: `inputs` and `outputs` are as the graph's, and the numbers of outputs are borrowed until this graph's next
+    // run for the slot. Called at once from several threads for graphs that write no common state.
+    virtual void run_graph(size_t index, int slot, const std::vector<HostTensor>& inputs,
+                           const std::vector<std::vector<int64_t>>& outputs) {
+        (void)index, (void)slot, (void)inputs, (void)outputs;
+        throw Error(FS_ERROR_INTERNAL, "this engine runs steps only");
+    }
+    virtual const uint8_t* graph_output(size_t index, int slot, size_t output) const {
+        (void)index, (void)slot, (void)output;
+        return nullptr;
+    }
 };
 
 std::unique_ptr<Engine> make_onnxruntime_engine(const Bundle& bundle, const Manifest& manifest, const Plan& plan,

@@ -6,10 +6,14 @@
 #include <cstdlib>
 #include <cstring>
 #include <map>
+#include <set>
 #include <utility>
 
 #include "engine.h"
+#include "file_io.h"
 #include "ort_api.h"
+#include "ring_graph.h"
+#include "ring_operator.h"
 
 namespace framestep {
 namespace {
@@ -165,15 +169,27 @@ class OnnxRuntimeEngine : public Engine {
 public:
     OnnxRuntimeEngine(const Bundle& bundle, const Manifest& manifest, const Plan& plan, const EngineOptions& options)
         : ort_(load_ort(options.library)), options_(options), plan_(plan), memory_info_(ort_.ReleaseMemoryInfo),
-          device_info_(ort_.ReleaseMemoryInfo), device_allocator_(ort_.ReleaseAllocator), streams_(options.streams) {
+          device_info_(ort_.ReleaseMemoryInfo), ring_domain_(ort_.ReleaseCustomOpDomain), device_allocator_(ort_.ReleaseAllocator), streams_(options.streams) {
         const bool cuda = options.device == "cuda";
         ort_.check(ort_.CreateMemoryInfo("Cpu", ORT_DEVICE_ALLOCATOR, 0, ORT_MEMORY_DEFAULT, memory_info_.into()), "host");
         const bool integer = manifest.precision.find("int8") != std::string::npos;
         const Owned<OrtSessionOptions> session = session_options(ort_, options, integer);
+        if (!cuda) {
+            const std::string what = "ONNX Runtime could not take an operator";
+            ort_.check(ort_.CreateCustomOpDomain(RING_DOMAIN, ring_domain_.into()), what);
+            ort_.check(ort_.CustomOpDomain_Add(ring_domain_.get(), ring_operator(ort_)), what);
+            ort_.check(ort_.AddCustomOpDomain(session.get(), ring_domain_.get()), what);
+            ort_.check(ort_.AddSessionConfigEntry(session.get(), "session.model_external_initializers_file_folder_path",
+                                                  bundle.path.c_str()), what);
+        }
         for (const Graph* graph : plan.graphs) {
             const std::string path = (bundle.path / graph->file).string();
             sessions_.emplace_back(ort_.ReleaseSession);
-            ort_.check(ort_.CreateSession(ort_.env, path.c_str(), session.get(), sessions_.back().into()),
+            const std::string derived = cuda ? "" : with_rings(path, *graph, manifest);
+            ort_.check(derived.empty()
+                           ? ort_.CreateSession(ort_.env, path.c_str(), session.get(), sessions_.back().into())
+                           : ort_.CreateSessionFromArray(ort_.env, derived.data(), derived.size(), session.get(),
+                                                         sessions_.back().into()),
                        path + ": ONNX Runtime " + ort_.version + " cannot load it");
             check_ports(path, *graph, manifest, sessions_.back().get());
         }
@@ -191,8 +207,12 @@ public:
             states_.push_back(allocate(shape, state->dtype, true, cuda));
         }
         if (cuda) {
-            for (int slot = 0; slot < streams_; ++slot) zero_states(slot);
+            for (int slot = 0; slot < streams_; ++slot) {
+                for (size_t index = 0; index < states_.size(); ++index) zero_state(index, slot);
+            }
         }
+        runs_.resize(plan.graphs.size());
+        for (std::vector<Run>& slots : runs_) slots.resize(static_cast<size_t>(streams_));
         allocate_outputs(0);
     }
 
@@ -219,7 +239,8 @@ public:
             labels.patch_text_embeddings.data());
         put("logit_scale", {}, &labels.logit_scale);
         put("logit_bias", {}, &labels.logit_bias);
-        for (const Graph* graph : plan_.graphs) {
+        for (size_t index = 0; index < plan_.step_graphs; ++index) {
+            const Graph* graph = plan_.graphs[index];
             for (const Port& port : graph->inputs) check_label_port(*graph, port, made);
         }
         bindings_.clear();
@@ -263,19 +284,40 @@ public:
         }
     }
 
-    void zero_states(int slot) override {
-        for (size_t index = 0; index < states_.size(); ++index) {
-            const Buffer& state = states_[index];
-            if (state.on_device) {
-                const std::vector<uint8_t> zeros(state.row());
-                write_state(index, slot, zeros.data());
-            } else {
-                std::memset(state.memory.data() + slot * state.row(), 0, state.row());
-            }
+    void zero_state(size_t index, int slot) override {
+        const Buffer& state = states_[index];
+        if (state.on_device) {
+            const std::vector<uint8_t> zeros(state.row());
+            write_state(index, slot, zeros.data());
+        } else {
+            std::memset(state.memory.data() + slot * state.row(), 0, state.row());
         }
     }
 
+    bool runs_graphs() const override { return true; }
+
+    void run_graph(size_t index, int slot, const std::vector<HostTensor>& inputs,
+                   const std::vector<std::vector<int64_t>>& outputs) override {
+        Run& run = runs_[index][slot];
+        if (run.binding.get() == nullptr) run = bind_states(index, slot);
+        try {
+            run_bound(index, run, inputs, outputs);
+        } catch (...) {
+            run = Run();  // it may be half bound
+            throw;
+        }
+    }
+
+    const uint8_t* graph_output(size_t index, int slot, size_t output) const override {
+        return runs_[index][slot].outputs[output].memory.data();
+    }
+
 private:
+    struct Run {  // of one graph for one slot
+        std::vector<Owned<OrtValue>> states;
+        Owned<OrtIoBinding> binding;
+        std::vector<Buffer> outputs;
+    };
     struct HostInput {
         const char* name;
         const OrtValue* value;
@@ -286,11 +328,30 @@ private:
         std::vector<HostInput> copied;  // inputs that lie on the host while the graph runs on a device
     };
 
-    Buffer allocate(const std::vector<int64_t>& shape, fs_dtype dtype, bool of_slots, bool on_device) const {
+    // The graph to run on a CPU in the place of a step graph over rings; "" for another, which is run as it is.
+    static std::string with_rings(const std::string& path, const Graph& graph, const Manifest& manifest) {
+        std::set<std::string> rings;
+        for (const StateUse& use : graph.states) {
+            const auto state = std::find_if(manifest.states.begin(), manifest.states.end(),
+                                            [&](const State& one) { return one.name == use.state; });
+            if (state->kind == "ring" && state->rows_per_slot == 1 && state->dtype == FS_FLOAT32) rings.insert(use.input);
+        }
+        const bool steps = std::any_of(graph.inputs.begin(), graph.inputs.end(),
+                                       [](const Port& port) { return port.role == "position"; });
+        if (rings.empty() || !steps) return "";
+        return with_ring_attention(InputFile(path, FS_ERROR_BUNDLE).read_all(), rings);
+    }
+
+    static size_t bytes_of_tensor(const std::vector<int64_t>& shape, fs_dtype dtype) {
         size_t bytes = bytes_of(dtype);
         for (const int64_t size : shape) {
             if (__builtin_mul_overflow(bytes, static_cast<size_t>(size), &bytes)) bytes = SIZE_MAX - ALIGNMENT;
         }
+        return bytes;
+    }
+
+    Buffer allocate(const std::vector<int64_t>& shape, fs_dtype dtype, bool of_slots, bool on_device) const {
+        const size_t bytes = bytes_of_tensor(shape, dtype);
         Buffer buffer;
         buffer.memory = on_device ? Memory(ort_, device_allocator_.get(), bytes) : Memory(bytes);
         buffer.shape = shape;
@@ -303,8 +364,8 @@ private:
     // Room for what every graph gives. What nobody asked for stays where it was computed.
     void allocate_outputs(int64_t labels) {
         std::map<std::string, Buffer> values;
-        for (const Graph* graph : plan_.graphs) {
-            for (const Port& port : graph->outputs) {
+        for (size_t index = 0; index < plan_.step_graphs; ++index) {
+            for (const Port& port : plan_.graphs[index]->outputs) {
                 std::vector<int64_t> shape;
                 for (const Dim& dim : port.shape) {
                     if (dim.symbol == 'B' || dim.symbol == 'T') {
@@ -344,6 +405,56 @@ private:
         return made;
     }
 
+    // A tensor on the host, whole.
+    Owned<OrtValue> value(const void* data, const std::vector<int64_t>& shape, fs_dtype dtype) const {
+        Owned<OrtValue> made(ort_.ReleaseValue);
+        ort_.check(ort_.CreateTensorWithDataAsOrtValue(memory_info_.get(), const_cast<void*>(data),
+                                                       bytes_of_tensor(shape, dtype), shape.data(), shape.size(),
+                                                       element_of(dtype), made.into()),
+                   "a buffer for ONNX Runtime");
+        return made;
+    }
+
+    Run bind_states(size_t index, int slot) const {
+        const std::string what = "ONNX Runtime could not bind a state";
+        Run run;
+        run.binding = Owned<OrtIoBinding>(ort_.ReleaseIoBinding);
+        ort_.check(ort_.CreateIoBinding(sessions_[index].get(), run.binding.into()), what);
+        for (const StateUse& use : plan_.graphs[index]->states) {
+            run.states.push_back(value(states_[state_index(use.state)], slot, slot + 1));
+            OrtValue* state = run.states.back().get();
+            if (!use.input.empty()) ort_.check(ort_.BindInput(run.binding.get(), use.input.c_str(), state), what);
+            if (!use.output.empty()) ort_.check(ort_.BindOutput(run.binding.get(), use.output.c_str(), state), what);
+        }
+        return run;
+    }
+
+    void run_bound(size_t index, Run& run, const std::vector<HostTensor>& inputs,
+                   const std::vector<std::vector<int64_t>>& outputs) const {
+        const Graph& graph = *plan_.graphs[index];
+        const std::string what = "graph '" + graph.name + "': ONNX Runtime failed";
+        std::vector<Owned<OrtValue>> values;
+        for (size_t input = 0; input < inputs.size(); ++input) {
+            const Port& port = graph.inputs[input];
+            values.push_back(value(inputs[input].data, inputs[input].shape, port.dtype));
+            ort_.check(ort_.BindInput(run.binding.get(), port.name.c_str(), values.back().get()), what);
+        }
+        run.outputs.resize(outputs.size());
+        for (size_t output = 0; output < outputs.size(); ++output) {
+            const Port& port = graph.outputs[output];
+            Buffer& buffer = run.outputs[output];
+            const bool bound = buffer.memory.data() != nullptr;
+            if (bound && buffer.shape == outputs[output]) continue;
+            if (!bound || bytes_of_tensor(outputs[output], port.dtype) > buffer.memory.bytes()) {
+                buffer = allocate(outputs[output], port.dtype, false, false);
+            }
+            buffer.shape = outputs[output];
+            values.push_back(value(buffer.memory.data(), buffer.shape, port.dtype));
+            ort_.check(ort_.BindOutput(run.binding.get(), port.name.c_str(), values.back().get()), what);
+        }
+        ort_.check(ort_.RunWithBinding(sessions_[index].get(), nullptr, run.binding.get()), what);
+    }
+
     const Buffer& input(const Port& port) const {
         if (port.role == "frame") return frames_;
         if (port.role == "position") return positions_;
@@ -358,7 +469,7 @@ private:
     std::vector<Binding> bind(int first, int stop) const {
         const std::string what = "ONNX Runtime could not bind a buffer";
         std::vector<Binding> bindings;
-        for (size_t index = 0; index < plan_.graphs.size(); ++index) {
+        for (size_t index = 0; index < plan_.step_graphs; ++index) {
             const Graph& graph = *plan_.graphs[index];
             Binding made;
             made.binding = Owned<OrtIoBinding>(ort_.ReleaseIoBinding);
@@ -512,6 +623,7 @@ private:
     const Plan plan_;
     Owned<OrtMemoryInfo> memory_info_;
     Owned<OrtMemoryInfo> device_info_;
+    Owned<OrtCustomOpDomain> ring_domain_;           // outlives the sessions
     std::vector<Owned<OrtNativeSession>> sessions_;  // as in the plan
     Owned<OrtAllocator> device_allocator_;           // of the first session: freed before it
     int64_t streams_;
@@ -522,6 +634,7 @@ private:
     std::map<std::string, Buffer> values_;    // outputs of graphs by name
     std::vector<Output> outputs_;             // as in the plan
     std::map<std::pair<int, int>, std::vector<Binding>> bindings_;  // by range of slots
+    std::vector<std::vector<Run>> runs_;      // by graph and slot
 };
 
 }  // namespace

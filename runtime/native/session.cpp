@@ -59,7 +59,7 @@ std::vector<std::string> default_outputs(const Manifest& manifest, bool labelled
     return names;
 }
 
-void check_outputs(const std::vector<std::string>& outputs, const Bundle& bundle, const Manifest& manifest) {
+void check_outputs(const std::vector<std::string>& outputs, const Manifest& manifest) {
     const auto available = available_outputs(manifest);
     std::string known;
     for (const auto& item : available) known += (known.empty() ? "" : ", ") + item.first->name;
@@ -73,7 +73,6 @@ void check_outputs(const std::vector<std::string>& outputs, const Bundle& bundle
             throw Error(FS_ERROR_ARGUMENT, "outputs: '" + name + "' stands twice");
         }
     }
-    if (outputs.empty()) throw Error(FS_ERROR_BUNDLE, bundle.path.string() + ": has no output that frames give");
 }
 
 void check_memory(const Bundle& bundle, const Manifest& manifest) {
@@ -88,9 +87,23 @@ void check_memory(const Bundle& bundle, const Manifest& manifest) {
                                                  : "take another precision" + others + ")"));
 }
 
-Plan make_plan(const Manifest& manifest, const std::vector<std::string>& outputs) {
+// What steps and runs need. `others` are the names of graphs to be run by themselves.
+Plan make_plan(const Bundle& bundle, const Manifest& manifest, const std::vector<std::string>& outputs,
+               const std::vector<std::string>& others) {
+    if (outputs.empty() && others.empty()) {
+        throw Error(FS_ERROR_BUNDLE, bundle.path.string() + ": has no output that frames give");
+    }
     Plan plan;
     plan.graphs = graphs_for(manifest, outputs);
+    plan.step_graphs = plan.graphs.size();
+    for (const std::string& name : others) {
+        const auto found = std::find_if(manifest.graphs.begin(), manifest.graphs.end(),
+                                        [&](const Graph& graph) { return graph.name == name; });
+        if (found == manifest.graphs.end()) {
+            throw Error(FS_ERROR_ARGUMENT, "graphs: '" + name + "' is unknown; see " + bundle.path.string());
+        }
+        if (std::find(plan.graphs.begin(), plan.graphs.end(), &*found) == plan.graphs.end()) plan.graphs.push_back(&*found);
+    }
     for (const State& state : manifest.states) {
         for (const Graph* graph : plan.graphs) {
             const bool used = std::any_of(graph->states.begin(), graph->states.end(),
@@ -115,7 +128,8 @@ Plan make_plan(const Manifest& manifest, const std::vector<std::string>& outputs
 void check_frame_ports(const Plan& plan, const Bundle& bundle) {
     const std::vector<Dim> frame = {{0, 'S'}, {bundle.height, 0}, {bundle.width, 0}, {3, 0}};
     const std::vector<Dim> position = {{0, 'S'}};
-    for (const Graph* graph : plan.graphs) {
+    for (size_t index = 0; index < plan.step_graphs; ++index) {
+        const Graph* graph = plan.graphs[index];
         for (const Port& port : graph->inputs) {
             const bool fits = port.role == "frame"      ? port.shape == frame && port.dtype == FS_UINT8
                               : port.role == "position" ? port.shape == position && port.dtype == FS_INT64
@@ -174,15 +188,19 @@ Session::Session(const std::string& path, const SessionOptions& options, MakeEng
     check_memory(bundle_, *manifest_);
     const std::vector<std::string> outputs =
         options.outputs.empty() ? default_outputs(*manifest_, bundle_.labels.has_value()) : options.outputs;
-    check_outputs(outputs, bundle_, *manifest_);
-    plan_ = make_plan(*manifest_, outputs);
+    check_outputs(outputs, *manifest_);
+    plan_ = make_plan(bundle_, *manifest_, outputs, options.graphs);
+    make_lanes();
     check_frame_ports(plan_, bundle_);
     state_key_ = bundle_.state_key(*manifest_);
     engine_ = make_engine(bundle_, *manifest_, plan_, engine_options_);
+    if (!engine_->runs_graphs() && plan_.step_graphs != plan_.graphs.size()) {
+        throw Error(FS_ERROR_ENGINE, std::string("engine '") + engine_->name() + "' runs frames only, no graphs by themselves");
+    }
     library_ = engine_->library();
     library_version_ = engine_->library_version();
     for (int slot = 0; slot < options.streams; ++slot) {
-        slots_.push_back(std::make_unique<Slot>(bundle_.height, bundle_.width, bundle_.resize));
+        slots_.push_back(std::make_unique<Slot>(bundle_.height, bundle_.width, bundle_.resize, plan_.graphs.size()));
     }
     if (bundle_.labels && bundle_.scoring) {
         LabelInputs labels =
@@ -269,8 +287,43 @@ std::unique_lock<std::mutex> Session::lock_open() {
     return guard;
 }
 
+// Merges graphs until no two lanes write the same state.
+void Session::make_lanes() {
+    const size_t graphs = plan_.graphs.size();
+    written_.resize(graphs);
+    std::vector<size_t> lanes(graphs);
+    for (size_t graph = 0; graph < graphs; ++graph) {
+        lanes[graph] = graph < plan_.step_graphs ? 0 : graph + 1;
+        for (const StateUse& use : plan_.graphs[graph]->states) {
+            if (use.output.empty()) continue;
+            const auto found = std::find_if(plan_.states.begin(), plan_.states.end(),
+                                            [&](const State* state) { return state->name == use.state; });
+            written_[graph].push_back(static_cast<size_t>(found - plan_.states.begin()));
+        }
+    }
+    for (size_t graph = 0; graph < graphs; ++graph) {
+        for (size_t other = 0; other < graph; ++other) {
+            const bool shared = std::any_of(written_[graph].begin(), written_[graph].end(), [&](size_t state) {
+                return std::find(written_[other].begin(), written_[other].end(), state) != written_[other].end();
+            });
+            if (!shared) continue;
+            const size_t kept = std::min(lanes[graph], lanes[other]), gone = std::max(lanes[graph], lanes[other]);
+            std::replace(lanes.begin(), lanes.end(), gone, kept);
+        }
+    }
+    graph_lanes_ = std::move(lanes);
+    lanes_ = std::vector<std::mutex>(graphs + 1);
+}
+
+std::vector<std::unique_lock<std::mutex>> Session::lock_lanes() {
+    std::vector<std::unique_lock<std::mutex>> guards;
+    for (std::mutex& lane : lanes_) guards.emplace_back(lane);
+    return guards;
+}
+
 void Session::close() {
-    const std::lock_guard guard(lock_);  // waits for a step at work
+    const auto lanes = lock_lanes();  // waits for runs and a step at work
+    const std::lock_guard guard(lock_);
     closed_.store(true, std::memory_order_release);
     forget_outputs(0, static_cast<int>(slots_.size()));
 }
@@ -294,8 +347,10 @@ void Session::open_stream(fs_stream stream) {
 
 void Session::close_stream(fs_stream stream) {
     const Guard taken(*this, stream);
+    const auto lanes = lock_lanes();
     const auto guard = lock_open();
     forget_outputs(taken.slot, taken.slot + 1);
+    for (RunResult& run : slots_[taken.slot]->runs) run.generation.store(0, std::memory_order_release);
     slots_[taken.slot]->handle.store(0, std::memory_order_release);
     slots_[taken.slot]->open = false;
 }
@@ -308,6 +363,7 @@ void Session::forget_outputs(int first, int stop) {
 fs_status Session::step(Frame* frames, size_t count) {
     const Clock::time_point start = Clock::now();
     const StepGuard taken(*this, frames, count);
+    const std::lock_guard in_lane(lanes_[0]);
     const auto guard = lock_open();
     if (count == 0) return FS_OK;
     int first = static_cast<int>(slots_.size()), stop = 0;
@@ -331,7 +387,10 @@ fs_status Session::step(Frame* frames, size_t count) {
         frame.status = frame.nonfinite == 0 ? FS_OK : FS_ERROR_NONFINITE;
         if (frame.nonfinite == 0) continue;
         status = FS_ERROR_NONFINITE;
-        engine_->zero_states(slot);  // a NaN in a hidden slot still counts: 0 * NaN is NaN
+        for (size_t graph = 0; graph < plan_.step_graphs; ++graph) {
+            // a NaN in a hidden slot still counts: 0 * NaN is NaN
+            for (const size_t state : written_[graph]) engine_->zero_state(state, slot);
+        }
         engine_->positions()[slot] = 0;
         ++slots_[slot]->nonfinite;
     }
@@ -365,7 +424,9 @@ uint64_t Session::nonfinite_outputs(int slot) const {
 }
 
 void Session::warm_up(int steps) {
+    const std::lock_guard in_lane(lanes_[0]);
     const auto guard = lock_open();
+    if (plan_.step_graphs == 0) return;
     const int streams = static_cast<int>(slots_.size());
     forget_outputs(0, streams);
     for (int step = 0; step < steps; ++step) {
@@ -404,7 +465,117 @@ void Session::output(fs_stream stream, size_t index, fs_tensor& tensor) {
 }
 
 bool Session::output_valid(fs_stream stream, uint64_t generation) {
-    return generation != 0 && slots_[slot_of(stream)]->result.load(std::memory_order_acquire) == generation;
+    if (generation == 0) return false;
+    const Slot& slot = *slots_[slot_of(stream)];
+    return slot.result.load(std::memory_order_acquire) == generation ||
+           std::any_of(slot.runs.begin(), slot.runs.end(), [&](const RunResult& run) {
+               return run.generation.load(std::memory_order_acquire) == generation;
+           });
+}
+
+// Sizes of the axes of any size, by symbol. Throws where a tensor is not what the port takes.
+static void match_shape(const Graph& graph, const Port& port, const NamedTensor& given, std::map<char, int64_t>& sizes) {
+    const std::vector<int64_t>& shape = given.tensor.shape;
+    bool fits = given.dtype == port.dtype && shape.size() == port.shape.size();
+    for (size_t axis = 0; fits && axis < shape.size(); ++axis) {
+        const Dim& dim = port.shape[axis];
+        fits = dim.symbol == 0 ? shape[axis] == dim.size : sizes.emplace(dim.symbol, shape[axis]).first->second == shape[axis];
+        fits &= shape[axis] >= 1 && shape[axis] <= INT32_MAX;
+    }
+    if (fits) return;
+    const auto text = [](const auto& item) { return item.symbol != 0 ? std::string(1, item.symbol) : std::to_string(item.size); };
+    std::string expected, found;
+    for (const Dim& dim : port.shape) {
+        if (dim.symbol != 'S') expected += (expected.empty() ? "" : ", ") + text(dim);
+    }
+    const size_t first = !port.shape.empty() && port.shape[0].symbol == 'S' ? 1 : 0;
+    for (size_t axis = first; axis < shape.size(); ++axis) found += (axis == first ? "" : ", ") + std::to_string(shape[axis]);
+    throw Error(FS_ERROR_ARGUMENT, "graph '" + graph.name + "': input '" + port.name + "' takes " + name_of(port.dtype) +
+                                       " [" + expected + "], found " + name_of(given.dtype) + " [" + found + "]");
+}
+
+fs_status Session::run(fs_stream stream, size_t index, const std::vector<NamedTensor>& inputs) {
+    if (index >= plan_.graphs.size()) {
+        throw Error(FS_ERROR_ARGUMENT,
+                    "graph " + std::to_string(index) + ": this session has " + std::to_string(plan_.graphs.size()));
+    }
+    const Graph& graph = *plan_.graphs[index];
+    std::map<char, int64_t> sizes;
+    std::vector<HostTensor> tensors;
+    for (const Port& port : graph.inputs) {
+        const auto given = std::find_if(inputs.begin(), inputs.end(),
+                                        [&](const NamedTensor& tensor) { return tensor.name == port.name; });
+        if (given == inputs.end()) {
+            throw Error(FS_ERROR_ARGUMENT, "graph '" + graph.name + "': the input '" + port.name + "' is missing");
+        }
+        NamedTensor whole = *given;
+        if (!port.shape.empty() && port.shape[0].symbol == 'S') whole.tensor.shape.insert(whole.tensor.shape.begin(), 1);
+        match_shape(graph, port, whole, sizes);
+        if (reinterpret_cast<uintptr_t>(whole.tensor.data) % bytes_of(port.dtype) != 0) {
+            throw Error(FS_ERROR_ARGUMENT, "graph '" + graph.name + "': input '" + port.name + "' is not aligned to its numbers");
+        }
+        tensors.push_back(std::move(whole.tensor));
+    }
+    for (const NamedTensor& given : inputs) {
+        const auto same = [&](const auto& other) { return other.name == given.name; };
+        if (std::none_of(graph.inputs.begin(), graph.inputs.end(), same)) {
+            throw Error(FS_ERROR_ARGUMENT, "graph '" + graph.name + "': has no input '" + given.name + "'");
+        }
+        if (std::count_if(inputs.begin(), inputs.end(), same) > 1) {
+            throw Error(FS_ERROR_ARGUMENT, "graph '" + graph.name + "': input '" + given.name + "' stands twice");
+        }
+    }
+    std::vector<std::vector<int64_t>> shapes;
+    for (const Port& port : graph.outputs) {
+        shapes.emplace_back();
+        for (const Dim& dim : port.shape) {
+            const auto size = dim.symbol == 'S' ? sizes.end() : sizes.find(dim.symbol);
+            if (dim.symbol != 0 && dim.symbol != 'S' && size == sizes.end()) {
+                throw Error(FS_ERROR_BUNDLE, "output '" + port.name + "' has an axis that no input gives a size");
+            }
+            shapes.back().push_back(dim.symbol == 0 ? dim.size : dim.symbol == 'S' ? 1 : size->second);
+        }
+    }
+    const std::lock_guard guard(lane(index));
+    if (closed()) throw Error(FS_ERROR_HANDLE, "this session is closed");
+    const int slot = slot_of(stream);
+    RunResult& result = slots_[slot]->runs[index];
+    result.generation.store(0, std::memory_order_release);
+    engine_->run_graph(index, slot, tensors, shapes);
+    bool bad = false;
+    for (size_t output = 0; output < shapes.size(); ++output) {
+        size_t bytes = bytes_of(graph.outputs[output].dtype);
+        for (const int64_t size : shapes[output]) bytes *= static_cast<size_t>(size);
+        bad |= !finite(engine_->graph_output(index, slot, output), bytes, graph.outputs[output].dtype);
+    }
+    result.shapes = std::move(shapes);
+    result.generation.store(generations_.fetch_add(1, std::memory_order_relaxed) + 1, std::memory_order_release);
+    if (!bad) return FS_OK;
+    for (const size_t state : written_[index]) engine_->zero_state(state, slot);
+    return FS_ERROR_NONFINITE;
+}
+
+void Session::run_output(fs_stream stream, size_t index, size_t output, fs_tensor& tensor) {
+    if (index >= plan_.graphs.size() || output >= plan_.graphs[index]->outputs.size()) {
+        throw Error(FS_ERROR_ARGUMENT, "graph " + std::to_string(index) + " has no output " + std::to_string(output));
+    }
+    const Port& port = plan_.graphs[index]->outputs[output];
+    const std::lock_guard guard(lane(index));
+    if (closed()) throw Error(FS_ERROR_HANDLE, "this session is closed");
+    const int slot = slot_of(stream);
+    const RunResult& result = slots_[slot]->runs[index];
+    tensor.generation = result.generation.load(std::memory_order_acquire);
+    if (tensor.generation == 0) {
+        throw Error(FS_ERROR_STALE, "graph '" + plan_.graphs[index]->name + "': was not run for this stream yet");
+    }
+    const std::vector<int64_t>& shape = result.shapes[output];
+    const size_t first = !port.shape.empty() && port.shape[0].symbol == 'S' ? 1 : 0;
+    tensor.data = engine_->graph_output(index, slot, output);
+    tensor.dtype = port.dtype;
+    tensor.rank = static_cast<int32_t>(shape.size() - first);
+    std::copy(shape.begin() + static_cast<std::ptrdiff_t>(first), shape.end(), tensor.shape);
+    tensor.bytes = bytes_of(port.dtype);
+    for (const int64_t size : shape) tensor.bytes *= static_cast<size_t>(size);
 }
 
 void Session::reset(fs_stream stream) {
@@ -442,6 +613,7 @@ static void check_state(const Plan& plan, size_t index, size_t bytes) {
 void Session::read_state(fs_stream stream, size_t index, void* data, size_t bytes) {
     check_state(plan_, index, bytes);
     const Guard taken(*this, stream);
+    const auto lanes = lock_lanes();
     const auto guard = lock_open();
     engine_->read_state(index, taken.slot, data);
 }
@@ -449,6 +621,7 @@ void Session::read_state(fs_stream stream, size_t index, void* data, size_t byte
 void Session::write_state(fs_stream stream, size_t index, const void* data, size_t bytes) {
     check_state(plan_, index, bytes);
     const Guard taken(*this, stream);
+    const auto lanes = lock_lanes();
     const auto guard = lock_open();
     engine_->write_state(index, taken.slot, data);
 }
@@ -477,6 +650,7 @@ void Session::save_state(fs_stream stream, const std::string& path) {
     const Guard taken(*this, stream);
     int64_t position = 0;
     {
+        const auto lanes = lock_lanes();
         const auto guard = lock_open();
         for (size_t index = 0; index < copy.memory.size(); ++index) {
             engine_->read_state(index, taken.slot, copy.memory[index].data());
@@ -491,6 +665,7 @@ void Session::load_state(fs_stream stream, const std::string& path) {
     StateCopy copy(plan_);
     const Guard taken(*this, stream);
     const int64_t position = framestep::read_state(path, state_key_, copy.views);
+    const auto lanes = lock_lanes();
     const auto guard = lock_open();
     engine_->positions()[taken.slot] = 0;  // should the engine fail, what is half written is out of sight
     for (size_t index = 0; index < copy.memory.size(); ++index) {

@@ -4,6 +4,7 @@
 #include <array>
 #include <atomic>
 #include <chrono>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -21,6 +22,7 @@ struct SessionOptions {
     std::string precision = "auto";
     std::string library;
     std::vector<std::string> outputs;  // empty: the default
+    std::vector<std::string> graphs;   // to be run by themselves
     int streams = 1;
     int threads = 0;  // 0: every usable core
     std::string manifest;  // empty: the bundle's own
@@ -34,6 +36,13 @@ struct Frame {
     fs_status status;
     int64_t position;
     uint64_t nonfinite;
+};
+
+// A tensor for a graph that runs by itself; as fs_input.
+struct NamedTensor {
+    std::string name;
+    fs_dtype dtype;
+    HostTensor tensor;
 };
 
 // Makes the engine of a session. Tests give their own.
@@ -56,6 +65,10 @@ public:
     fs_status step(Frame* frames, size_t count);
     void warm_up(int steps);
     void set_labels(LabelInputs labels, std::vector<std::string> names);
+
+    // Runs graph `index` of the plan by itself. Returns FS_ERROR_NONFINITE where an output has NaN or infinity.
+    fs_status run(fs_stream stream, size_t index, const std::vector<NamedTensor>& inputs);
+    void run_output(fs_stream stream, size_t index, size_t output, fs_tensor& tensor);
 
     void output(fs_stream stream, size_t index, fs_tensor& tensor);
     bool output_valid(fs_stream stream, uint64_t generation);
@@ -86,6 +99,12 @@ private:
     static constexpr size_t LATENCIES = 4096;
     static constexpr fs_stream TAKEN = fs_stream{1} << 63;  // beside a stream's number: a call is at work in it
 
+    // What a graph's last run for a slot gave; under the graph's lane, but for the generation.
+    struct RunResult {
+        std::vector<std::vector<int64_t>> shapes;
+        std::atomic<uint64_t> generation{0};  // 0: none
+    };
+
     struct Slot {
         std::atomic<fs_stream> handle{0};  // 0: nobody's
         std::atomic<uint64_t> result{0};   // generation of the outputs; 0: none
@@ -97,8 +116,10 @@ private:
         double last_ms = 0, last_preprocess_ms = 0, last_engine_ms = 0;
         std::array<float, LATENCIES> latencies;
         Preprocess preprocess;             // under lock_
+        std::vector<RunResult> runs;       // by graph
 
-        Slot(int height, int width, Resize resize) : latencies{}, preprocess(height, width, resize) {}
+        Slot(int height, int width, Resize resize, size_t graphs)
+            : latencies{}, preprocess(height, width, resize), runs(graphs) {}
     };
 
     // A stream taken by this thread, for one call.
@@ -109,6 +130,9 @@ private:
     int take(fs_stream stream);
     void release(int slot, fs_stream stream);
     std::unique_lock<std::mutex> lock_open();
+    std::vector<std::unique_lock<std::mutex>> lock_lanes();
+    std::mutex& lane(size_t graph) { return lanes_[graph_lanes_[graph]]; }
+    void make_lanes();
     void forget_outputs(int first, int stop);
     void check_state_key() const;
     uint64_t nonfinite_outputs(int slot) const;
@@ -122,6 +146,11 @@ private:
     std::string library_version_;
     std::unique_ptr<Engine> engine_;
     std::vector<std::unique_ptr<Slot>> slots_;
+    // Graphs that write a common state are in one lane, those of steps together in lane 0; one at a time in each. Taken
+    // before lock_, and several in their order.
+    std::vector<size_t> graph_lanes_;
+    std::vector<std::vector<size_t>> written_;  // states by graph
+    std::vector<std::mutex> lanes_;
     std::mutex lock_;           // one step at a time
     std::mutex outputs_lock_;   // what and where outputs are; never held during a run
     std::vector<std::string> label_names_;  // under outputs_lock_
