@@ -88,8 +88,8 @@ typedef struct fs_session_options {
     const char *engine;    /* "auto" (default) or "onnxruntime" or, where it was built in, "tensorrt" */
     const char *device;    /* "auto" (default: the fastest there is), "cpu" or "cuda" */
     const char *precision; /* "auto" (default: the fastest in the bundle that the device runs well) or one of its own */
-    const char *library;   /* path of ONNX Runtime's shared library. Default: the environment's FRAMESTEP_ONNXRUNTIME,
-                              then the system's library path */
+    const char *library;   /* path of ONNX Runtime's shared library, or of TensorRT's where that is the engine asked for.
+                              Default: the environment's FRAMESTEP_ONNXRUNTIME, then the system's library path */
     const char *const *outputs; /* names of the outputs to bring to the host. Default: all that need no labels, and those
                                    of whole frames that need them where the bundle has labels */
     size_t output_count;
@@ -104,7 +104,7 @@ typedef struct fs_session_options {
 /* What a session is. Text is borrowed until the session is closed. */
 typedef struct fs_session_info {
     size_t struct_size;
-    const char *engine;    /* "onnxruntime" */
+    const char *engine;    /* "onnxruntime" or "tensorrt" */
     const char *device;    /* "cpu" or "cuda" */
     const char *precision; /* of the bundle's precisions */
     const char *library;   /* path of the engine's shared library */

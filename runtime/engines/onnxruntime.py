@@ -56,6 +56,7 @@ class OnnxRuntimeEngine:
         options = native.new("fs_session_options")
         manifest = bundle.manifest
         kept = {"device": device, "precision": manifest.precision, "library": shared_library()}
+        kept["engine"] = "onnxruntime"
         kept["manifest"] = json.dumps(to_json(manifest))  # of a bundle in the making it is not written yet
         pointers = {name: ffi.new("char[]", value.encode()) for name, value in kept.items()}
         for name, pointer in pointers.items():

@@ -421,7 +421,7 @@ fs_status fs_session_open(const char* bundle, const fs_session_options* options,
         need(session, "session");
         *session = 0;
         need(bundle, "bundle");
-        auto opened = std::make_shared<Session>(bundle, options_of(options), make_onnxruntime_engine);
+        auto opened = std::make_shared<Session>(bundle, options_of(options));
         *session = handles().add(Handles::session_kind, std::move(opened));
         return FS_OK;
     });

@@ -20,6 +20,7 @@ struct Plan {
 };
 
 struct EngineOptions {
+    std::string engine;   // "onnxruntime" or "tensorrt"
     std::string device;   // "cpu" or "cuda"
     std::string library;  // the engine's shared library; empty: where it usually is
     int streams = 1;      // slots

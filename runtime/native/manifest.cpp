@@ -220,6 +220,38 @@ FileEntry read_file_entry(const Json& value, const std::string& where) {
     return {static_cast<uint64_t>(bytes), fields.need_text("sha256")};
 }
 
+EngineFile read_engine_file(const std::string& name, const Json& value, const std::string& where) {
+    const Fields fields(value, where,
+                        {"graph", "precision", "flavour", "version", "compute_capabilities", "streams", "source", "bytes",
+                         "sha256", "labels", "attention", "version_compatible"});
+    const std::string folder = "engines/", ending = ".engine";
+    const size_t digits = name.find_first_not_of("0123456789abcdef", folder.size());
+    if (name.compare(0, folder.size(), folder) != 0 || digits == std::string::npos || digits == folder.size() ||
+        name.compare(digits, std::string::npos, ending) != 0) {
+        refuse("the engine '" + name + "' should be engines/FINGERPRINT.engine; refused");
+    }
+    EngineFile engine{};
+    engine.file = name;
+    engine.graph = fields.need_text("graph");
+    engine.precision = fields.need_text("precision");
+    engine.flavour = fields.need_text("flavour");
+    engine.version = fields.need_text("version");
+    engine.compute_capabilities =
+        list<std::string>(fields.need("compute_capabilities"), fields.at("compute_capabilities"), text);
+    engine.streams = fields.need_integer("streams");
+    engine.source = fields.need_text("source");
+    const int64_t bytes = fields.need_integer("bytes");
+    if (bytes < 0) refuse(fields.at("bytes") + ": expected at least 0");
+    engine.bytes = static_cast<uint64_t>(bytes);
+    engine.sha256 = fields.need_text("sha256");
+    if (const Json* labels = fields.optional("labels")) engine.labels = integer(*labels, fields.at("labels"));
+    if (const Json* attention = fields.optional("attention")) text(*attention, fields.at("attention"));
+    if (const Json* later = fields.optional("version_compatible")) {
+        engine.version_compatible = boolean(*later, fields.at("version_compatible"));
+    }
+    return engine;
+}
+
 std::vector<std::string> output_names(const Manifest& manifest) {
     std::vector<std::string> names;
     for (const Graph& graph : manifest.graphs) {
@@ -434,6 +466,12 @@ void read_manifest(const Json& root, Bundle& bundle) {
             bundle.files.emplace(member.name, read_file_entry(member.value, join("files", member.name)));
         }
     }
+    if (const Json* engines = fields.optional("engines")) {
+        if (engines->kind() != Json::Kind::object) mismatch("engines", "an object", *engines);
+        for (const Json::Member& member : engines->members()) {
+            bundle.engines.push_back(read_engine_file(member.name, member.value, join("engines", member.name)));
+        }
+    }
 
     Manifest main;
     main.precision = fields.need_text("precision");
@@ -527,21 +565,26 @@ const Manifest& Bundle::at(const std::string& precision) const {
     refuse("precision '" + precision + "' is not in this bundle; it has " + known);
 }
 
-const Manifest& Bundle::choose(const std::string& precision, const std::string& device) const {
+const Manifest& Bundle::choose(const std::string& precision, const std::string& device,
+                               const std::set<std::string>& preferred) const {
     if (precision != "auto") return at(precision);
     // A CPU widens every FP16 number before it computes with it.
     const std::vector<std::string> order = device == "cpu"
                                                ? std::vector<std::string>{"int8", "fp32"}
                                                : std::vector<std::string>{"fp16", "fp32", "fp16+int8", "int8"};
+    std::vector<const Manifest*> known, wanted;
+    for (const Manifest& manifest : precisions) {
+        if (manifest.has_int8_memory()) continue;
+        known.push_back(&manifest);
+        if (preferred.count(manifest.precision) != 0) wanted.push_back(&manifest);
+    }
+    if (!wanted.empty()) known = std::move(wanted);
     for (const std::string& name : order) {
-        for (const Manifest& manifest : precisions) {
-            if (manifest.precision == name && !manifest.has_int8_memory()) return manifest;
+        for (const Manifest* manifest : known) {
+            if (manifest->precision == name) return *manifest;
         }
     }
-    for (const Manifest& manifest : precisions) {
-        if (!manifest.has_int8_memory()) return manifest;
-    }
-    return precisions.front();
+    return known.empty() ? precisions.front() : *known.front();
 }
 
 std::string Bundle::state_key(const Manifest& manifest) const {

@@ -5,6 +5,7 @@
 #include <filesystem>
 #include <map>
 #include <optional>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -81,6 +82,22 @@ struct FileEntry {
     std::string sha256;
 };
 
+// What TensorRT compiled from a graph, in one precision, for some GPUs. Whether it fits is seen when it is loaded.
+struct EngineFile {
+    std::string file;
+    std::string graph;
+    std::string precision;
+    std::string flavour;  // the package that compiled it, and that runs it
+    std::string version;  // of that
+    std::vector<std::string> compute_capabilities;
+    int64_t streams;
+    std::string source;  // identifies the graph
+    uint64_t bytes;
+    std::string sha256;
+    int64_t labels;  // the most that it takes; 0: it takes none
+    bool version_compatible;
+};
+
 struct Bundle {
     std::filesystem::path path;
     int height = 0;
@@ -93,6 +110,7 @@ struct Bundle {
     std::vector<std::string> used_files;
     std::map<std::string, FileEntry> files;
     std::vector<Manifest> precisions;  // the bundle's own first
+    std::vector<EngineFile> engines;
 
     // Reads the manifest, or takes `manifest` for it where that is not empty, and checks that every file is listed, there,
     // and unchanged. With `trust` the caller has checked the files. Throws Error(FS_ERROR_BUNDLE).
@@ -101,8 +119,10 @@ struct Bundle {
     // Throws Error(FS_ERROR_BUNDLE): the bundle does not have it.
     const Manifest& at(const std::string& precision) const;
 
-    // The precision asked for, or for "auto" the fastest one that the device runs well.
-    const Manifest& choose(const std::string& precision, const std::string& device) const;
+    // The precision asked for, or for "auto" the fastest one that the device runs well; of those `preferred`, if there are
+    // any, and none whose memory is INT8 unless there is no other.
+    const Manifest& choose(const std::string& precision, const std::string& device,
+                           const std::set<std::string>& preferred = {}) const;
 
     // Identifies what a saved state fits. Empty where files are not listed, as in a bundle in the making.
     std::string state_key(const Manifest& manifest) const;

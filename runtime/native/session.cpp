@@ -8,6 +8,7 @@
 #include <set>
 #include <thread>
 
+#include "engine_choice.h"
 #include "labels.h"
 #include "state_file.h"
 
@@ -73,18 +74,6 @@ void check_outputs(const std::vector<std::string>& outputs, const Manifest& mani
             throw Error(FS_ERROR_ARGUMENT, "outputs: '" + name + "' stands twice");
         }
     }
-}
-
-void check_memory(const Bundle& bundle, const Manifest& manifest) {
-    if (!manifest.has_int8_memory()) return;
-    std::string others;
-    for (const Manifest& other : bundle.precisions) {
-        if (!other.has_int8_memory()) others += (others.empty() ? " (" : ", ") + other.precision;
-    }
-    throw Error(FS_ERROR_ENGINE, "precision '" + manifest.precision + "' keeps its memory as INT8, which ONNX Runtime would"
-                                 " dequantize as a whole in every step; " +
-                                 (others.empty() ? "export the bundle with another precision"
-                                                 : "take another precision" + others + ")"));
 }
 
 // What steps and runs need. `others` are the names of graphs to be run by themselves.
@@ -160,14 +149,8 @@ std::vector<std::pair<const Port*, bool>> available_outputs(const Manifest& mani
     return found;
 }
 
-Session::Session(const std::string& path, const SessionOptions& options, MakeEngine make_engine)
+Session::Session(const std::string& path, const SessionOptions& options)
     : bundle_(Bundle::open(path, options.manifest, options.trust_files)) {
-    if (options.engine != "auto" && options.engine != "onnxruntime") {
-        throw Error(FS_ERROR_ENGINE, "engine '" + options.engine + "' is unknown; expected auto or onnxruntime");
-    }
-    if (options.device != "auto" && options.device != "cpu" && options.device != "cuda") {
-        throw Error(FS_ERROR_ENGINE, "device '" + options.device + "' is unknown; expected auto, cpu or cuda");
-    }
     if (options.streams < 1 || options.streams > MAX_STREAMS) {
         throw Error(FS_ERROR_ARGUMENT, "streams: expected 1 to " + std::to_string(MAX_STREAMS) + ", found " +
                                            std::to_string(options.streams));
@@ -177,15 +160,14 @@ Session::Session(const std::string& path, const SessionOptions& options, MakeEng
         throw Error(FS_ERROR_ARGUMENT, "threads: expected 1 to " + std::to_string(usable_cores()) +
                                            ", the cores that this process may use, found " + std::to_string(options.threads));
     }
-    engine_options_.device = options.device;
-    if (options.device == "auto") {
-        engine_options_.device = onnxruntime_has_device(options.library, "cuda") ? "cuda" : "cpu";
-    }
+    const EngineChoice choice =
+        choose_engine(bundle_, options.engine, options.device, options.precision, options.library);
+    manifest_ = choice.manifest;
+    engine_options_.engine = choice.engine;
+    engine_options_.device = choice.device;
     engine_options_.library = options.library;
     engine_options_.streams = options.streams;
     engine_options_.threads = options.threads == 0 ? usable_cores() : options.threads;
-    manifest_ = &bundle_.choose(options.precision, engine_options_.device);
-    check_memory(bundle_, *manifest_);
     const std::vector<std::string> outputs =
         options.outputs.empty() ? default_outputs(*manifest_, bundle_.labels.has_value()) : options.outputs;
     check_outputs(outputs, *manifest_);

@@ -45,13 +45,10 @@ struct NamedTensor {
     HostTensor tensor;
 };
 
-// Makes the engine of a session. Tests give their own.
-using MakeEngine = std::unique_ptr<Engine> (*)(const Bundle&, const Manifest&, const Plan&, const EngineOptions&);
-
 // Safe to call from several threads. A session lives as long as anybody uses it; `close` refuses whatever comes after.
 class Session {
 public:
-    Session(const std::string& path, const SessionOptions& options, MakeEngine make_engine);
+    Session(const std::string& path, const SessionOptions& options);
 
     void close();
     bool closed() const { return closed_.load(std::memory_order_acquire); }

@@ -1,0 +1,86 @@
+#include "engine_choice.h"
+
+#include <set>
+
+#ifdef FRAMESTEP_TENSORRT
+#include "tensorrt_engine.h"
+#endif
+
+namespace framestep {
+namespace {
+
+void check_memory(const Bundle& bundle, const Manifest& manifest, const char* why) {
+    if (!manifest.has_int8_memory()) return;
+    std::string others;
+    for (const Manifest& other : bundle.precisions) {
+        if (!other.has_int8_memory()) others += (others.empty() ? " (" : ", ") + other.precision;
+    }
+    throw Error(FS_ERROR_ENGINE, "precision '" + manifest.precision + "' keeps its memory as INT8, " + why + "; " +
+                                     (others.empty() ? "export the bundle with another precision"
+                                                     : "take another precision" + others + ")"));
+}
+
+#ifdef FRAMESTEP_TENSORRT
+
+bool built_for_here(const Bundle& bundle) {
+    if (bundle.engines.empty()) return false;
+    try {
+        const Target target = tensorrt_target("");
+        for (const EngineFile& engine : bundle.engines) {
+            if (machine_misfit(engine, target, 1).empty()) return true;
+        }
+    } catch (const Error&) {  // no TensorRT or no GPU
+    }
+    return false;
+}
+
+EngineChoice choose_tensorrt(const Bundle& bundle, const std::string& device, const std::string& precision) {
+    if (device == "cpu") {
+        throw Error(FS_ERROR_ENGINE, "the engine 'tensorrt' needs an NVIDIA GPU; use the engine 'onnxruntime' on a CPU");
+    }
+    std::set<std::string> built;
+    for (const EngineFile& engine : bundle.engines) built.insert(engine.precision);
+    const Manifest& manifest = bundle.choose(precision, "cuda", built);
+    check_memory(bundle, manifest, "and TensorRT's caches are FP32 or FP16");
+    return {"tensorrt", "cuda", &manifest};
+}
+
+#else
+
+bool built_for_here(const Bundle&) { return false; }
+
+EngineChoice choose_tensorrt(const Bundle&, const std::string&, const std::string&) {
+    throw Error(FS_ERROR_ENGINE, "engine 'tensorrt' was not built into this library; build it where the headers of TensorRT"
+                                 " 10.15 or later and of CUDA are, with -DFRAMESTEP_TENSORRT=ON");
+}
+
+#endif
+
+}  // namespace
+
+EngineChoice choose_engine(const Bundle& bundle, const std::string& engine, const std::string& device,
+                           const std::string& precision, const std::string& library) {
+    if (engine != "auto" && engine != "onnxruntime" && engine != "tensorrt") {
+        throw Error(FS_ERROR_ENGINE, "engine '" + engine + "' is unknown; expected auto, onnxruntime or tensorrt");
+    }
+    if (device != "auto" && device != "cpu" && device != "cuda") {
+        throw Error(FS_ERROR_ENGINE, "device '" + device + "' is unknown; expected auto, cpu or cuda");
+    }
+    if (engine == "tensorrt" || (engine == "auto" && device != "cpu" && built_for_here(bundle))) {
+        return choose_tensorrt(bundle, device, precision);
+    }
+    const std::string taken = device != "auto" ? device : onnxruntime_has_device(library, "cuda") ? "cuda" : "cpu";
+    const Manifest& manifest = bundle.choose(precision, taken);
+    check_memory(bundle, manifest, "which ONNX Runtime would dequantize as a whole in every step");
+    return {"onnxruntime", taken, &manifest};
+}
+
+std::unique_ptr<Engine> make_engine(const Bundle& bundle, const Manifest& manifest, const Plan& plan,
+                                    const EngineOptions& options) {
+#ifdef FRAMESTEP_TENSORRT
+    if (options.engine == "tensorrt") return make_tensorrt_engine(bundle, manifest, plan, options);
+#endif
+    return make_onnxruntime_engine(bundle, manifest, plan, options);
+}
+
+}  // namespace framestep
