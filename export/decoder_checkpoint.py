@@ -94,16 +94,16 @@ def read_decoder_checkpoint(source: str, vision_tower: str | None = None) -> Dec
     for file in weight_files(folder):
         for key, value in read_weights(file).items():
             _sort(key, value, weights, source)
-    decoder = _built(Decoder, config)
+    decoder = build(Decoder, config)
     if config.tie_word_embeddings:
         weights["decoder"].pop("lm_head.weight", None)
     fill(decoder, weights["decoder"], source, None)
     vision = projector = tower = None
     if family == "qwen2_5_vl" and (values.get("vision_config") or weights["vision"]):
-        vision = _built(VisionTower, _vision_config(folder, values, config, where))
+        vision = build(VisionTower, _vision_config(folder, values, config, where))
         fill(vision, weights.pop("vision"), source, None)
     if family == "streamformer_videoqa":
-        projector = _built(Projector, ProjectorConfig.from_dict(values, where))
+        projector = build(Projector, ProjectorConfig.from_dict(values, where))
         if "image_newline" not in projector.state_dict():  # checkpoints keep one that nothing uses
             weights["projector"].pop("image_newline", None)
         fill(projector, weights.pop("projector"), source, None)
@@ -115,14 +115,9 @@ def read_decoder_checkpoint(source: str, vision_tower: str | None = None) -> Dec
         raise CheckpointError(
             f"{source}: a {values['model_type']} does not have {strays[0]} and {len(strays) - 1} others"
         )
-    tokenizer = _tokenizer(folder)
-    if tokenizer is not None and tokenizer.get_vocab_size(with_added_tokens=True) > config.vocab_size:
-        raise CheckpointError(
-            f"{source}: the tokenizer does not belong to the weights: it has"
-            f" {tokenizer.get_vocab_size(with_added_tokens=True)} tokens, the model {config.vocab_size}"
-        )
-    tokens = _tokens(values, tokenizer, config)
-    stop = _stop(folder, values, config)
+    tokenizer = read_tokenizer(folder, config)
+    tokens = read_tokens(values, tokenizer, config)
+    stop = read_stop(folder, values, config)
     return DecoderCheckpoint(family, source, decoder, vision, projector, tower, tokenizer, tokens, stop)
 
 
@@ -144,7 +139,8 @@ def _sort(key: str, value: Tensor, weights: dict[str, dict[str, Tensor]], source
     raise CheckpointError(f"{source}: unexpected weight {key}")
 
 
-def _built(kind: Any, config: Any) -> Any:
+def build(kind: Any, config: Any) -> Any:
+    """A module without memory for its weights, which `fill` then brings."""
     with torch.device("meta"):
         module: nn.Module = kind(config)
     return module.eval()
@@ -174,7 +170,7 @@ def _tower(values: dict[str, Any], given: str | None, weights: dict[str, Tensor]
         )
     if weights:
         config = find_checkpoint(name, ["config.json"]) / "config.json"
-        model = _built(StreamFormer, StreamFormerConfig.from_dict(read_json(config), str(config)))
+        model = build(StreamFormer, StreamFormerConfig.from_dict(read_json(config), str(config)))
         fill(model, {key: value for key, value in weights.items() if not key.endswith(".attention.mask")}, source)
         tower = Checkpoint(model, source)
     else:
@@ -187,7 +183,23 @@ def _tower(values: dict[str, Any], given: str | None, weights: dict[str, Tensor]
     return tower
 
 
-def _tokenizer(folder: Path) -> Any:
+def read_tokenizer(folder: Path, config: DecoderConfig) -> Any:
+    """A `tokenizers.Tokenizer`; None where the checkpoint has none.
+
+    Raises:
+        CheckpointError: damaged, or not of these weights.
+    """
+    tokenizer = _open_tokenizer(folder)
+    size = 0 if tokenizer is None else tokenizer.get_vocab_size(with_added_tokens=True)
+    if size > config.vocab_size:
+        raise CheckpointError(
+            f"{folder}: the tokenizer does not belong to the weights: it has {size} tokens, the model"
+            f" {config.vocab_size}"
+        )
+    return tokenizer
+
+
+def _open_tokenizer(folder: Path) -> Any:
     from tokenizers import Tokenizer
 
     path = folder / "tokenizer.json"
@@ -205,7 +217,8 @@ def _tokenizer(folder: Path) -> Any:
     return None
 
 
-def _tokens(values: dict[str, Any], tokenizer: Any, config: DecoderConfig) -> dict[str, int]:
+def read_tokens(values: dict[str, Any], tokenizer: Any, config: DecoderConfig) -> dict[str, int]:
+    """Ids of special tokens by what they are for, as far as the checkpoint has them."""
     found = {}
     if tokenizer is not None:
         found = {name: tokenizer.token_to_id(text) for name, text in SPECIAL_TOKENS.items()}
@@ -219,7 +232,8 @@ def _tokens(values: dict[str, Any], tokenizer: Any, config: DecoderConfig) -> di
     return {name: token for name, token in found.items() if type(token) is int and 0 <= token < config.vocab_size}
 
 
-def _stop(folder: Path, values: dict[str, Any], config: DecoderConfig) -> tuple[int, ...]:
+def read_stop(folder: Path, values: dict[str, Any], config: DecoderConfig) -> tuple[int, ...]:
+    """Tokens that end an answer."""
     generation = folder / "generation_config.json"
     found = read_json(generation).get("eos_token_id") if generation.is_file() else None
     if found is None:

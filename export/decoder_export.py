@@ -109,7 +109,7 @@ def write_bundle(checkpoint: DecoderCheckpoint, writer: BundleWriter, options: D
         newline = checkpoint.projector.image_newline
         tokens["newline"] = decoder.config.vocab_size
     builder = GraphBuilder("embed", weights)
-    graphs["embed"] = write_embed(decoder, precision, builder, "embed.onnx", newline)
+    graphs["embed"] = write_embed(decoder.model.embed_tokens.weight, precision, builder, "embed.onnx", newline)
     builder.save(folder / "embed.onnx")
     builder = GraphBuilder("decoder", weights)
     graphs["decoder"], linear = write_decoder(decoder, capacity, positions, precision, builder, "decoder.onnx")

@@ -9,6 +9,8 @@ A layer has three states: `key` and `value`, which attention reads, and `raw_key
 Folded: the attention scale into the query projection and its bias. That also keeps FP16 products of queries and keys
 with large biases (Qwen2) in range. In FP16 the sum that runs through the layers stays in float32 for the same reason.
 
+`TextWriter` writes the layers one by one, for graphs that have something in between.
+
 Sizes in shape comments: S streams, T new tokens, C capacity in tokens, H query heads, G key and value heads, D hidden,
 d head_dim, R rows of position ids, V vocabulary.
 """
@@ -24,7 +26,7 @@ from torch import Tensor, nn
 
 from ..runtime.bundle import STREAMS, TOKENS, Graph, Port, State, StateUse
 from .block_quantize import BLOCK, quantize_blocks, to_onnx
-from .decoder import Decoder, DecoderConfig
+from .decoder import MLP, Decoder, DecoderConfig, Layer, SelfAttention
 from .graph import GraphBuilder
 
 Array = npt.NDArray[np.generic]
@@ -61,22 +63,37 @@ class Precision:
     def widen(self, g: GraphBuilder, x: str) -> str:
         return g.node("Cast", x, to=1) if self.dtype == "float16" else x
 
-    def linear(self, g: GraphBuilder, x: str, name: str, weight: Tensor, bias: Tensor | None = None) -> str:
-        """x [..., in] by PyTorch's weight [out, in] and bias [out]."""
-        matrix = self._weight(g, name, weight)
+    def linear(
+        self,
+        g: GraphBuilder,
+        x: str,
+        name: str,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stored: str | None = None,
+    ) -> str:
+        """x [..., in] by PyTorch's weight [out, in] and bias [out].
+
+        Args:
+            stored: the linear layer whose weights these are too; they are stored once. None where there is none.
+        """
+        stored = stored or name
+        matrix = self._weight(g, name, weight, stored)
         product = g.node("MatMul", x, matrix, name=f"{name}.MatMul")
         if bias is None:
             return product
-        return g.node("Add", product, g.weight(f"{name}.bias", self.array(bias)), name=f"{name}.Add")
+        added = g.weight(f"{name}.bias", self.array(bias), f"{stored}.bias")
+        return g.node("Add", product, added, name=f"{name}.Add")
 
-    def _weight(self, g: GraphBuilder, name: str, weight: Tensor) -> str:
+    def _weight(self, g: GraphBuilder, name: str, weight: Tensor, stored: str) -> str:
         if self.bits is None:
-            return g.weight(f"{name}.weight", np.ascontiguousarray(self.array(weight).T))
+            return g.weight(f"{name}.weight", np.ascontiguousarray(self.array(weight).T), f"{stored}.weight")
         integers, scales = quantize_blocks(weight.detach().float().numpy(), self.bits)
+        packed = to_onnx(np.ascontiguousarray(integers.T), self.bits)
         return g.node(
             "DequantizeLinear",
-            g.weight(f"{name}.weight", to_onnx(np.ascontiguousarray(integers.T), self.bits)),  # [in, out]
-            g.weight(f"{name}.scale", np.ascontiguousarray(scales.T)),  # [in / 32, out]
+            g.weight(f"{name}.weight", packed, f"{stored}.weight"),  # [in, out]
+            g.weight(f"{name}.scale", np.ascontiguousarray(scales.T), f"{stored}.scale"),  # [in / 32, out]
             name=f"{name}.DequantizeLinear",
             axis=0,
             block_size=BLOCK,
@@ -84,17 +101,17 @@ class Precision:
 
 
 def write_embed(
-    decoder: Decoder, precision: Precision, builder: GraphBuilder, file: str, extra: Tensor | None = None
+    table: Tensor, precision: Precision, builder: GraphBuilder, file: str, extra: Tensor | None = None
 ) -> Graph:
     """Write the graph from tokens [S, T] to their embeddings [S, T, D], float32.
 
     With integer weights the table is INT8, whatever the other weights are: a step reads few rows of it.
 
     Args:
+        table: [V, D].
         extra: the embedding of one more token, [D], whose id is the size of the vocabulary.
     """
-    g, config = builder, decoder.config
-    table = decoder.model.embed_tokens.weight
+    g, D = builder, table.shape[1]
     name = "embed_tokens"
     if extra is not None:
         table, name = torch.cat([table, extra[None].to(table.dtype)]), "embed_tokens_and_one"
@@ -108,12 +125,12 @@ def write_embed(
         # spelled out: a blocked DequantizeLinear wants as many scales as its shape says before it runs
         rows = g.node("Reshape", g.node("Cast", rows, to=1), g.constant([0, 0, -1, BLOCK]))
         x = g.node("Mul", rows, g.node("Unsqueeze", scale, g.constant([3])))
-        x = g.node("Reshape", x, g.constant([0, 0, config.hidden_size]))
-    g.output(x, "embeddings", "float32", [STREAMS, TOKENS, config.hidden_size])
+        x = g.node("Reshape", x, g.constant([0, 0, D]))
+    g.output(x, "embeddings", "float32", [STREAMS, TOKENS, D])
     return Graph(
         file,
         (Port("tokens", "tokens", "int64", (STREAMS, TOKENS)),),
-        (Port("embeddings", "output", "float32", (STREAMS, TOKENS, config.hidden_size)),),
+        (Port("embeddings", "output", "float32", (STREAMS, TOKENS, D)),),
     )
 
 
@@ -130,82 +147,113 @@ def write_decoder(
         builder: takes the nodes.
         file: name of the graph's file, for the manifest.
     """
-    g, config = builder, decoder.config
-    H, G, D, d = config.num_attention_heads, config.num_key_value_heads, config.hidden_size, config.head_dim
-    R, C, dtype = config.rope.rows, capacity, precision.dtype
-    ports = (
-        Port("embeddings", "embeddings", "float32", (STREAMS, TOKENS, D)),
-        Port("position_ids", "position_ids", "int64", (STREAMS, R, TOKENS)),
-        Port("write_index", "write_index", "int64", (STREAMS,)),
-        Port("slot_mask", "slot_mask", "bool", (STREAMS, C)),
-    )
-    x, position_ids, write_index, slot_mask = (g.input(port.name, port.dtype, port.shape) for port in ports)
-    states, uses = [], []
-
-    def update(name: str, new: str) -> str:
-        """Write new rows [S, G, T, d] into the state `name` from `write_index` on."""
-        shape = (STREAMS, G, C, d)
-        past = g.input(f"{name}.past", dtype, shape)
-        present = g.node(
-            "TensorScatter", past, new, write_index, name=f"{name.split('.')[-1]}_update", axis=2, mode="linear"
-        )
-        states.append(State(name, "linear", shape, 2, C, 1, dtype))
-        uses.append(StateUse(name, f"{name}.past", f"{name}.present"))
-        return g.output(present, f"{name}.present", dtype, shape)
-
-    g.scope("positions")
-    cos, sin = _turn(g, config, position_ids, positions, precision)
-    g.scope("mask")
-    mask = _mask(g, x, write_index, slot_mask, C)
-    heads = g.constant([0, 0, -1, d])
+    writer = TextWriter(builder, decoder.config, capacity, positions, precision)
+    x = writer.embeddings
     for index, layer in enumerate(decoder.model.layers):
+        x = writer.layer(x, index, layer)
+    logits = writer.head(x, decoder.model.norm, decoder.head)
+    return Graph(file, writer.ports, (logits,), tuple(writer.uses)), writer.states
+
+
+class TextWriter:
+    """Writes a decoder's layers into a graph.
+
+    Attributes:
+        ports: the graph's inputs.
+        embeddings: the first of them, which enters the first layer, [S, T, D], float32.
+        turn: cosines and sines of the new tokens, [S, T, d / 2].
+        states, uses: of the layers written so far.
+    """
+
+    def __init__(
+        self,
+        g: GraphBuilder,
+        config: DecoderConfig,
+        capacity: int,
+        positions: int,
+        precision: Precision,
+        group: str | None = None,
+    ) -> None:
+        self.g, self.config, self.capacity, self.precision = g, config, capacity, precision
+        self.ports: tuple[Port, ...] = (
+            Port("embeddings", "embeddings", "float32", (STREAMS, TOKENS, config.hidden_size)),
+            Port("position_ids", "position_ids", "int64", (STREAMS, config.rope.rows, TOKENS), group),
+            Port("write_index", "write_index", "int64", (STREAMS,), group),
+            Port("slot_mask", "slot_mask", "bool", (STREAMS, capacity), group),
+        )
+        names = [g.input(port.name, port.dtype, port.shape) for port in self.ports]
+        self.embeddings, position_ids, self._write_index, slot_mask = names
+        self.states: list[State] = []
+        self.uses: list[StateUse] = []
+        g.scope("positions")
+        self.turn = write_turn(g, config, position_ids, positions, precision)
+        g.scope("mask")
+        self._mask = _mask(g, self.embeddings, self._write_index, slot_mask, capacity)
+
+    def layer(self, x: str, index: int, layer: Layer) -> str:
+        """Self-attention over the cache, then the MLP; x [S, T, D], float32, as what it returns."""
+        g, config, precision = self.g, self.config, self.precision
         name = f"layer{index}"
         g.scope(name)
         attention = layer.self_attn
         h = precision.narrow(g, write_norm(g, x, f"{name}.input_norm", layer.input_layernorm))
-        scaled = _scaled(attention.q_proj, d**-0.5)
+        scaled = scaled_query(attention)
         projections = {"query": scaled, "key": _weights(attention.k_proj), "value": _weights(attention.v_proj)}
         q, k, v = (
-            g.node(
-                "Transpose", g.node("Reshape", precision.linear(g, h, f"{name}.{part}", *w), heads), perm=[0, 2, 1, 3]
-            )
+            split_heads(g, precision.linear(g, h, f"{name}.{part}", *w), config.head_dim)
             for part, w in projections.items()
         )  # [S, H or G, T, d]
-        update(f"decoder.{name}.raw_key", k)
-        q, k = (g.node("RotaryEmbedding", rows, cos, sin) for rows in (q, k))
-        keys, values = update(f"decoder.{name}.key", k), update(f"decoder.{name}.value", v)
-        h = g.node("Attention", q, keys, values, mask, name="attention", scale=1.0)
-        h = g.node("Reshape", g.node("Transpose", h, perm=[0, 2, 1, 3]), g.constant([0, 0, H * d]))
-        x = g.node("Add", x, precision.widen(g, precision.linear(g, h, f"{name}.output", attention.o_proj.weight)))
+        self._update(f"decoder.{name}.raw_key", k)
+        q, k = (g.node("RotaryEmbedding", rows, *self.turn) for rows in (q, k))
+        keys, values = self._update(f"decoder.{name}.key", k), self._update(f"decoder.{name}.value", v)
+        h = g.node("Attention", q, keys, values, self._mask, name="attention", scale=1.0)
+        h = precision.linear(g, join_heads(g, h, config), f"{name}.output", attention.o_proj.weight)
+        x = g.node("Add", x, precision.widen(g, h))
 
         h = precision.narrow(g, write_norm(g, x, f"{name}.mlp_norm", layer.post_attention_layernorm))
-        gate = precision.linear(g, h, f"{name}.gate", layer.mlp.gate_proj.weight)
-        up = precision.linear(g, h, f"{name}.up", layer.mlp.up_proj.weight)
-        h = g.node("Mul", g.activation(gate, config.hidden_act), up)
-        x = g.node("Add", x, precision.widen(g, precision.linear(g, h, f"{name}.down", layer.mlp.down_proj.weight)))
+        return g.node("Add", x, precision.widen(g, write_mlp(g, h, name, layer.mlp, precision, config.hidden_act)))
 
-    g.scope("head")
-    x = g.node("Gather", x, g.constant(-1), axis=1, name="last")  # [S, D]
-    x = precision.narrow(g, write_norm(g, x, "norm", decoder.model.norm))
-    if precision.bits is None and config.tie_word_embeddings:  # the very bytes of the embedding table
-        head = g.weight("embed_tokens.weight", precision.array(decoder.head))
-        x = g.node("Gemm", x, head, name="head", transB=1)
-    else:
-        x = precision.linear(g, x, "head", decoder.head)
-    g.output(precision.widen(g, x), "logits", "float32", [STREAMS, config.vocab_size])
-    logits = Port("logits", "output", "float32", (STREAMS, config.vocab_size))
-    return Graph(file, ports, (logits,), tuple(uses)), states
+    def head(self, x: str, norm: nn.Module, weight: Tensor) -> Port:
+        """The logits of the last token, by the head's weight [V, D]."""
+        g, config, precision = self.g, self.config, self.precision
+        g.scope("head")
+        x = g.node("Gather", x, g.constant(-1), axis=1, name="last")  # [S, D]
+        x = precision.narrow(g, write_norm(g, x, "norm", norm))
+        if precision.bits is None and config.tie_word_embeddings:  # the very bytes of the embedding table
+            x = g.node("Gemm", x, g.weight("embed_tokens.weight", precision.array(weight)), name="head", transB=1)
+        else:
+            x = precision.linear(g, x, "head", weight)
+        port = Port("logits", "output", "float32", (STREAMS, config.vocab_size))
+        g.output(precision.widen(g, x), port.name, port.dtype, port.shape)
+        return port
+
+    def _update(self, name: str, new: str) -> str:
+        """Write new rows [S, G, T, d] into the state `name` from `write_index` on."""
+        g, dtype = self.g, self.precision.dtype
+        shape = (STREAMS, self.config.num_key_value_heads, self.capacity, self.config.head_dim)
+        past = g.input(f"{name}.past", dtype, shape)
+        update = f"{name.split('.')[-1]}_update"
+        present = g.node("TensorScatter", past, new, self._write_index, name=update, axis=2, mode="linear")
+        self.states.append(State(name, "linear", shape, 2, self.capacity, 1, dtype))
+        self.uses.append(StateUse(name, f"{name}.past", f"{name}.present"))
+        return g.output(present, f"{name}.present", dtype, shape)
 
 
 def write_rebase(
-    config: DecoderConfig, capacity: int, positions: int, precision: Precision, builder: GraphBuilder, file: str
+    config: DecoderConfig,
+    capacity: int,
+    positions: int,
+    precision: Precision,
+    builder: GraphBuilder,
+    file: str,
+    group: str | None = None,
 ) -> Graph:
     """Write the graph that turns the raw keys of every slot to `slot_positions` [S, R, C] and replaces the keys."""
     g, R, C = builder, config.rope.rows, capacity
     shape = (STREAMS, config.num_key_value_heads, C, config.head_dim)
-    port = Port("slot_positions", "slot_positions", "int64", (STREAMS, R, C))
+    port = Port("slot_positions", "slot_positions", "int64", (STREAMS, R, C), group)
     slot_positions = g.input(port.name, port.dtype, port.shape)
-    cos, sin = _turn(g, config, slot_positions, positions, precision)
+    cos, sin = write_turn(g, config, slot_positions, positions, precision)
     uses = []
     for index in range(config.num_hidden_layers):
         raw, key = f"decoder.layer{index}.raw_key", f"decoder.layer{index}.key"
@@ -217,7 +265,7 @@ def write_rebase(
     return Graph(file, (port,), (), tuple(uses))
 
 
-def _turn(
+def write_turn(
     g: GraphBuilder, config: DecoderConfig, position_ids: str, positions: int, precision: Precision
 ) -> tuple[str, str]:
     """Cosines and sines [S, T, d / 2] of position ids [S, R, T], from a table made in float64 and rounded once."""
@@ -226,7 +274,9 @@ def _turn(
     first, cosines, sines = 0, [], []
     for row, size in enumerate(config.rope.sections or (half,)):
         columns = np.r_[first : first + size, half + first : half + first + size]
-        part = g.weight(f"rotation{row}", np.ascontiguousarray(table[:, columns].astype(precision.dtype)))
+        part = g.weight(
+            f"rotation{first}to{first + size}", np.ascontiguousarray(table[:, columns].astype(precision.dtype))
+        )
         ids = g.node("Gather", position_ids, g.constant(row), axis=1)  # [S, T]
         both = g.node("Gather", part, ids, axis=0)  # [S, T, 2 * size]
         cosines.append(_columns(g, both, 0, size))
@@ -265,6 +315,36 @@ def _mask(g: GraphBuilder, embeddings: str, write_index: str, slot_mask: str, ca
 def write_norm(g: GraphBuilder, x: str, name: str, norm: nn.Module) -> str:
     weight = norm.weight.detach().float().numpy()
     return g.node("RMSNormalization", x, g.weight(f"{name}.weight", weight), name=name, axis=-1, epsilon=norm.epsilon)
+
+
+def write_mlp(
+    g: GraphBuilder, x: str, name: str, mlp: MLP, precision: Precision, act: str, down: Tensor | None = None
+) -> str:
+    """SwiGLU of x [S, T, D], in the type of products.
+
+    Args:
+        down: weight of the last projection; None for the module's own.
+    """
+    gate = precision.linear(g, x, f"{name}.gate", mlp.gate_proj.weight)
+    up = precision.linear(g, x, f"{name}.up", mlp.up_proj.weight)
+    h = g.node("Mul", g.activation(gate, act), up)
+    return precision.linear(g, h, f"{name}.down", mlp.down_proj.weight if down is None else down)
+
+
+def split_heads(g: GraphBuilder, x: str, head_dim: int) -> str:
+    """[S, T, heads * d] to [S, heads, T, d]."""
+    return g.node("Transpose", g.node("Reshape", x, g.constant([0, 0, -1, head_dim])), perm=[0, 2, 1, 3])
+
+
+def join_heads(g: GraphBuilder, x: str, config: DecoderConfig) -> str:
+    """[S, H, T, d] to [S, T, H * d]."""
+    width = config.num_attention_heads * config.head_dim
+    return g.node("Reshape", g.node("Transpose", x, perm=[0, 2, 1, 3]), g.constant([0, 0, width]))
+
+
+def scaled_query(attention: SelfAttention) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the query projection, with the attention scale."""
+    return _scaled(attention.q_proj, attention.config.head_dim**-0.5)
 
 
 def _weights(linear: nn.Linear) -> tuple[Tensor, Tensor | None]:

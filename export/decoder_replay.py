@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -32,57 +33,27 @@ def session_options() -> Any:
     return options
 
 
-class DecoderRun:
-    """The graphs of a bundle with a decoder over the states of one stream, on ONNX Runtime's CPU provider.
+class GraphRun:
+    """Some graphs of a bundle over the states of one stream, on ONNX Runtime's CPU provider.
 
     Attributes:
         states: by name, the first axis 1; the graphs write into them.
-        capacity: tokens.
     """
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, names: Iterable[str]) -> None:
         import onnxruntime
 
         manifest, options = bundle.manifest, session_options()
-        language = manifest.language
-        assert language is not None
         self.states = {s.name: np.zeros((1, *map(int, s.shape[1:])), s.dtype) for s in manifest.states}
-        self.capacity = next(state.capacity for state in manifest.states if state.kind == "linear")
-        self._roles = {role: getattr(language, role) for role in ("embed", "decoder", "rebase")}
-        self._eyes = graphs_for(manifest, [language.visual] if language.visual else [])
         self._graphs: dict[str, tuple[Graph, Any]] = {}
-        for name in (*self._eyes, *self._roles.values()):
+        for name in names:
             graph = manifest.graphs[name]
             path = str(bundle.file(graph.file))
             session = onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
             self._graphs[name] = (graph, session)
 
-    def see(self, frame: Array) -> Array:
-        """Embeddings [1, tokens, D] of the first frame of a stream, uint8 [height, width, 3]."""
-        values: dict[str, Array] = {"frame": frame[None], "position": np.zeros(1, np.int64)}
-        for name in self._eyes:
-            values |= self._run(name, {port.name: values[port.name] for port in self._graphs[name][0].inputs})
-        return values[VISUAL]
-
-    def embed(self, tokens: Array) -> Array:
-        """Embeddings [1, T, D] of tokens [1, T]."""
-        return self._run(self._roles["embed"], {"tokens": tokens})["embeddings"]
-
-    def step(self, embeddings: Array, position_ids: Array, write_index: int, slot_mask: Array) -> Array:
-        """Logits [V] after embeddings [1, T, D] at position ids [1, R, T], written from slot `write_index` on."""
-        inputs = {
-            "embeddings": embeddings,
-            "position_ids": position_ids,
-            "write_index": np.array([write_index]),
-            "slot_mask": slot_mask[None],
-        }
-        return self._run(self._roles["decoder"], inputs)["logits"][0]
-
-    def rebase(self, slot_positions: Array) -> None:
-        """Turn the keys of all slots to positions [1, R, C]."""
-        self._run(self._roles["rebase"], {"slot_positions": slot_positions})
-
-    def _run(self, name: str, inputs: dict[str, Array]) -> dict[str, Array]:
+    def run(self, name: str, inputs: dict[str, Array]) -> dict[str, Array]:
+        """The outputs of one graph, of inputs whose first axis is 1."""
         graph, session = self._graphs[name]
         binding = session.io_binding()
         sizes = {STREAMS: 1, TOKENS: next((a.shape[1] for a in inputs.values() if a.ndim > 1), 1)}
@@ -98,6 +69,48 @@ class DecoderRun:
                 bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
         session.run_with_iobinding(binding)
         return outputs
+
+
+class DecoderRun(GraphRun):
+    """A bundle with a decoder.
+
+    Attributes:
+        capacity: tokens.
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        manifest = bundle.manifest
+        language = manifest.language
+        assert language is not None
+        self.capacity = next(state.capacity for state in manifest.states if state.kind == "linear")
+        self._roles = {role: getattr(language, role) for role in ("embed", "decoder", "rebase")}
+        self._eyes = graphs_for(manifest, [language.visual] if language.visual else [])
+        super().__init__(bundle, (*self._eyes, *self._roles.values()))
+
+    def see(self, frame: Array) -> Array:
+        """Embeddings [1, tokens, D] of the first frame of a stream, uint8 [height, width, 3]."""
+        values: dict[str, Array] = {"frame": frame[None], "position": np.zeros(1, np.int64)}
+        for name in self._eyes:
+            values |= self.run(name, {port.name: values[port.name] for port in self._graphs[name][0].inputs})
+        return values[VISUAL]
+
+    def embed(self, tokens: Array) -> Array:
+        """Embeddings [1, T, D] of tokens [1, T]."""
+        return self.run(self._roles["embed"], {"tokens": tokens})["embeddings"]
+
+    def step(self, embeddings: Array, position_ids: Array, write_index: int, slot_mask: Array) -> Array:
+        """Logits [V] after embeddings [1, T, D] at position ids [1, R, T], written from slot `write_index` on."""
+        inputs = {
+            "embeddings": embeddings,
+            "position_ids": position_ids,
+            "write_index": np.array([write_index]),
+            "slot_mask": slot_mask[None],
+        }
+        return self.run(self._roles["decoder"], inputs)["logits"][0]
+
+    def rebase(self, slot_positions: Array) -> None:
+        """Turn the keys of all slots to positions [1, R, C]."""
+        self.run(self._roles["rebase"], {"slot_positions": slot_positions})
 
 
 def replay(checkpoint: DecoderCheckpoint, bundle: Bundle) -> tuple[float, int]:
@@ -139,11 +152,16 @@ def replay(checkpoint: DecoderCheckpoint, bundle: Bundle) -> tuple[float, int]:
             pairs.append((logits, expected[0, -1]))
             mask[at:stop] = True
             at = stop
+    return largest_error(pairs), tokens.shape[1]
+
+
+def largest_error(pairs: Iterable[tuple[Array, Tensor]]) -> float:
+    """The largest relative error, root mean square, of some arrays against what is expected of each."""
     difference = 0.0
     for found, wanted in pairs:
         error = np.linalg.norm(found - wanted.numpy()) / max(float(wanted.norm()), 1e-6)
         difference = max(difference, float(error)) if np.isfinite(error) else math.inf
-    return difference, tokens.shape[1]
+    return difference
 
 
 def _see(

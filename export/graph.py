@@ -108,19 +108,26 @@ class GraphBuilder:
         self._outputs.append(_value_info(name, dtype, shape))
         return name
 
-    def weight(self, name: str, array: np.ndarray) -> str:
+    def weight(self, name: str, array: np.ndarray, stored: str | None = None) -> str:
+        """A constant.
+
+        Args:
+            stored: name of its bytes in the weight files, where other constants have the same; None for `name`.
+        """
         if name in self._initializers:
             return name
         if array.nbytes < INLINE_BYTES:
             self._initializers[name] = onnx.numpy_helper.from_array(np.asarray(array, order="C"), name)
             return name
+        stored = stored or name
         for file in self._files:
-            if name in file:
+            if stored in file:
                 break
         else:
             file = self._files[-1]
-            file.add(name, array)
-        self._initializers[name] = file.tensor(name, array)
+            file.add(stored, array)
+        self._initializers[name] = file.tensor(stored, array)
+        self._initializers[name].name = name
         return name
 
     def constant(self, values: Any, dtype: type = np.int64) -> str:

@@ -14,7 +14,7 @@ import secrets
 import shutil
 import tempfile
 import weakref
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Collection, Container, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -32,11 +32,20 @@ STREAMS = "S"  # the symbol of the dynamic streams axis in shapes
 TOKENS = "T"  # the symbol of the dynamic axis of a decoder's new tokens
 LABEL_ROLES = ("text_embeddings", "patch_text_embeddings", "logit_scale", "logit_bias")
 STREAM_ROLES = ("frame", "position", "output")  # inputs with a row for each stream
-DECODER_ROLES = ("tokens", "embeddings", "position_ids", "write_index", "slot_mask", "slot_positions")  # these too
+DECODER_ROLES = (  # these too
+    "tokens",
+    "embeddings",
+    "position_ids",
+    "write_index",
+    "slot_mask",
+    "slot_positions",
+    "position_shift",
+)
 ROLES = (*STREAM_ROLES, *LABEL_ROLES, "input_ids", *DECODER_ROLES)
 DTYPES = ("uint8", "int64", "int32", "bool", "float32", "float16", "int8")
 STATE_DTYPES = {"float32": 4, "float16": 2, "int8": 1}  # bytes of a number
 SYMBOLS = (STREAMS, "C", "B", TOKENS)
+CROSS_POSITIONS = ("parallel", "literal")
 STATE_KINDS = ("ring", "linear")
 RESIZES = ("crop", "stretch", "letterbox")
 MAX_SIDE = 1 << 14  # pixels
@@ -63,12 +72,15 @@ class Port:
             Outputs have the role "output".
         dtype: numpy name.
         shape: sizes; "S" is the streams axis, "C" the number of labels, "B" a number of texts, "T" one of new tokens.
+        states: the states that the input speaks of, those whose names begin with this and a dot; None where a bundle
+            has one kind of them.
     """
 
     name: str
     role: str
     dtype: str
     shape: tuple[int | str, ...]
+    states: str | None = None
 
 
 @dataclass(frozen=True)
@@ -173,6 +185,19 @@ class Text:
 
 
 @dataclass(frozen=True)
+class Cross:
+    """How frames enter where text attends to them by cross-attention.
+
+    Attributes:
+        graph: name of the graph that writes one frame into a slot of its rings, which the decoder reads.
+        positions: of a frame's token at time t: "parallel", (t, t + row, t + column), or "literal", (t, row, column).
+    """
+
+    graph: str
+    positions: str
+
+
+@dataclass(frozen=True)
 class Language:
     """The decoder of a bundle: which graphs speak, and what a runtime must know of tokens and positions.
 
@@ -186,6 +211,7 @@ class Language:
         tokenizer: the tokenizer's file, as Hugging Face's `tokenizers` reads it; None where the checkpoint had none.
         tokens: ids of special tokens by what they are for, such as "image" or "silence".
         stop: tokens that end an answer.
+        cross: how frames enter where text attends to them by cross-attention; None where it does not.
     """
 
     embed: str
@@ -197,6 +223,7 @@ class Language:
     tokenizer: str | None
     tokens: dict[str, int]
     stop: tuple[int, ...]
+    cross: Cross | None = None
 
 
 @dataclass(frozen=True)
@@ -536,6 +563,12 @@ def _check_language(language: Language, graphs: Container[str], outputs: Contain
     for key in ("positions", "chunk"):
         if getattr(language, key) < 1:
             raise SchemaError(f"language.{key}: expected at least 1, found {getattr(language, key)}")
+    if (cross := language.cross) is not None:
+        if cross.graph not in graphs:
+            raise SchemaError(f"language.cross.graph: there is no graph '{cross.graph}'")
+        if cross.positions not in CROSS_POSITIONS:
+            expected = " or ".join(CROSS_POSITIONS)
+            raise SchemaError(f"language.cross.positions: '{cross.positions}' is unknown; expected {expected}")
 
 
 def _check_state(state: State) -> None:
@@ -555,7 +588,7 @@ def _check_state(state: State) -> None:
         raise SchemaError(f"{where}: capacity * rows_per_slot does not fill axis {state.axis}")
 
 
-def _check_graph(name: str, graph: Graph, states: Container[str], outputs: Container[str]) -> None:
+def _check_graph(name: str, graph: Graph, states: Collection[str], outputs: Container[str]) -> None:
     for port in (*graph.inputs, *graph.outputs):
         where = f"graphs.{name}: '{port.name}'"
         if port.role not in ROLES:
@@ -564,6 +597,8 @@ def _check_graph(name: str, graph: Graph, states: Container[str], outputs: Conta
             raise SchemaError(f"{where} has the unknown dtype '{port.dtype}'")
         if not all(n in SYMBOLS if isinstance(n, str) else 0 < n <= MAX_EXTENT for n in port.shape):
             raise SchemaError(f"{where} has the shape {list(port.shape)}, which is not possible")
+        if port.states is not None and not any(state.startswith(f"{port.states}.") for state in states):
+            raise SchemaError(f"{where} speaks of the states '{port.states}', and there are none")
     per_stream = (*STREAM_ROLES, *DECODER_ROLES)
     of_streams = any(port.role in per_stream for port in graph.inputs)
     for port in graph.inputs:
@@ -600,6 +635,13 @@ def _write_json(path: Path, manifest: Manifest) -> None:
     for key in ("engines", "language"):
         if not values[key]:
             del values[key]  # readers from before there were such bundles refuse the key
+    if values.get("language", {}).get("cross", True) is None:
+        del values["language"]["cross"]
+    for part in (values, *values["variants"].values()):
+        for graph in part["graphs"].values():
+            for port in (*graph["inputs"], *graph["outputs"]):
+                if port["states"] is None:
+                    del port["states"]
     text = json.dumps(values, indent=1, ensure_ascii=False) + "\n"
     write_file(path, [text.encode()])
 

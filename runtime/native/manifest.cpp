@@ -26,7 +26,7 @@ constexpr size_t MAX_GRAPHS = 256;
 constexpr size_t MAX_MANIFEST_BYTES = size_t{64} << 20;
 
 const std::set<std::string> STREAM_ROLES = {"frame", "position", "output", "tokens", "embeddings", "position_ids",
-                                            "write_index", "slot_mask", "slot_positions"};
+                                            "write_index", "slot_mask", "slot_positions", "position_shift"};
 const std::set<std::string> OTHER_ROLES = {"text_embeddings", "patch_text_embeddings", "logit_scale", "logit_bias",
                                            "input_ids"};
 const std::map<std::string, fs_dtype> DTYPES = {
@@ -131,8 +131,8 @@ Dim read_dim(const Json& value, const std::string& where) {
 }
 
 Port read_port(const Json& value, const std::string& where) {
-    const Fields fields(value, where, {"name", "role", "dtype", "shape"});
-    Port port{fields.need_text("name"), fields.need_text("role"), FS_FLOAT32, {}};
+    const Fields fields(value, where, {"name", "role", "dtype", "shape", "states"});
+    Port port{fields.need_text("name"), fields.need_text("role"), FS_FLOAT32, {}, {}};
     const std::string what = where + ": '" + port.name + "'";
     if (STREAM_ROLES.count(port.role) == 0 && OTHER_ROLES.count(port.role) == 0) {
         refuse(what + " has the unknown role '" + port.role + "'");
@@ -140,6 +140,7 @@ Port read_port(const Json& value, const std::string& where) {
     port.dtype = read_dtype(fields.need_text("dtype"), what);
     port.shape = list<Dim>(fields.need("shape"), fields.at("shape"), read_dim);
     if (port.shape.size() > FS_MAX_RANK) refuse(what + " has more than 8 axes");
+    if (const Json* states = fields.optional("states")) port.states = text(*states, fields.at("states"));
     return port;
 }
 
@@ -279,6 +280,12 @@ void check_graph(const Graph& graph, const std::set<std::string>& states, const 
             of_streams = true;
             check_first_axis(port);
         }
+        const std::string group = port.states + ".";
+        if (!port.states.empty() && std::none_of(states.begin(), states.end(), [&](const std::string& state) {
+                return state.compare(0, group.size(), group) == 0;
+            })) {
+            refuse(where + "'" + port.name + "' speaks of the states '" + port.states + "', and there are none");
+        }
     }
     if (of_streams) std::for_each(graph.outputs.begin(), graph.outputs.end(), check_first_axis);
     for (const StateUse& use : graph.states) {
@@ -400,8 +407,17 @@ void check_hashes(const Bundle& bundle) {
 
 void read_language(const Json& value, Bundle& bundle, std::set<std::string>& graphs) {
     const Fields fields(value, "language",
-                        {"embed", "decoder", "rebase", "visual", "positions", "chunk", "tokenizer", "tokens", "stop"});
+                        {"embed", "decoder", "rebase", "visual", "positions", "chunk", "tokenizer", "tokens", "stop",
+                         "cross"});
     for (const char* key : {"embed", "decoder", "rebase"}) graphs.insert(fields.need_text(key));
+    if (const Json* cross = fields.optional("cross")) {
+        const Fields parts(*cross, "language.cross", {"graph", "positions"});
+        graphs.insert(parts.need_text("graph"));
+        const std::string positions = parts.need_text("positions");
+        if (positions != "parallel" && positions != "literal") {
+            refuse("language.cross.positions: '" + positions + "' is unknown; expected parallel or literal");
+        }
+    }
     fields.need_integer("positions");
     fields.need_integer("chunk");
     if (const Json* tokenizer = fields.optional("tokenizer")) {

@@ -28,6 +28,7 @@ struct Port {
     std::string role;
     fs_dtype dtype;
     std::vector<Dim> shape;
+    std::string states;  // what it speaks of begins with this and a dot; empty where there is one kind of states
 };
 
 // How a graph touches a state; an empty name where it does not read or does not write it.

@@ -1,0 +1,227 @@
+"""A StreamChat checkpoint in, a bundle out."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from .. import __version__
+from ..runtime.bundle import (
+    FORMAT,
+    VERSION,
+    Bundle,
+    BundleWriter,
+    Cross,
+    FrameSpec,
+    Language,
+    Manifest,
+    Origin,
+)
+from ..runtime.errors import CheckpointError, FramestepError
+from .decoder_export import AGREEMENT, TOKENIZER, DecoderReport
+from .decoder_graph import PRECISIONS, Precision, write_embed
+from .decoder_replay import GraphRun, largest_error
+from .graph import GraphBuilder, WeightFile
+from .streamchat import FAMILY, StreamChatConfig, visible_frames
+from .streamchat_checkpoint import StreamChatCheckpoint
+from .streamchat_graph import write_decode, write_frame, write_streamchat_rebase
+
+Array = npt.NDArray[Any]
+CAPACITY = 4096
+FRAMES = (0, 3, 4, 4, 9, 10)  # of a replay: the first of its tokens that sees each frame
+TOKENS = 12
+
+
+@dataclass(frozen=True)
+class StreamChatOptions:
+    """How a checkpoint becomes a bundle.
+
+    Attributes:
+        precision: one of `PRECISIONS`, of the decoder and the frame path; the tower is float32, or FP16 with "fp16".
+        window: frames that text may see.
+        capacity: tokens that the cache holds; None for 4,096, or all positions where there are fewer.
+        chunk: tokens that one step should take at most.
+        positions: position ids go from 0 to `positions` - 1; never beyond the trained range.
+        rate: frames a second that the model is to see.
+    """
+
+    precision: str = "fp32"
+    window: int = 32
+    capacity: int | None = None
+    chunk: int = 128
+    positions: int = 32768
+    rate: float = 5.0
+
+
+def export_streamchat(
+    checkpoint: StreamChatCheckpoint, path: Path, options: StreamChatOptions, force: bool = False
+) -> DecoderReport:
+    """Write a bundle, replay text among frames through PyTorch and through the bundle, and keep it only if they agree.
+
+    Raises:
+        CheckpointError: options that do not fit the checkpoint.
+        OutputError: the bundle cannot be written.
+        FramestepError: the bundle disagrees with PyTorch.
+    """
+    with BundleWriter(path, force) as writer:
+        write_bundle(checkpoint, writer, options)
+        difference = replay(checkpoint, Bundle.open(writer.folder, verify=False))
+        limit = AGREEMENT[options.precision]
+        if not difference <= limit:
+            raise FramestepError(
+                f"{path}: not kept, the bundle has a relative error of {difference:.2e} against PyTorch over {TOKENS}"
+                f" tokens (at most {limit:.0e} is accepted in {options.precision})"
+            )
+    return DecoderReport(path, difference, TOKENS)
+
+
+def write_bundle(checkpoint: StreamChatCheckpoint, writer: BundleWriter, options: StreamChatOptions) -> None:
+    """Write a bundle and compare it with nothing: `export_streamchat` is what users want."""
+    model, folder, precision = checkpoint.model, writer.folder, Precision(options.precision)
+    positions, capacity = _check_options(model.config, options)
+    sizes = (options.window, capacity, positions, precision)
+    text, visual = WeightFile(folder / "decoder.bin"), WeightFile(folder / "vision.bin")
+    graphs, states = {}, []
+    builder = GraphBuilder("embed", text)
+    graphs["embed"] = write_embed(model.model.embed_tokens.weight, precision, builder, "embed.onnx")
+    builder.save(folder / "embed.onnx")
+    builder = GraphBuilder("decoder", text)
+    graphs["decoder"], found = write_decode(model, *sizes, builder, "decoder.onnx")
+    builder.save(folder / "decoder.onnx")
+    states += found
+    builder = GraphBuilder("frame", visual, shared=[text])
+    graphs["frame"], found = write_frame(model, options.window, positions, precision, builder, "frame.onnx")
+    builder.save(folder / "frame.onnx")
+    states += found
+    builder = GraphBuilder("rebase", text)
+    graphs["rebase"] = write_streamchat_rebase(model, *sizes, builder, "rebase.onnx")
+    builder.save(folder / "rebase.onnx")
+    text.close()
+    visual.close()
+    if checkpoint.tokenizer is not None:
+        checkpoint.tokenizer.save(str(folder / TOKENIZER), pretty=False)
+    vision = model.config.vision
+    manifest = Manifest(
+        format=FORMAT,
+        version=VERSION,
+        family=FAMILY,
+        precision=options.precision,
+        frame=FrameSpec(vision.image_size, vision.image_size, "stretch"),  # as SigLIP's image processor does
+        graphs=graphs,
+        states=tuple(states),
+        origin=Origin(checkpoint.origin, __version__),
+        rate=options.rate,
+        grid=(vision.side, vision.side),
+        language=Language(
+            embed="embed",
+            decoder="decoder",
+            rebase="rebase",
+            visual=None,
+            positions=positions,
+            chunk=min(options.chunk, capacity),
+            tokenizer=TOKENIZER if checkpoint.tokenizer is not None else None,
+            tokens=checkpoint.tokens,
+            stop=checkpoint.stop,
+            cross=Cross("frame", model.config.positions),
+        ),
+    )
+    writer.finish(manifest)
+
+
+class StreamChatRun(GraphRun):
+    """The graphs of a StreamChat over the states of one stream, on ONNX Runtime's CPU provider.
+
+    Attributes:
+        capacity: tokens.
+        frames: slots for frames, one more than text may see.
+        rows: tokens of a frame, the rows of a slot.
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        super().__init__(bundle, ("embed", "decoder", "frame", "rebase"))
+        states = {state.name.split(".")[0]: state for state in bundle.manifest.states}
+        self.capacity = states["decoder"].capacity
+        self.frames, self.rows = states["visual"].capacity, states["visual"].rows_per_slot
+
+    def see(self, frame: Array, slot: int, position_ids: Array) -> None:
+        """Write a frame, uint8 [height, width, 3], whose tokens are at position ids [1, 3, N], into a slot."""
+        inputs = {"frame": frame[None], "write_index": np.array([slot * self.rows]), "position_ids": position_ids}
+        self.run("frame", inputs)
+
+    def step(self, tokens: Array, positions: Array, write_index: int, slot_mask: Array, visible: Array) -> Array:
+        """Logits [V] after tokens [1, T] at positions [1, T], written from slot `write_index` on.
+
+        Args:
+            slot_mask: bool [capacity], slots of text that are seen.
+            visible: bool [frames], slots of frames that are seen.
+        """
+        inputs = {
+            "embeddings": self.run("embed", {"tokens": tokens})["embeddings"],
+            "position_ids": positions[:, None],
+            "write_index": np.array([write_index]),
+            "slot_mask": slot_mask[None],
+            "visual_slot_mask": visible[None],
+        }
+        return self.run("decoder", inputs)["logits"][0]
+
+
+def replay(checkpoint: StreamChatCheckpoint, bundle: Bundle) -> float:
+    """Take random tokens, with random frames between them, through PyTorch as a whole and through the bundle by steps.
+
+    Returns:
+        The relative error (root mean square, of the logits of a step) where it is largest.
+    """
+    model, run = checkpoint.model, StreamChatRun(bundle)
+    generator = np.random.default_rng(0)
+    size = model.config.vision.image_size
+    tokens = generator.integers(0, model.config.text.vocab_size, (1, TOKENS))
+    frames = generator.integers(0, 256, (len(FRAMES), size, size, 3), np.uint8)
+    times = np.array(FRAMES)  # of frames between tokens, the position of the next one
+    visible = visible_frames(FRAMES, TOKENS, run.frames - 1)
+    with torch.inference_mode():
+        arrays = (tokens, np.arange(TOKENS)[None], frames[None], times[None], visible[None])
+        expected = model(*map(torch.from_numpy, arrays))[0]
+        position_ids = model.config.position_ids(torch.from_numpy(times)).numpy()
+    pairs = []
+    for at in range(TOKENS):
+        for index in np.flatnonzero(times == at):
+            run.see(frames[index], int(index) % run.frames, position_ids[index : index + 1])
+        seen = np.isin(np.arange(run.frames), np.flatnonzero(visible[at]) % run.frames)
+        logits = run.step(tokens[:, at : at + 1], np.array([[at]]), at, np.arange(run.capacity) < at, seen)
+        pairs.append((logits, expected[at]))
+    return largest_error(pairs)
+
+
+def _check_options(config: StreamChatConfig, options: StreamChatOptions) -> tuple[int, int]:
+    """Positions and capacity."""
+    if options.precision not in PRECISIONS:
+        raise CheckpointError(f"--precision: expected {', '.join(PRECISIONS)}, found '{options.precision}'")
+    positions = min(options.positions, config.text.max_position_embeddings)
+    capacity = min(CAPACITY, positions) if options.capacity is None else options.capacity
+    if not 1 <= capacity <= positions:
+        raise CheckpointError(
+            f"--capacity: expected 1 to {positions} tokens, as many as there are positions, found {capacity}"
+        )
+    if options.chunk < 1:
+        raise CheckpointError(f"--chunk: expected at least 1 token, found {options.chunk}")
+    if not 0 < options.rate < math.inf:
+        raise CheckpointError(f"--rate: expected frames a second above 0, found {options.rate}")
+    if options.window < options.rate:
+        raise CheckpointError(
+            f"--window: {options.window} frames are less than one second of video at {options.rate:g} a second;"
+            f" expected at least {math.ceil(options.rate)}"
+        )
+    if options.precision in ("w8", "w4"):
+        for key in ("hidden_size", "intermediate_size"):
+            if getattr(config.text, key) % 32:
+                raise CheckpointError(
+                    f"--precision {options.precision}: {key} {getattr(config.text, key)} is not a multiple of 32,"
+                    " the weights that share a scale"
+                )
+    return positions, capacity
