@@ -4,9 +4,9 @@
 
 #include "file_io.h"
 #include "json.h"
+#include "protobuf.h"
 
-// Only the few protobuf fields that can hold a tensor are followed; the wire format is that of
-// https://protobuf.dev/programming-guides/encoding and the field numbers are those of `onnx.proto`.
+// Only the few protobuf fields that can hold a tensor are followed; the field numbers are those of `onnx.proto`.
 
 namespace framestep {
 namespace {
@@ -38,70 +38,24 @@ Message field_of(Message message, uint64_t number) {
     return M::none;
 }
 
-struct Damaged {};
-
-class Fields {
-public:
-    explicit Fields(std::string_view message) : left_(message) {}
-
-    // The next length-delimited field; false at the end.
-    bool next(uint64_t& number, std::string_view& content) {
-        while (!left_.empty()) {
-            const uint64_t key = varint();
-            switch (key & 7) {
-                case 0: varint(); break;
-                case 1: take(8); break;
-                case 2:
-                    number = key >> 3;
-                    content = take(varint());
-                    return true;
-                case 5: take(4); break;
-                default: throw Damaged();
-            }
-        }
-        return false;
-    }
-
-private:
-    std::string_view take(uint64_t size) {
-        if (size > left_.size()) throw Damaged();
-        const std::string_view taken = left_.substr(0, size);
-        left_.remove_prefix(size);
-        return taken;
-    }
-
-    uint64_t varint() {
-        uint64_t value = 0;
-        for (int shift = 0; shift < 64; shift += 7) {
-            const auto byte = static_cast<uint8_t>(take(1)[0]);
-            if (shift == 63 && byte > 1) break;
-            value |= uint64_t{byte & 0x7Fu} << shift;
-            if (byte < 0x80) return value;
-        }
-        throw Damaged();
-    }
-
-    std::string_view left_;
-};
-
 void collect(std::string_view content, Message message, int depth, std::set<std::string>& locations) {
-    if (depth > MAX_DEPTH) throw Damaged();
-    Fields fields(content);
-    uint64_t number = 0;
-    std::string_view value;
+    if (depth > MAX_DEPTH) throw ProtobufDamaged();
+    ProtobufFields fields(content);
+    ProtobufField field;
     if (message == Message::entry) {
         std::string_view key, location;
-        while (fields.next(number, value)) {
-            if (!is_utf8(value)) throw Damaged();
-            if (number == 1) key = value;
-            if (number == 2) location = value;
+        while (fields.next(field)) {
+            if (!field.is_message) continue;
+            if (!is_utf8(field.content)) throw ProtobufDamaged();
+            if (field.number == 1) key = field.content;
+            if (field.number == 2) location = field.content;
         }
         if (key == "location") locations.emplace(location);
         return;
     }
-    while (fields.next(number, value)) {
-        const Message field = field_of(message, number);
-        if (field != Message::none) collect(value, field, depth + 1, locations);
+    while (fields.next(field)) {
+        const Message inner = field.is_message ? field_of(message, field.number) : Message::none;
+        if (inner != Message::none) collect(field.content, inner, depth + 1, locations);
     }
 }
 
@@ -112,7 +66,7 @@ std::vector<std::string> external_files(const std::filesystem::path& path) {
     std::set<std::string> locations;
     try {
         collect(content, Message::model, 1, locations);
-    } catch (const Damaged&) {
+    } catch (const ProtobufDamaged&) {
         throw Error(FS_ERROR_BUNDLE, path.string() + ": damaged, or not an ONNX graph");
     }
     return {locations.begin(), locations.end()};

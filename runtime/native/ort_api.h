@@ -23,6 +23,10 @@ struct OrtTensorInfo;
 struct OrtSessionOptions;
 struct OrtCudaOptions;
 struct OrtAllocator;
+struct OrtCustomOp;
+struct OrtCustomOpDomain;
+struct OrtKernelContext;
+struct OrtKernelInfo;
 
 struct OrtApiBase {
     const void* const* (*GetApi)(uint32_t version);  // prints and gives null for a version that is too new
@@ -50,6 +54,7 @@ constexpr int ORT_MEMORY_DEFAULT = 0;    // memory type
 
 // X(number in the table, name, arguments): functions that return a status, null for success
 #define FRAMESTEP_ORT_CALLS(X)                                                                                       \
+    X(0, CreateStatus, int code, const char* message)                                                                \
     X(4, CreateEnvWithCustomLogger, OrtLogger, void* user, int severity, const char* id, OrtEnv**)                   \
     X(7, CreateSession, const OrtEnv*, const char* path, const OrtSessionOptions*, OrtNativeSession**)               \
     X(8, CreateSessionFromArray, const OrtEnv*, const void*, size_t, const OrtSessionOptions*, OrtNativeSession**)   \
@@ -59,6 +64,9 @@ constexpr int ORT_MEMORY_DEFAULT = 0;    // memory type
     X(23, SetSessionGraphOptimizationLevel, OrtSessionOptions*, int level)                                           \
     X(24, SetIntraOpNumThreads, OrtSessionOptions*, int threads)                                                     \
     X(25, SetInterOpNumThreads, OrtSessionOptions*, int threads)                                                     \
+    X(26, CreateCustomOpDomain, const char* domain, OrtCustomOpDomain**)                                             \
+    X(27, CustomOpDomain_Add, OrtCustomOpDomain*, const OrtCustomOp*)                                                \
+    X(28, AddCustomOpDomain, OrtSessionOptions*, OrtCustomOpDomain*)                                                 \
     X(30, SessionGetInputCount, const OrtNativeSession*, size_t*)                                                    \
     X(31, SessionGetOutputCount, const OrtNativeSession*, size_t*)                                                   \
     X(33, SessionGetInputTypeInfo, const OrtNativeSession*, size_t index, OrtTypeInfo**)                             \
@@ -67,15 +75,20 @@ constexpr int ORT_MEMORY_DEFAULT = 0;    // memory type
     X(37, SessionGetOutputName, const OrtNativeSession*, size_t index, OrtAllocator*, char**)                        \
     X(49, CreateTensorWithDataAsOrtValue, const OrtMemoryInfo*, void*, size_t bytes, const int64_t*, size_t rank,    \
       int element, OrtValue**)                                                                                       \
+    X(51, GetTensorMutableData, OrtValue*, void**)                                                                   \
     X(55, CastTypeInfoToTensorInfo, const OrtTypeInfo*, const OrtTensorInfo**)                                       \
     X(60, GetTensorElementType, const OrtTensorInfo*, int*)                                                          \
     X(61, GetDimensionsCount, const OrtTensorInfo*, size_t*)                                                         \
     X(62, GetDimensions, const OrtTensorInfo*, int64_t*, size_t)                                                     \
     X(63, GetSymbolicDimensions, const OrtTensorInfo*, const char**, size_t)                                         \
+    X(65, GetTensorTypeAndShape, const OrtValue*, OrtTensorInfo**)                                                   \
     X(68, CreateMemoryInfo, const char* name, int allocator, int device, int memory, OrtMemoryInfo**)                \
     X(75, AllocatorAlloc, OrtAllocator*, size_t, void**)                                                             \
     X(76, AllocatorFree, OrtAllocator*, void*)                                                                       \
     X(78, GetAllocatorWithDefaultOptions, OrtAllocator**)                                                            \
+    X(85, KernelInfoGetAttribute_float, const OrtKernelInfo*, const char* name, float*)                              \
+    X(90, KernelContext_GetInput, const OrtKernelContext*, size_t index, const OrtValue**)                           \
+    X(91, KernelContext_GetOutput, OrtKernelContext*, size_t index, const int64_t*, size_t rank, OrtValue**)         \
     X(125, GetAvailableProviders, char***, int*)                                                                     \
     X(126, ReleaseAvailableProviders, char**, int)                                                                   \
     X(130, AddSessionConfigEntry, OrtSessionOptions*, const char* key, const char* value)                            \
@@ -85,7 +98,9 @@ constexpr int ORT_MEMORY_DEFAULT = 0;    // memory type
     X(136, BindInput, OrtIoBinding*, const char* name, const OrtValue*)                                              \
     X(137, BindOutput, OrtIoBinding*, const char* name, const OrtValue*)                                             \
     X(204, SessionOptionsAppendExecutionProvider_CUDA_V2, OrtSessionOptions*, const OrtCudaOptions*)                 \
-    X(205, CreateCUDAProviderOptions, OrtCudaOptions**)
+    X(205, CreateCUDAProviderOptions, OrtCudaOptions**)                                                              \
+    X(274, KernelContext_ParallelFor, const OrtKernelContext*, void (*call)(void* user, size_t index), size_t total,  \
+      size_t batches, void* user)
 
 // X(number, name, argument): functions that release
 #define FRAMESTEP_ORT_RELEASES(X)              \
@@ -95,12 +110,41 @@ constexpr int ORT_MEMORY_DEFAULT = 0;    // memory type
     X(95, ReleaseSession, OrtNativeSession)    \
     X(96, ReleaseValue, OrtValue)              \
     X(98, ReleaseTypeInfo, OrtTypeInfo)        \
+    X(99, ReleaseTensorTypeAndShapeInfo, OrtTensorInfo) \
     X(100, ReleaseSessionOptions, OrtSessionOptions) \
+    X(101, ReleaseCustomOpDomain, OrtCustomOpDomain) \
     X(132, ReleaseAllocator, OrtAllocator)     \
     X(135, ReleaseIoBinding, OrtIoBinding)     \
     X(208, ReleaseCUDAProviderOptions, OrtCudaOptions)
 
-constexpr uint32_t ORT_API_VERSION_USED = 11;  // the first that has all of them
+constexpr uint32_t ORT_API_VERSION_USED = 17;  // the first that has all of them
+
+// An operator of ours, as ONNX Runtime calls it: its members up to those of version 17. The calls that may be null are
+// null, where another version of them is there or their default will do.
+struct OrtCustomOp {
+    uint32_t version;
+    void* (*CreateKernel)(const OrtCustomOp*, const void* api, const OrtKernelInfo*);
+    const char* (*GetName)(const OrtCustomOp*);
+    const char* (*GetExecutionProviderType)(const OrtCustomOp*);
+    int (*GetInputType)(const OrtCustomOp*, size_t index);  // an OrtElement
+    size_t (*GetInputTypeCount)(const OrtCustomOp*);
+    int (*GetOutputType)(const OrtCustomOp*, size_t index);
+    size_t (*GetOutputTypeCount)(const OrtCustomOp*);
+    void (*KernelCompute)(void* kernel, OrtKernelContext*);
+    void (*KernelDestroy)(void* kernel);
+    int (*GetInputCharacteristic)(const OrtCustomOp*, size_t index);
+    int (*GetOutputCharacteristic)(const OrtCustomOp*, size_t index);
+    int (*GetInputMemoryType)(const OrtCustomOp*, size_t index);
+    int (*GetVariadicInputMinArity)(const OrtCustomOp*);
+    int (*GetVariadicInputHomogeneity)(const OrtCustomOp*);
+    int (*GetVariadicOutputMinArity)(const OrtCustomOp*);
+    int (*GetVariadicOutputHomogeneity)(const OrtCustomOp*);
+    OrtStatus* (*CreateKernelV2)(const OrtCustomOp*, const void* api, const OrtKernelInfo*, void** kernel);
+    OrtStatus* (*KernelComputeV2)(void* kernel, OrtKernelContext*);
+    OrtStatus* (*InferOutputShapeFn)(const OrtCustomOp*, void* context);
+    int (*GetStartVersion)(const OrtCustomOp*);
+    int (*GetEndVersion)(const OrtCustomOp*);
+};
 
 struct Ort {
 #define X(number, name, ...) OrtStatus* (*name)(__VA_ARGS__) = nullptr;

@@ -1,0 +1,75 @@
+#include "ring_attention.h"
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace framestep {
+namespace {
+
+namespace baseline {
+constexpr int LANES = 4;
+using Four = float __attribute__((vector_size(16)));
+inline float sum(Four numbers) { return (numbers[0] + numbers[2]) + (numbers[1] + numbers[3]); }
+#include "ring_attention_rows.inc"
+}  // namespace baseline
+
+#if defined(__x86_64__)
+// everything in between is compiled for the set, which a processor is asked for before one of its functions is called
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+namespace avx2 {
+constexpr int LANES = 8;
+inline float sum(__m256 numbers) {
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(numbers), _mm256_extractf128_ps(numbers, 1));
+    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+}
+#include "ring_attention_rows.inc"
+}  // namespace avx2
+#if defined(__clang__)
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma"))), apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
+#endif
+namespace avx512 {
+constexpr int LANES = 16;
+inline float sum(__m512 numbers) {
+    const __m256 low = _mm512_maskz_extractf32x8_ps(0xFF, numbers, 0);
+    const __m256 eight = _mm256_add_ps(low, _mm512_maskz_extractf32x8_ps(0xFF, numbers, 1));
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+}
+#include "ring_attention_rows.inc"
+}  // namespace avx512
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif
+
+}  // namespace
+
+RingAttentionRows ring_attention_with(Simd simd) {
+#if defined(__x86_64__)
+    if (simd == Simd::avx512) return avx512::rows;
+    if (simd == Simd::avx2) return avx2::rows;
+#else
+    (void)simd;
+#endif
+    return baseline::rows;
+}
+
+}  // namespace framestep
