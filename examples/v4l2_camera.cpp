@@ -89,11 +89,11 @@ uint32_t Camera::choose_format() const {
         return std::find(offered.begin(), offered.end(), format) != offered.end();
     };
     uint32_t wanted = V4L2_PIX_FMT_YUYV;
-    if (options_.format == "mjpeg" || (options_.format.empty() && !offers(V4L2_PIX_FMT_YUYV)))
-        wanted = V4L2_PIX_FMT_MJPEG;
+    const bool choose = options_.format.empty();
+    if (options_.format == "mjpeg" || (choose && !offers(V4L2_PIX_FMT_YUYV))) wanted = V4L2_PIX_FMT_MJPEG;
+    if (offered.empty()) fail("names no format that it can send");
     if (!offers(wanted)) {
-        fail("does not offer " + (options_.format.empty() ? "YUYV or MJPEG" : "the format " + options_.format) +
-             ", only " + (names.empty() ? "none" : names));
+        fail("does not offer " + (choose ? "YUYV or MJPEG" : options_.format) + ", only " + names);
     }
     if (wanted == V4L2_PIX_FMT_MJPEG && !can_decode_jpeg()) {
         fail(std::string("would send MJPEG, and this program was built without libjpeg; ") +
@@ -133,7 +133,10 @@ void Camera::share_buffers() {
     request.type = V4L2_BUF_TYPE_VIDEO_CAPTURE;
     request.memory = V4L2_MEMORY_MMAP;
     if (control(file_, VIDIOC_REQBUFS, &request) < 0) fail_by("asked for buffers", errno);
-    if (request.count < FEWEST_BUFFERS) fail("has only " + std::to_string(request.count) + " buffers");
+    if (request.count < FEWEST_BUFFERS) {
+        fail("has " + std::to_string(request.count) + " buffers, and this program needs " +
+             std::to_string(FEWEST_BUFFERS));
+    }
     for (uint32_t index = 0; index < request.count; ++index) {
         v4l2_buffer buffer = empty_buffer();
         buffer.index = index;
