@@ -772,3 +772,158 @@ def test_graphs_in_graphs_without_end_are_refused(parts, tmp_path):
     )
     with pytest.raises(Refused, match="damaged, or not an ONNX graph"):
         parts.external_files(path)
+
+
+# Attention over a ring
+
+
+STEPS = ROOT / "tests" / "data" / "steps.bundle"
+
+
+def ring_inputs(seed: int, rows: int, window: int, width: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    shapes = {"query": (rows, width), "new_key": (rows, width), "new_value": (rows, width)}
+    shapes |= {"key": (rows, window, width), "value": (rows, window, width)}
+    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def ring_attention(
+    parts: Parts, simd: int, arrays: dict[str, np.ndarray], visible: np.ndarray, slot: int, scale: float
+) -> np.ndarray:
+    result = np.full_like(arrays["query"], np.nan)
+    rows, window, width = arrays["key"].shape
+    names = ("query", "new_key", "new_value", "key", "value")
+    pointers = [ctypes.c_void_p(arrays[name].ctypes.data) for name in names]
+    pointers += [ctypes.c_void_p(result.ctypes.data), ctypes.c_void_p(visible.ctypes.data)]
+    sizes = [ctypes.c_int64(number) for number in (rows, window, width, slot)]
+    parts.library.parts_ring_attention(simd, *pointers, *sizes, ctypes.c_float(scale))
+    return result
+
+
+@pytest.mark.parametrize("simd", [0, 1, 2])
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    rows=st.integers(1, 5),
+    window=st.integers(1, 70),
+    width=st.integers(1, 140),
+    scale=st.floats(0.01, 3),
+)
+@hypothesis_settings
+def test_ring_attention_is_that_of_float64_and_writes_one_slot(
+    parts: Parts, simd: int, seed: int, rows: int, window: int, width: int, scale: float
+) -> None:
+    if simd > parts.library.parts_fastest_simd():
+        pytest.skip("this processor has no such instructions")
+    arrays = ring_inputs(seed, rows, window, width)
+    rng = np.random.default_rng(seed + 1)
+    visible = rng.random(window) < 0.7
+    slot = int(rng.integers(window))
+    visible[slot] = True
+    hidden = ~visible
+    arrays["key"][:, hidden], arrays["value"][:, hidden] = np.nan, np.inf  # never read
+    key, value = arrays["key"].copy(), arrays["value"].copy()
+    key[:, slot], value[:, slot] = arrays["new_key"], arrays["new_value"]
+
+    result = ring_attention(parts, simd, arrays, visible, slot, scale)
+
+    scores = scale * np.einsum("rd,rwd->rw", arrays["query"], key[:, visible], dtype=np.float64)
+    weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+    expected = np.einsum(
+        "rw,rwd->rd", weights / weights.sum(axis=1, keepdims=True), value[:, visible], dtype=np.float64
+    )
+    largest = np.abs(scores).max()
+    np.testing.assert_allclose(result, expected, rtol=0, atol=2e-6 * (5 + largest))
+    np.testing.assert_array_equal(arrays["key"], key)
+    np.testing.assert_array_equal(arrays["value"], value)
+
+
+def test_ring_attention_without_a_visible_slot_is_zero(parts: Parts) -> None:
+    arrays = ring_inputs(0, 3, 4, 8)
+    result = ring_attention(parts, parts.library.parts_fastest_simd(), arrays, np.zeros(4, bool), 1, 1.0)
+    np.testing.assert_array_equal(result, 0)
+
+
+def derive(parts: Parts, model: onnx.ModelProto, folder: Path, rings: set[str] | None = None) -> onnx.ModelProto | None:
+    """What the library makes of a graph; None where it leaves it as it is."""
+    if rings is None:
+        rings = {port.name for port in model.graph.input if port.name.endswith(".past")}
+    path, out = folder / "graph.onnx", folder / "derived.onnx"
+    path.write_bytes(model.SerializeToString())
+    text = parts("ring_graph", os.fsencode(path), ",".join(sorted(rings)).encode(), os.fsencode(out))
+    return None if text == b"none" else onnx.load(out, load_external_data=False)
+
+
+def operators(model: onnx.ModelProto) -> list[str]:
+    return [node.op_type for node in model.graph.node]
+
+
+@pytest.fixture
+def backbone() -> onnx.ModelProto:
+    return onnx.load(STEPS / "backbone.onnx", load_external_data=False)
+
+
+@pytest.mark.parametrize("file", ["backbone.onnx", "backbone.int8.onnx"])
+def test_the_derived_graph_has_one_node_for_each_pair_of_rings(parts: Parts, tmp_path: Path, file: str) -> None:
+    model = onnx.load(STEPS / file, load_external_data=False)
+    layers = operators(model).count("TensorScatter") // 2
+    spatial = operators(model).count("Attention") - layers
+    derived = derive(parts, model, tmp_path)
+    assert derived is not None
+    found = operators(derived)
+    assert found.count("RingAttention") == layers > 0
+    assert found.count("Attention") == spatial and "TensorScatter" not in found
+    kept = [node for node in model.graph.node if node.op_type != "TensorScatter"]
+    ours = [node for node in derived.graph.node if node.op_type != "RingAttention"]
+    temporal = [node for node in kept if node.op_type == "Attention" and "temporal" in node.name]
+    assert ours == [node for node in kept if node not in temporal]
+    assert derived.graph.initializer == model.graph.initializer
+    assert derived.graph.input == model.graph.input and derived.graph.output == model.graph.output
+    assert {(one.domain, one.version) for one in derived.opset_import} == {("", 24), ("framestep", 1)}
+
+
+def first(model: onnx.ModelProto, operator: str) -> onnx.NodeProto:
+    return next(node for node in model.graph.node if node.op_type == operator)
+
+
+def set_attribute(node: onnx.NodeProto, name: str, value: Any) -> None:
+    kept = [attribute for attribute in node.attribute if attribute.name != name]
+    del node.attribute[:]
+    node.attribute.extend([*kept, onnx.helper.make_attribute(name, value)])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: set_attribute(first(model, "TensorScatter"), "axis", 1),
+        lambda model: set_attribute(first(model, "TensorScatter"), "mode", "circular"),
+        lambda model: set_attribute(first(model, "Attention"), "is_causal", 1),
+        lambda model: model.graph.node.append(
+            onnx.helper.make_node("Identity", [first(model, "TensorScatter").output[0]], ["seen_elsewhere"])
+        ),
+    ],
+    ids=["another axis", "another mode", "a causal mask", "a ring with another reader"],
+)
+def test_a_ring_that_is_used_otherwise_keeps_its_nodes(
+    parts: Parts, tmp_path: Path, backbone: onnx.ModelProto, change: Any
+) -> None:
+    before = operators(backbone).count("TensorScatter") // 2
+    change(backbone)
+    derived = derive(parts, backbone, tmp_path)
+    assert derived is not None and operators(derived).count("RingAttention") == before - 1
+
+
+def test_a_graph_without_rings_is_left_as_it_is(parts: Parts, tmp_path: Path, backbone: onnx.ModelProto) -> None:
+    assert derive(parts, backbone, tmp_path, rings=set()) is None
+
+
+@given(cut=st.integers(1, 20000), flips=st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), max_size=4))
+@hypothesis_settings
+def test_a_damaged_graph_gives_no_crash(
+    parts: Parts, tmp_path_factory: pytest.TempPathFactory, cut: int, flips: list[tuple[int, int]]
+) -> None:
+    content = bytearray((STEPS / "backbone.onnx").read_bytes())
+    for place, byte in flips:
+        content[place % len(content)] = byte
+    folder = tmp_path_factory.mktemp("damaged")
+    (folder / "graph.onnx").write_bytes(content[: max(1, len(content) - cut)])
+    parts("ring_graph", os.fsencode(folder / "graph.onnx"), b"layer0.key.past", os.fsencode(folder / "derived.onnx"))

@@ -8,9 +8,12 @@
 #include <string>
 
 #include "error.h"
+#include "file_io.h"
 #include "json.h"
 #include "onnx_files.h"
 #include "preprocess.h"
+#include "ring_attention.h"
+#include "ring_graph.h"
 #include "sha256.h"
 #include "state_file.h"
 
@@ -140,6 +143,31 @@ int parts_external_files(const char* path, char** text) {
         Json::Array list;
         for (const std::string& location : external_files(path)) list.emplace_back(location);
         return dump_sorted(Json(list));
+    });
+}
+
+void parts_ring_attention(int simd, const float* query, const float* new_key, const float* new_value, float* key,
+                          float* value, float* result, const bool* visible, int64_t rows, int64_t window, int64_t width,
+                          int64_t slot, float scale) {
+    std::vector<float> scratch(ring_attention_scratch(window));
+    const RingAttention ring = {query, new_key, new_value, key, value, result, visible, window, width, slot, scale};
+    ring_attention_with(static_cast<Simd>(simd))(ring, 0, rows / 2, scratch.data());
+    ring_attention_with(static_cast<Simd>(simd))(ring, rows / 2, rows, scratch.data());
+}
+
+// Writes the derived graph to `out`; the text is "none" where there is none. `rings` are separated by commas.
+int parts_ring_graph(const char* path, const char* rings, const char* out, char** text) {
+    return call(text, [&]() -> std::string {
+        std::set<std::string> names;
+        for (std::string left = rings, name; !left.empty();) {
+            const size_t comma = left.find(',');
+            names.insert(left.substr(0, comma));
+            left = comma == std::string::npos ? "" : left.substr(comma + 1);
+        }
+        const std::string derived = with_ring_attention(InputFile(path, FS_ERROR_BUNDLE).read_all(), names);
+        if (derived.empty()) return "none";
+        write_file(out, {derived});
+        return "";
     });
 }
 
