@@ -25,12 +25,12 @@ from ..runtime.bundle import (
 )
 from ..runtime.errors import CheckpointError, FramestepError
 from .decoder_export import AGREEMENT, TOKENIZER, DecoderReport
-from .decoder_graph import PRECISIONS, Precision, write_embed
+from .decoder_graph import PRECISIONS, Precision, write_embed, write_rebase
 from .decoder_replay import GraphRun, largest_error
 from .graph import GraphBuilder, WeightFile
 from .streamchat import FAMILY, StreamChatConfig, visible_frames
 from .streamchat_checkpoint import StreamChatCheckpoint
-from .streamchat_graph import write_decode, write_frame, write_streamchat_rebase
+from .streamchat_graph import TEXT, write_decode, write_frame, write_rebase_frames
 
 Array = npt.NDArray[Any]
 CAPACITY = 4096
@@ -100,8 +100,17 @@ def write_bundle(checkpoint: StreamChatCheckpoint, writer: BundleWriter, options
     builder.save(folder / "frame.onnx")
     states += found
     builder = GraphBuilder("rebase", text)
-    graphs["rebase"] = write_streamchat_rebase(model, *sizes, builder, "rebase.onnx")
+    config = model.config.text
+    graphs["rebase"] = write_rebase(config, capacity, positions, precision, builder, "rebase.onnx", TEXT)
     builder.save(folder / "rebase.onnx")
+    rebase_frames = None
+    if model.config.positions == "parallel":  # literal rows and columns cannot move with time
+        rebase_frames = "rebase_frames"
+        builder = GraphBuilder(rebase_frames, visual, shared=[text])
+        graphs[rebase_frames] = write_rebase_frames(
+            model, options.window, positions, precision, builder, "rebase_frames.onnx"
+        )
+        builder.save(folder / "rebase_frames.onnx")
     text.close()
     visual.close()
     if checkpoint.tokenizer is not None:
@@ -128,7 +137,7 @@ def write_bundle(checkpoint: StreamChatCheckpoint, writer: BundleWriter, options
             tokenizer=TOKENIZER if checkpoint.tokenizer is not None else None,
             tokens=checkpoint.tokens,
             stop=checkpoint.stop,
-            cross=Cross("frame", model.config.positions),
+            cross=Cross("frame", rebase_frames, model.config.positions),
         ),
     )
     writer.finish(manifest)
@@ -144,7 +153,7 @@ class StreamChatRun(GraphRun):
     """
 
     def __init__(self, bundle: Bundle) -> None:
-        super().__init__(bundle, ("embed", "decoder", "frame", "rebase"))
+        super().__init__(bundle, bundle.manifest.graphs)
         states = {state.name.split(".")[0]: state for state in bundle.manifest.states}
         self.capacity = states["decoder"].capacity
         self.frames, self.rows = states["visual"].capacity, states["visual"].rows_per_slot

@@ -2,7 +2,7 @@
 
 - `frame` takes one frame to the keys and values of every cross block, and writes them into one slot of their rings.
 - `decoder` is the decoder of `decoder_graph`, which in some layers first reads the rings, under a mask of their slots.
-- `rebase` writes the cached keys anew for other positions: of text from unrotated keys, of frames by turning them back.
+- `rebase_frames` turns the keys of frames back by a number of positions; `rebase` is the decoder's, for text.
 
 The rings have one slot more than frames that text may see: the one that a frame is written into while text is decoded.
 
@@ -28,7 +28,6 @@ from .decoder_graph import (
     split_heads,
     write_mlp,
     write_norm,
-    write_rebase,
     write_turn,
 )
 from .graph import GraphBuilder
@@ -152,27 +151,14 @@ def write_decode(
     return Graph(file, (*text.ports, port), (logits,), (*text.uses, *uses)), text.states
 
 
-def write_streamchat_rebase(
-    model: StreamChat,
-    window: int,
-    capacity: int,
-    positions: int,
-    precision: Precision,
-    builder: GraphBuilder,
-    file: str,
+def write_rebase_frames(
+    model: StreamChat, window: int, positions: int, precision: Precision, builder: GraphBuilder, file: str
 ) -> Graph:
-    """Write the graph that turns text to `slot_positions` [S, 1, capacity], and frames back by `position_shift` [S].
-
-    Where positions are literal it leaves frames alone: rows and columns cannot move with time.
-    """
+    """Write the graph that turns the keys of all frames back by `position_shift` [S]."""
     g, config = builder, model.config.text
-    graph = write_rebase(config, capacity, positions, precision, g, file, TEXT)
-    if model.config.positions == "literal":
-        return graph
     N, F, d = model.config.vision.patches, window + 1, config.head_dim
     port = Port("position_shift", "position_shift", "int64", (STREAMS,), VISUAL)
     shift = g.input(port.name, port.dtype, port.shape)
-    g.scope("visual")
     table = g.weight("shift", config.rope.table(d, positions).astype(np.float32))
     both = g.node("Unsqueeze", g.node("Gather", table, shift, axis=0), g.constant([1, 2]))  # [S, 1, 1, d]
     cos, sin = _halves(g, both, d)
@@ -180,7 +166,7 @@ def write_streamchat_rebase(
     uses = []
     for k in range(len(model.cross_blocks)):
         state = f"{VISUAL}.block{k}.key"
-        g.scope(f"visual/block{k}")
+        g.scope(f"block{k}")
         # a cache that is updated may go nowhere but into its update, so the keys to turn are an input of their own
         old = g.input(f"{state}.old", precision.dtype, shape)
         past = g.input(f"{state}.past", precision.dtype, shape)
@@ -195,7 +181,7 @@ def write_streamchat_rebase(
         present = g.node("TensorScatter", past, turned, name="key_update", axis=2, mode="linear")
         g.output(present, f"{state}.present", precision.dtype, shape)
         uses += [StateUse(state, f"{state}.old"), StateUse(state, f"{state}.past", f"{state}.present")]
-    return Graph(file, (*graph.inputs, port), (), (*graph.states, *uses))
+    return Graph(file, (port,), (), tuple(uses))
 
 
 def _visual_mask(g: GraphBuilder, embeddings: str, slot_mask: str, slots: int, rows: int) -> tuple[str, str]:

@@ -190,10 +190,12 @@ class Cross:
 
     Attributes:
         graph: name of the graph that writes one frame into a slot of its rings, which the decoder reads.
+        rebase: name of the graph that turns the keys of frames back; None where positions are literal.
         positions: of a frame's token at time t: "parallel", (t, t + row, t + column), or "literal", (t, row, column).
     """
 
     graph: str
+    rebase: str | None
     positions: str
 
 
@@ -211,6 +213,7 @@ class Language:
         tokenizer: the tokenizer's file, as Hugging Face's `tokenizers` reads it; None where the checkpoint had none.
         tokens: ids of special tokens by what they are for, such as "image" or "silence".
         stop: tokens that end an answer.
+        chat: how a dialogue is written down: "streamo", "chatml", "vicuna" or "plain"; see `runtime/chat_format.py`.
         cross: how frames enter where text attends to them by cross-attention; None where it does not.
     """
 
@@ -223,6 +226,7 @@ class Language:
     tokenizer: str | None
     tokens: dict[str, int]
     stop: tuple[int, ...]
+    chat: str = "plain"
     cross: Cross | None = None
 
 
@@ -564,8 +568,10 @@ def _check_language(language: Language, graphs: Container[str], outputs: Contain
         if getattr(language, key) < 1:
             raise SchemaError(f"language.{key}: expected at least 1, found {getattr(language, key)}")
     if (cross := language.cross) is not None:
-        if cross.graph not in graphs:
-            raise SchemaError(f"language.cross.graph: there is no graph '{cross.graph}'")
+        for key in ("graph", "rebase"):
+            name = getattr(cross, key)
+            if name is not None and name not in graphs:
+                raise SchemaError(f"language.cross.{key}: there is no graph '{name}'")
         if cross.positions not in CROSS_POSITIONS:
             expected = " or ".join(CROSS_POSITIONS)
             raise SchemaError(f"language.cross.positions: '{cross.positions}' is unknown; expected {expected}")

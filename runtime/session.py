@@ -422,7 +422,10 @@ def _available_outputs(manifest: Manifest) -> dict[str, bool]:
 
 
 def _default_outputs(manifest: Manifest) -> tuple[str, ...]:
-    """What the decoder sees, where there is one; otherwise all that comes from frames; of the scores only those of whole frames, [S, C], which cost next to nothing."""
+    """What the decoder sees, where there is one; otherwise all that comes from frames.
+
+    Of the scores only those of whole frames, [S, C], which cost next to nothing.
+    """
     if manifest.language is not None:
         return () if manifest.language.visual is None else (manifest.language.visual,)
     ranks = {port.name: len(port.shape) for graph in manifest.graphs.values() for port in graph.outputs}
@@ -436,7 +439,11 @@ def _default_outputs(manifest: Manifest) -> tuple[str, ...]:
 def _decoder_graphs(manifest: Manifest) -> tuple[str, ...]:
     """Those that a language decoder needs."""
     language = manifest.language
-    return () if language is None else (language.embed, language.decoder, language.rebase)
+    if language is None:
+        return ()
+    cross = language.cross
+    frames = () if cross is None else tuple(name for name in (cross.graph, cross.rebase) if name is not None)
+    return (language.embed, language.decoder, language.rebase, *frames)
 
 
 def _check_outputs(outputs: Sequence[str], graphs: Sequence[str], manifest: Manifest, bundle: Bundle) -> None:

@@ -408,11 +408,13 @@ void check_hashes(const Bundle& bundle) {
 void read_language(const Json& value, Bundle& bundle, std::set<std::string>& graphs) {
     const Fields fields(value, "language",
                         {"embed", "decoder", "rebase", "visual", "positions", "chunk", "tokenizer", "tokens", "stop",
-                         "cross"});
+                         "chat", "cross"});
     for (const char* key : {"embed", "decoder", "rebase"}) graphs.insert(fields.need_text(key));
     if (const Json* cross = fields.optional("cross")) {
-        const Fields parts(*cross, "language.cross", {"graph", "positions"});
+        const Fields parts(*cross, "language.cross", {"graph", "rebase", "positions"});
         graphs.insert(parts.need_text("graph"));
+        parts.need("rebase");
+        if (const Json* rebase = parts.optional("rebase")) graphs.insert(text(*rebase, "language.cross.rebase"));
         const std::string positions = parts.need_text("positions");
         if (positions != "parallel" && positions != "literal") {
             refuse("language.cross.positions: '" + positions + "' is unknown; expected parallel or literal");
@@ -420,6 +422,7 @@ void read_language(const Json& value, Bundle& bundle, std::set<std::string>& gra
     }
     fields.need_integer("positions");
     fields.need_integer("chunk");
+    if (const Json* chat = fields.optional("chat")) text(*chat, "language.chat");
     if (const Json* tokenizer = fields.optional("tokenizer")) {
         bundle.used_files.push_back(text(*tokenizer, "language.tokenizer"));
     }

@@ -103,6 +103,11 @@ class Scene:
         golden.assert_close(np.stack([self.logits[row] for row in rows]), expected[rows])
 
 
+def rebase(run: StreamChatRun, slot_positions: np.ndarray, shift: np.ndarray) -> None:
+    run.run("rebase", {"slot_positions": slot_positions})
+    run.run("rebase_frames", {"position_shift": shift})
+
+
 def play(scene: Scene) -> None:
     """A question in chunks, an answer among frames, until the ring has wrapped twice; one more question."""
     for _ in range(2):
@@ -206,7 +211,7 @@ def test_rebasing_far_out_changes_nothing(checkpoint, precision, bound):
         step()
     slots = np.zeros((1, 1, CAPACITY), np.int64)
     slots[0, 0, : len(scene.positions)] = np.array(scene.positions) - apart
-    scene.run.run("rebase", {"slot_positions": slots, "position_shift": np.array([apart])})
+    rebase(scene.run, slots, np.array([apart]))
     scene.shift = apart
     for step in (lambda: scene.text(1), scene.frame, lambda: scene.text(1), scene.idle_frame, lambda: scene.text(3, 1)):
         step()
@@ -228,7 +233,7 @@ def test_closing_the_gap_after_the_pinned_block_is_what_the_oracle_does_at_the_n
     moved = np.where(np.arange(before) < pinned, old, old - gap)
     slots = np.zeros((1, 1, CAPACITY), np.int64)
     slots[0, 0, :before] = moved
-    scene.run.run("rebase", {"slot_positions": slots, "position_shift": np.array([gap])})
+    rebase(scene.run, slots, np.array([gap]))
     scene.clock -= gap
     scene.text(2)
     scene.frame()
@@ -249,7 +254,7 @@ def test_states_are_updated_in_place(checkpoint, capfd, precision):
     scene = Scene(StreamChatRun(bundle))
     play(scene)
     slots = np.zeros((1, 1, CAPACITY), np.int64)
-    scene.run.run("rebase", {"slot_positions": slots, "position_shift": np.array([1])})
+    rebase(scene.run, slots, np.array([1]))
     assert "in-place optimization not activated" not in capfd.readouterr().err
 
 

@@ -19,7 +19,8 @@ SIZES = {"S": (1, 1, 2), "T": (1, 16, 32)}
 NATIVE = {
     "frame": (2 * BLOCKS, streamchat_models.VISION["num_hidden_layers"]),
     "decoder": (3 * LAYERS, LAYERS + BLOCKS),
-    "rebase": (LAYERS + BLOCKS, 0),
+    "rebase": (LAYERS, 0),
+    "rebase_frames": (BLOCKS, 0),
 }
 
 
