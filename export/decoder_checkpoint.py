@@ -64,6 +64,13 @@ class DecoderCheckpoint:
     tokens: dict[str, int]
     stop: tuple[int, ...]
 
+    @property
+    def chat(self) -> str:
+        """The chat format that it was trained with; see `runtime/chat_format.py`."""
+        if "turn_start" in self.tokens and "turn_end" in self.tokens:
+            return "streamo" if all(state in self.tokens for state in ("silence", "standby", "response")) else "chatml"
+        return "vicuna" if self.family == "streamformer_videoqa" else "plain"
+
 
 def is_decoder(source: str) -> bool:
     """Whether a checkpoint is of one of the families here, by its `config.json`.
@@ -117,6 +124,8 @@ def read_decoder_checkpoint(source: str, vision_tower: str | None = None) -> Dec
         )
     tokenizer = read_tokenizer(folder, config)
     tokens = read_tokens(values, tokenizer, config)
+    if family == "streamformer_videoqa":  # its tokenizer may have marks around pictures, which it was not trained with
+        tokens = {name: token for name, token in tokens.items() if name not in ("vision_start", "image", "vision_end")}
     stop = read_stop(folder, values, config)
     return DecoderCheckpoint(family, source, decoder, vision, projector, tower, tokenizer, tokens, stop)
 

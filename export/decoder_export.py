@@ -141,6 +141,7 @@ def write_bundle(checkpoint: DecoderCheckpoint, writer: BundleWriter, options: D
             tokenizer=TOKENIZER if checkpoint.tokenizer is not None else None,
             tokens=tokens,
             stop=checkpoint.stop,
+            chat=checkpoint.chat,
         ),
     )
     writer.finish(manifest)

@@ -1,0 +1,49 @@
+"""From logits to the next token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import FramestepError
+
+Array = npt.NDArray[Any]
+
+
+class Sampler:
+    """Takes the likeliest token, or draws one.
+
+    Args:
+        temperature: logits are divided by it before the softmax; 0 takes the likeliest token.
+        top_p: draws among the fewest tokens that have this probability together.
+        seed: of the draws.
+    """
+
+    def __init__(self, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0) -> None:
+        if not 0 <= temperature < np.inf:
+            raise FramestepError(f"temperature: expected 0 or more, found {temperature}")
+        if not 0 < top_p <= 1:
+            raise FramestepError(f"top_p: expected more than 0 and at most 1, found {top_p}")
+        self._temperature = temperature
+        self._top_p = top_p
+        self._generator = np.random.default_rng(seed)
+
+    def __call__(self, logits: Array) -> int:
+        """A token for logits [V]."""
+        if self._temperature == 0:
+            return int(logits.argmax())
+        probabilities = softmax(logits.astype(np.float64) / self._temperature)
+        order = np.argsort(-probabilities, kind="stable")
+        before = np.cumsum(probabilities[order]) - probabilities[order]
+        kept = order[before < self._top_p]  # the likeliest always
+        share = probabilities[kept] / probabilities[kept].sum()
+        return int(self._generator.choice(kept, p=share))
+
+
+def softmax(logits: Array) -> Array:
+    """Probabilities of logits along the last axis."""
+    exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    found: Array = exponentials / exponentials.sum(axis=-1, keepdims=True)
+    return found
