@@ -362,6 +362,14 @@ void dump(const Json& value, std::string& out) {
 
 }  // namespace
 
+// Not the variant's own: where memory runs out in the middle of it, that of libstdc++ 12 forgets what it holds and crashes.
+Json::Json(const Json& other) {
+    std::visit([this](const auto& value) {
+        auto copy = value;
+        value_ = std::move(copy);
+    }, other.value_);
+}
+
 Json Json::parse(std::string_view text, size_t max_depth) { return Parser(text, max_depth).document(); }
 
 bool Json::as_bool() const {

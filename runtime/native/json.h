@@ -26,6 +26,11 @@ public:
     explicit Json(const char* value) : value_(std::string(value)) {}
     explicit Json(Array items) : value_(std::move(items)) {}
     explicit Json(Object members) : value_(std::move(members)) {}
+    Json(const Json& other);
+    Json(Json&&) noexcept = default;
+    Json& operator=(const Json& other) { return *this = Json(other); }
+    Json& operator=(Json&&) noexcept = default;
+    ~Json() = default;
 
     // Reads one value that fills `text`. Refused beside bad syntax: text that is not UTF-8, half of a surrogate pair, a
     // name that stands twice in an object, numbers beyond int64 or double, more than `max_depth` nested arrays and

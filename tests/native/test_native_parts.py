@@ -7,8 +7,6 @@ import hashlib
 import itertools
 import json
 import os
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +15,15 @@ import onnx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from native_parts import MAX_DEPTH, Parts, Refused, build_parts
 
 from framestep.runtime import labels, onnx_files, state_file
 from framestep.runtime.bundle import RESIZES, FrameSpec
 from framestep.runtime.errors import BundleError, StateError
 from framestep.runtime.preprocess import Preprocess
 
-ROOT = Path(__file__).parents[2]
-BUILD = ROOT / "build" / "native-tests"
 BUNDLE, FRAME, STATE, OUTPUT = 4, 6, 7, 8  # fs_status
 FORMATS = ("rgb", "bgr", "grey")
-MAX_DEPTH = 64
 
 
 class View(ctypes.Structure):
@@ -41,45 +37,9 @@ class View(ctypes.Structure):
     ]
 
 
-class Parts:
-    """The test library; a call that fails raises Refused."""
-
-    def __init__(self, path: Path) -> None:
-        self.library = ctypes.CDLL(str(path))
-        self.library.parts_allocations.restype = ctypes.c_size_t
-
-    def __call__(self, name: str, *arguments: Any) -> bytes:
-        text = ctypes.c_void_p()
-        status = getattr(self.library, f"parts_{name}")(*arguments, ctypes.byref(text))
-        content = ctypes.string_at(text) if text else b""
-        self.library.parts_free(text)
-        if status:
-            raise Refused(status, content.decode())
-        return content
-
-    def json(self, text: bytes) -> str:
-        return self("json", text, ctypes.c_size_t(len(text)), ctypes.c_size_t(MAX_DEPTH)).decode()
-
-    def external_files(self, path: Path) -> list[str]:
-        return json.loads(self("external_files", os.fsencode(path)))
-
-
-class Refused(Exception):
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status, self.message = status, message
-        assert "\n" not in message
-
-
 @pytest.fixture(scope="module")
 def parts() -> Parts:
-    if shutil.which("cmake") is None:
-        pytest.skip("needs cmake")
-    configure = ["cmake", "-S", ROOT / "runtime" / "native", "-B", BUILD, "-DFRAMESTEP_TESTS=ON"]
-    for command in (configure, ["cmake", "--build", BUILD, "--target", "framestep_parts", "--parallel", "2"]):
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-    return Parts(BUILD / "tests" / "libframestep_parts.so")
+    return build_parts()
 
 
 hypothesis_settings = settings(

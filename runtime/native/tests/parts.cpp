@@ -2,11 +2,13 @@
 // benchmarks/native_preprocess.py. A function returns an fs_status; the text behind `text`, a result or a message, is
 // freed with parts_free.
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <new>
 #include <string>
 
+#include "engine_files.h"
 #include "error.h"
 #include "file_io.h"
 #include "json.h"
@@ -168,6 +170,21 @@ int parts_ring_graph(const char* path, const char* rings, const char* out, char*
         if (derived.empty()) return "none";
         write_file(out, {derived});
         return "";
+    });
+}
+
+// The engine of a graph that fits a machine with TensorRT: its file, checked.
+int parts_find_engine(const char* path, const char* precision, const char* graph, const char* version,
+                      const char* compute_capability, int streams, char** text) {
+    return call(text, [&] {
+        const Bundle bundle = Bundle::open(path, "", true);
+        const Manifest& manifest = bundle.at(precision);
+        const auto found = std::find_if(manifest.graphs.begin(), manifest.graphs.end(),
+                                        [&](const Graph& one) { return one.name == graph; });
+        const Target target{"tensorrt", version, compute_capability};
+        const EngineFile& engine = find_engine(bundle, manifest, *found, target, streams);
+        read_engine(bundle, engine);
+        return engine.file;
     });
 }
 

@@ -1,0 +1,57 @@
+"""The native library's inner parts, built for tests."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BUILD = ROOT / "build" / "native-tests"
+MAX_DEPTH = 64
+
+
+class Parts:
+    """The test library; a call that fails raises Refused."""
+
+    def __init__(self, path: Path) -> None:
+        self.library = ctypes.CDLL(str(path))
+        self.library.parts_allocations.restype = ctypes.c_size_t
+
+    def __call__(self, name: str, *arguments: Any) -> bytes:
+        text = ctypes.c_void_p()
+        status = getattr(self.library, f"parts_{name}")(*arguments, ctypes.byref(text))
+        content = ctypes.string_at(text) if text else b""
+        self.library.parts_free(text)
+        if status:
+            raise Refused(status, content.decode())
+        return content
+
+    def json(self, text: bytes) -> str:
+        return self("json", text, ctypes.c_size_t(len(text)), ctypes.c_size_t(MAX_DEPTH)).decode()
+
+    def external_files(self, path: Path) -> list[str]:
+        return json.loads(self("external_files", os.fsencode(path)))
+
+
+class Refused(Exception):
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status, self.message = status, message
+        assert "\n" not in message
+
+
+def build_parts() -> Parts:
+    if shutil.which("cmake") is None:
+        pytest.skip("needs cmake")
+    configure = ["cmake", "-S", ROOT / "runtime" / "native", "-B", BUILD, "-DFRAMESTEP_TESTS=ON"]
+    for command in (configure, ["cmake", "--build", BUILD, "--target", "framestep_parts", "--parallel", "2"]):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return Parts(BUILD / "tests" / "libframestep_parts.so")
