@@ -23,6 +23,7 @@ from ..runtime.bundle import STREAMS, Bundle, Graph, Port
 from ..runtime.engines import usable_cores
 from ..runtime.engines.onnxruntime import OnnxRuntimeEngine
 from .clips import Clip
+from .entropy import entropy_threshold
 from .errors import CalibrationError
 
 METHODS = ("minmax", "percentile", "entropy")
@@ -106,11 +107,16 @@ def observe(
                             collector.collect(inputs)
                 count += 1
     for graph, collector in histograms.items():
-        if collector is not None and entering[graph]:
-            with contextlib.redirect_stdout(io.StringIO()):
-                thresholds = collector.compute_collection_result()
-            for value, (low, high, *_) in thresholds.items():
-                seen[graph][value].amax = float(max(abs(low), abs(high)))
+        if collector is None or not entering[graph]:
+            continue
+        if method == "entropy":
+            for value, (counts, edges, lowest, highest, *_) in collector.histogram_dict.items():
+                seen[graph][value].amax = entropy_threshold(counts, edges, float(lowest), float(highest))
+            continue
+        with contextlib.redirect_stdout(io.StringIO()):
+            thresholds = collector.compute_collection_result()
+        for value, (low, high, *_) in thresholds.items():
+            seen[graph][value].amax = float(max(abs(low), abs(high)))
     for graph, values in entering.items():
         for value in values:
             if not seen[graph][value].amax > 0:

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 from golden import CHECKPOINT
+from onnxruntime.quantization.calibrate import HistogramCollector
 
 from framestep.calibration.clips import Clip
+from framestep.calibration.entropy import entropy_threshold
 from framestep.calibration.errors import CalibrationError
 from framestep.calibration.observe import METHODS, observe
 from framestep.calibration.smooth import smooth
@@ -72,6 +74,20 @@ def test_histogram_methods_cut_outliers_off(golden_bundle, method) -> None:
     cut = [item for item in seen.values() if item.amax < 0.999 * item.largest]
     assert len(cut) > len(seen) / 2
     assert all(0 < item.amax <= item.largest * 1.01 for item in seen.values())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_entropy_threshold_is_that_of_onnxruntime(seed) -> None:
+    rng = np.random.default_rng(seed)
+    values = np.concatenate([rng.normal(0, 1, 4000), rng.normal(0, 6, 60), rng.gamma(2, 0.5, 900)]).astype(np.float32)
+    collector = HistogramCollector("entropy", True, 512, 128, 99.9, "same")
+    for part in np.split(values[:4800], 3):  # later parts reach further: the histogram grows
+        collector.collect({"x": part})
+    low, high, counts, edges = collector.compute_entropy()["x"]
+    lowest, highest = collector.histogram_dict["x"][2:4]
+    found = entropy_threshold(counts, edges, float(lowest), float(highest))
+    assert found < float(max(abs(lowest), abs(highest)))
+    assert found == pytest.approx(float(max(abs(low), abs(high))), rel=1e-6)
 
 
 def test_nan_in_an_activation_names_the_layer(golden_bundle) -> None:
