@@ -315,6 +315,7 @@ class _Engine:
         manifest = bundle.manifest.at(entry.precision)
         self.machine, self.trt, self.entry, self.copies = machine, trt, entry, copies
         self.graph = manifest.graphs[entry.graph]
+        self.chunk = 0 if manifest.language is None else manifest.language.chunk
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # here states are copied, and it says so
         options.intra_op_num_threads = 1
@@ -337,6 +338,7 @@ class _Engine:
             "tensor(float16)": trt.float16,
             "tensor(uint8)": trt.uint8,
             "tensor(int64)": trt.int64,
+            "tensor(bool)": trt.bool,
         }[kind]
 
     def get_aliased_input_tensor(self, name: str) -> str | None:
@@ -344,16 +346,54 @@ class _Engine:
         return None if name in self.copies else found.get(name)
 
     def create_runtime_config(self) -> Any:
-        return types.SimpleNamespace(set_execution_context_allocation_strategy=lambda strategy: None)
+        self.machine.record("ICudaEngine.create_runtime_config")
+        return _RuntimeConfig(self.machine)
 
     def create_execution_context(self, how: Any) -> _Context:
         self.machine.record("ICudaEngine.create_execution_context", how)
         return _Context(self)
 
 
+class _RuntimeConfig:
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+
+    def set_execution_context_allocation_strategy(self, strategy: Any) -> None:
+        self.machine.record("IRuntimeConfig.set_execution_context_allocation_strategy", strategy)
+
+    def create_runtime_cache(self) -> _RuntimeCache:
+        self.machine.record("IRuntimeConfig.create_runtime_cache")
+        return _RuntimeCache(self.machine)
+
+    def set_runtime_cache(self, cache: _RuntimeCache) -> bool:
+        self.machine.record("IRuntimeConfig.set_runtime_cache", cache)
+        cache.kernels += 1
+        return True
+
+
+@dataclass
+class _RuntimeCache:
+    """Counts the configurations that took it; it fits if it begins with "kernels"."""
+
+    machine: Machine
+    kernels: int = 0
+
+    def deserialize(self, blob: bytes) -> bool:
+        self.machine.record("IRuntimeCache.deserialize", blob)
+        assert self.machine.contexts, "no context is current"
+        fits = blob.startswith(b"kernels")
+        self.kernels = int(blob.split()[1]) if fits else 0
+        return fits
+
+    def serialize(self) -> bytes:
+        self.machine.record("IRuntimeCache.serialize")
+        return b"kernels %d" % self.kernels
+
+
 class _Context:
     def __init__(self, engine: _Engine) -> None:
         self.engine = engine
+        self.profile = 0
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
 
@@ -362,13 +402,19 @@ class _Context:
         self.engine.machine.view(memory, size)
         assert size >= SCRATCH
 
+    def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
+        self.engine.machine.record("IExecutionContext.set_optimization_profile_async", profile_index, stream_handle)
+        self.profile = profile_index
+        return profile_index <= 1
+
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         self.engine.machine.record("IExecutionContext.set_input_shape", name, shape)
-        symbols = {"S": self.engine.entry.streams, "C": self.engine.entry.labels or 0}
+        ranges = {"S": range(1, self.engine.entry.streams + 1), "C": range(1, (self.engine.entry.labels or 0) + 1)}
+        ranges["T"] = range(2, self.engine.chunk + 1) if self.profile == 1 else range(1, 2)
         wanted = self.engine.inputs[name].shape
         self.shapes[name] = shape
         return len(shape) == len(wanted) and all(
-            1 <= found <= symbols[size] if isinstance(size, str) else found == size
+            found in ranges[size] if isinstance(size, str) else found == size
             for found, size in zip(shape, wanted, strict=True)
         )
 

@@ -137,8 +137,8 @@ def _precision(
         for _ in range(rounds):  # in turns, so that a drift of the clocks meets every position
             for position in sizes.positions:
                 engine.positions[0] = position
-                hardware.wall(lambda: engine.run(0, 1), WARM_RUNS)
-                wall[position] += hardware.wall(lambda: engine.run(0, 1), max(2, sizes.runs // 8))
+                hardware.wall(lambda: engine.run_range(0, 1), WARM_RUNS)
+                wall[position] += hardware.wall(lambda: engine.run_range(0, 1), max(2, sizes.runs // 8))
         for position, spent in wall.items():
             section.add("step", precision=precision, position=position, **_spread(spent))
         section.facts[f"{precision}_load_seconds"] = round(loaded, 2)
@@ -160,7 +160,7 @@ def _profile(section: Section, engine: Any) -> None:
     try:
         with profile(activities=[ProfilerActivity.CUDA]) as found:
             for _ in range(runs):
-                engine.run(0, 1)
+                engine.run_range(0, 1)
         events = sorted(found.key_averages(), key=lambda event: -event.self_device_time_total)
     except (RuntimeError, AttributeError) as problem:  # a machine may not let its counters be read
         section.skip(f"profile: {str(problem)[:200]}")
@@ -178,9 +178,9 @@ def _serve(section: Section, hardware: Hardware, sizes: Sizes, bundle: Bundle, s
         engine = session._engine
         engine.frames[:] = np.random.default_rng(0).integers(0, 256, engine.frames.shape, np.uint8)
         engine.positions[:] = np.arange(streams) + 5 * sizes.window
-        hardware.wall(lambda: engine.run(0, streams), 5)
-        once = hardware.wall(lambda: engine.run(0, streams), 2)[-1]
-        spent = hardware.wall(lambda: engine.run(0, streams), max(20, min(300, int(1.5 / once))))
+        hardware.wall(lambda: engine.run_range(0, streams), 5)
+        once = hardware.wall(lambda: engine.run_range(0, streams), 2)[-1]
+        spent = hardware.wall(lambda: engine.run_range(0, streams), max(20, min(300, int(1.5 / once))))
         spread = _spread(spent)
         if not np.isfinite(engine.outputs["pooled"]).all():
             section.fail(f"{streams} streams: the result is not finite")

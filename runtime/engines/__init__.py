@@ -254,21 +254,16 @@ def make_engine(
     """Make an engine that steps `graphs` and runs `own_graphs` by themselves.
 
     Raises:
-        EngineError: it cannot be used here, or does not run graphs by themselves.
+        EngineError: it cannot be used here.
     """
-    if own_graphs and choice.engine != "onnxruntime":
-        raise EngineError(
-            f"engine '{choice.engine}' runs frames only, and this bundle has graphs to be run by themselves"
-            f" ({', '.join(own_graphs)}); use the engine 'onnxruntime'"
-        )
     if choice.engine == "torch":
         from .torch import TorchEngine
 
-        return TorchEngine(bundle, graphs, outputs, streams, choice.device, threads, choice.arithmetic)
+        return TorchEngine(bundle, graphs, outputs, streams, choice.device, threads, choice.arithmetic, own_graphs)
     if choice.engine == "tensorrt":
         from .tensorrt import TensorRtEngine
 
-        return TensorRtEngine(bundle, graphs, outputs, streams)
+        return TensorRtEngine(bundle, graphs, outputs, streams, own_graphs)
     from .onnxruntime import OnnxRuntimeEngine
 
     return OnnxRuntimeEngine(bundle, outputs, streams, choice.device, threads, own_graphs)

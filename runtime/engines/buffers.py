@@ -1,7 +1,8 @@
-"""What engines in Python share: a step around their `run`, over buffers of the host."""
+"""What engines in Python share: a step around their `run_range`, and a run of one graph, over buffers of the host."""
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..bundle import FrameSpec
+from ..bundle import STREAMS, TOKENS, Graph, Manifest
+from ..errors import EngineError
 from ..preprocess import Preprocess
 from . import StepTimes
 
@@ -19,40 +21,84 @@ Array = npt.NDArray[Any]
 class BufferEngine:
     """An engine that runs graphs over buffers, a slot of which belongs to each stream.
 
+    Steps and runs take turns: one at a time is at work.
+
+    Args:
+        manifest: flattened to one precision.
+        own_graphs: names of the graphs that are run by themselves.
+
     Attributes:
         frames: uint8 [streams, height, width, 3], the input of the next step.
         positions: int64 [streams], frames since reset.
-        outputs: [streams, ...] by name, filled by `run`.
+        outputs: [streams, ...] by name, filled by `run_range`.
     """
 
     frames: npt.NDArray[np.uint8]
     positions: npt.NDArray[np.int64]
     outputs: dict[str, Array]
 
-    def __init__(self, frame: FrameSpec) -> None:
-        self._preprocess = Preprocess(frame)
+    def __init__(self, manifest: Manifest, own_graphs: Sequence[str]) -> None:
+        self._preprocess = Preprocess(manifest.frame)
         self._times = StepTimes(0.0, 0.0, 0.0)
+        self._own_graphs = {name: manifest.graphs[name] for name in own_graphs}
+        self._most = _most(manifest)
+        self._capacity = {state.name: state.capacity for state in manifest.states}
+        self._turn = threading.RLock()
 
-    def run(self, first: int, stop: int) -> None:
+    def run_range(self, first: int, stop: int) -> None:
         """One step of the slots first..stop; every slot in the range runs, in place."""
         raise NotImplementedError
 
-    def zero_states(self, slot: int) -> None:
-        """Zero a slot's memory."""
+    def run_graph(self, slot: int, name: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """One of the own graphs for one slot, in place. All arrays have a streams axis of 1; the outputs are copies."""
+        raise NotImplementedError
+
+    def zero_states(self, slot: int, names: Sequence[str] | None = None) -> None:
+        """Zero a slot's memory, or these of its states."""
         raise NotImplementedError
 
     def step(self, frames: Mapping[int, Array]) -> dict[int, tuple[str, ...]]:
         """See `Engine.step`."""
         start = time.perf_counter()
-        for slot, rgb in frames.items():
-            self._preprocess(rgb, self.frames[slot])
-        fitted = time.perf_counter()
-        self.run(min(frames), max(frames) + 1)
-        ran = time.perf_counter()
-        broken = {slot: names for slot in frames if (names := self.advance(slot))}
+        with self._turn:
+            for slot, rgb in frames.items():
+                self._preprocess(rgb, self.frames[slot])
+            fitted = time.perf_counter()
+            self.run_range(min(frames), max(frames) + 1)
+            ran = time.perf_counter()
+            broken = {slot: names for slot in frames if (names := self.advance(slot))}
         end = time.perf_counter()
         self._times = StepTimes((fitted - start) * 1e3, (ran - fitted) * 1e3, (end - start) * 1e3)
         return broken
+
+    def run(self, slot: int, graph: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """See `GraphEngine.run`."""
+        declared = self._own_graphs[graph]
+        given = fit_inputs(graph, declared, inputs)
+        self._check_numbers(graph, declared, given)
+        with self._turn:
+            found = self.run_graph(slot, graph, given)
+            if not all(np.isfinite(array).all() for array in found.values()):
+                self.zero_states(slot, [use.state for use in declared.states if use.output is not None])
+        return {name: array[0] for name, array in found.items()}
+
+    def _check_numbers(self, name: str, graph: Graph, given: Mapping[str, Array]) -> None:
+        """What a device would read or write beside its memory for."""
+        tokens = 1
+        for port in graph.inputs:
+            array, most = given[port.name], self._most.get(port.role)
+            if TOKENS in port.shape:
+                tokens = array.shape[port.shape.index(TOKENS)]
+            if most is not None and (array.min() < 0 or array.max() > most):
+                wrong = array.min() if array.min() < 0 else array.max()
+                raise EngineError(f"graph '{name}': input '{port.name}' has {wrong}, expected 0 to {most}")
+        for port in graph.inputs:
+            capacity = min((self._capacity[use.state] for use in graph.states), default=0)
+            first = int(given[port.name].min()) if port.role == "write_index" else 0
+            if port.role == "write_index" and not 0 <= first <= capacity - tokens:
+                raise EngineError(
+                    f"graph '{name}': {tokens} tokens from slot {first} on do not fit into the capacity of {capacity}"
+                )
 
     def fit(self, frames: Sequence[Array]) -> npt.NDArray[np.uint8]:
         """Frames of any size as the model takes them: uint8 [frames, height, width, 3]."""
@@ -87,8 +133,52 @@ class BufferEngine:
         """Run every number of slots `steps` times; no clock moves."""
         for _ in range(steps):
             for count in range(1, len(self.positions) + 1):
-                self.run(0, count)
+                self.run_range(0, count)
 
     def last_step(self, slot: int) -> StepTimes:
         """Where the time of the last step went; of whichever slots it was."""
         return self._times
+
+
+def _most(manifest: Manifest) -> dict[str, int]:
+    """The largest number that an input may hold, by role."""
+    language = manifest.language
+    if language is None:
+        return {}
+    vocabulary = manifest.graphs[language.decoder].outputs[0].shape[-1]
+    assert isinstance(vocabulary, int)
+    newline = "newline" in language.tokens  # has the id after the last
+    last = language.positions - 1
+    return {"tokens": vocabulary - (not newline), "position_ids": last, "slot_positions": last}
+
+
+def fit_inputs(name: str, graph: Graph, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    """Inputs of one stream as a graph takes them, with a streams axis of 1.
+
+    Raises:
+        EngineError: one is missing, unknown, or of another type or shape.
+    """
+    ports = {port.name: port for port in graph.inputs}
+    for key in inputs:
+        if key not in ports:
+            raise EngineError(f"graph '{name}': has no input '{key}'; it takes {', '.join(ports)}")
+    sizes: dict[int | str, int] = {STREAMS: 1}
+    given = {}
+    for key, port in ports.items():
+        if key not in inputs:
+            raise EngineError(f"graph '{name}': the input '{key}' is missing")
+        array = np.ascontiguousarray(inputs[key]).reshape(1, *np.shape(inputs[key]))
+        fits = array.dtype == port.dtype and array.ndim == len(port.shape)
+        for n, extent in zip(port.shape, array.shape, strict=False):
+            fits = fits and extent > 0 and extent == (sizes.setdefault(n, extent) if isinstance(n, str) else n)
+        if not fits:
+            raise EngineError(
+                f"graph '{name}': input '{key}' takes {port.dtype} {_listed(port.shape)},"
+                f" found {array.dtype} {_listed(array.shape)}"
+            )
+        given[key] = array
+    return given
+
+
+def _listed(shape: Sequence[int | str]) -> str:
+    return f"[{', '.join(map(str, shape[1:]))}]"

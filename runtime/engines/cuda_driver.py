@@ -10,8 +10,10 @@ that it was allocated under is current, and giving a primary context back leaves
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -178,6 +180,39 @@ class CudaDriver:
         if status != self._graphs.CUresult.CUDA_SUCCESS:
             raise DeviceError(f"the GPU failed or was lost ({status.name}); close the session and load it again")
         return values[0] if values else None
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """Device memory; the first axis is that of the slots, where there is one.
+
+    Attributes:
+        stride: bytes from one slot to the next.
+    """
+
+    address: int
+    shape: tuple[int, ...]
+    dtype: str
+    stride: int
+
+    @classmethod
+    def allocate(cls, driver: CudaDriver, shape: tuple[int, ...], dtype: str, what: str, alignment: int = 1) -> Buffer:
+        """Zeroed memory, each of whose slots begins at a multiple of so many bytes.
+
+        Raises:
+            EngineError: there is not enough; the message calls it `what`.
+        """
+        row = math.prod(shape[1:]) * np.dtype(dtype).itemsize
+        stride = -(-row // alignment) * alignment
+        return cls(driver.allocate(math.prod(shape[:1]) * stride, what), shape, dtype, stride)
+
+    @property
+    def row_bytes(self) -> int:
+        """Of one slot."""
+        return math.prod(self.shape[1:]) * np.dtype(self.dtype).itemsize
+
+    def at(self, slot: int) -> int:
+        return self.address + slot * self.stride
 
 
 _contexts: dict[Any, tuple[Any, Any]] = {}  # by pycuda module: one device and its primary context

@@ -97,15 +97,18 @@ def _array(tensor: Any, folder: Path) -> Array:
 
     if tensor.data_location != onnx.TensorProto.EXTERNAL:
         inline: Array = onnx.numpy_helper.to_array(tensor)
-        return inline
+        return inline.astype(np.int8) if tensor.data_type == onnx.TensorProto.INT4 else inline
     entries = {entry.key: entry.value for entry in tensor.external_data}
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
-    file = folder / entries["location"]
+    file, offset = folder / entries["location"], int(entries.get("offset", 0))
     shape = tuple(tensor.dims)
+    if tensor.data_type == onnx.TensorProto.INT4:  # two in a byte, the first one low
+        size = int(np.prod(shape, dtype=np.int64))
+        both = np.fromfile(file, np.int8, -(-size // 2), offset=offset)
+        return np.stack([both << 4 >> 4, both >> 4], axis=-1).reshape(-1)[:size].reshape(shape)
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
     if 0 in shape:
         return np.zeros(shape, dtype)
-    mapped = np.memmap(file, dtype, "r", int(entries.get("offset", 0)), shape)
-    return np.asarray(mapped)
+    return np.asarray(np.memmap(file, dtype, "r", offset, shape))
 
 
 def _merge_rings(graph: OnnxGraph, position: str, rings: Sequence[tuple[str, str]]) -> OnnxGraph:

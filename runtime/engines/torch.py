@@ -53,11 +53,12 @@ class TorchEngine(BufferEngine):
         device: "cpu" or "cuda".
         threads: of PyTorch, on a CPU; the whole process has one number.
         precision: one of `PRECISIONS`, or None for the graphs' own types.
+        own_graphs: names of the graphs that are run by themselves.
 
     Attributes:
         frames: uint8 [streams, height, width, 3], the input of the next step; write into it.
         positions: int64 [streams], frames since reset; write into it.
-        outputs: [streams, ...] by name, filled by `run`.
+        outputs: [streams, ...] by name, filled by `run_range`.
     """
 
     def __init__(
@@ -69,11 +70,12 @@ class TorchEngine(BufferEngine):
         device: str,
         threads: int,
         precision: str | None = None,
+        own_graphs: Sequence[str] = (),
     ) -> None:
         if device == "cuda" and importlib.util.find_spec("triton") is None:
             raise EngineError("the torch engine needs Triton on a GPU: pip install 'framestep[torch]'")
         manifest = bundle.manifest
-        super().__init__(manifest.frame)
+        super().__init__(manifest, own_graphs)
         self._device = torch.device(device)
         self._threads = threads
         self._tf32 = precision == "tf32"
@@ -93,7 +95,9 @@ class TorchEngine(BufferEngine):
         self._declared = {state.name: state for state in manifest.states}
         dtype = None if precision is None else PRECISIONS[precision]
         self._programs = [self._program(bundle, graph, dtype) for graph in self._graphs]
-        used = dict.fromkeys(use.state for graph in self._graphs for use in graph.states)
+        own = self._own_graphs
+        self._own_programs = {name: self._program(bundle, graph, dtype) for name, graph in own.items()}
+        used = dict.fromkeys(use.state for graph in (*self._graphs, *own.values()) for use in graph.states)
         self._states: dict[str, Tensor] = {}
         try:
             for name in used:
@@ -113,7 +117,7 @@ class TorchEngine(BufferEngine):
         self._constants = {name: torch.tensor(value, device=self._device) for name, value in values.items()}
         self._allocate_outputs({"C": len(values["text_embeddings"])})
 
-    def run(self, first: int, stop: int) -> None:
+    def run_range(self, first: int, stop: int) -> None:
         """One step of the slots first..stop; every slot in the range runs, in place."""
         with self._guard("a step"):
             if self._side is None:
@@ -125,6 +129,18 @@ class TorchEngine(BufferEngine):
             self._captured.move_to_end((first, stop))
             graph.replay()
             torch.cuda.current_stream().synchronize()
+
+    def run_graph(self, slot: int, name: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """See `BufferEngine.run_graph`. Nothing is captured: T differs from run to run."""
+        graph = self._own_graphs[name]
+        with self._guard(f"the graph '{name}'"):
+            given = {key: torch.tensor(array, device=self._device) for key, array in inputs.items()}
+            given.update({use.input: self._states[use.state][slot : slot + 1] for use in graph.states})
+            found = self._own_programs[name](given, _step)
+            return {
+                port.name: found[port.name].to("cpu", getattr(torch, port.dtype), copy=True).numpy()
+                for port in graph.outputs
+            }
 
     def can_prefill(self) -> bool:
         """Whether `prefill` can run these graphs: every state is a ring that our attention reads and writes."""
@@ -169,15 +185,16 @@ class TorchEngine(BufferEngine):
     def write_state(self, name: str, slot: int, value: Array) -> None:
         self._states[name][slot].copy_(torch.tensor(value))
 
-    def zero_states(self, slot: int) -> None:
-        for state in self._states.values():
-            state[slot].zero_()
+    def zero_states(self, slot: int, names: Sequence[str] | None = None) -> None:
+        for name in self._states if names is None else names:
+            self._states[name][slot].zero_()
 
     def close(self) -> None:
         if self._side is not None:
             torch.cuda.synchronize()
         self._captured.clear()
         self._programs.clear()
+        self._own_programs.clear()
         self._states.clear()
         self._constants.clear()
 
@@ -263,7 +280,7 @@ class TorchEngine(BufferEngine):
                 torch.set_num_threads(self._threads)
             with torch.inference_mode():
                 yield
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, IndexError) as error:
             raise EngineError(f"PyTorch failed in {what}: {_line(error)}") from None
         finally:
             if before != wanted:

@@ -17,7 +17,17 @@ from .onnx_program import Node
 
 Compute = Callable[..., Any]  # inputs to the output, or to a tuple of outputs
 
-HOST_INPUTS = {"Reshape": (1,), "Expand": (1,), "Unsqueeze": (1,), "Squeeze": (1,), "ReduceL2": (1,), "Tile": (1,)}
+HOST_INPUTS = {
+    "Expand": (1,),
+    "Range": (0, 1, 2),
+    "ReduceL2": (1,),
+    "ReduceMax": (1,),
+    "Reshape": (1,),
+    "Slice": (1, 2, 3, 4),
+    "Squeeze": (1,),
+    "Tile": (1,),
+    "Unsqueeze": (1,),
+}
 HOST_OUTPUTS = ("Shape",)
 FLOATS = {1: torch.float32, 10: torch.float16, 11: torch.float64, 16: torch.bfloat16}  # by ONNX's numbers
 OTHERS = {2: torch.uint8, 3: torch.int8, 6: torch.int32, 7: torch.int64, 9: torch.bool}
@@ -54,8 +64,10 @@ def tensor_scatter(node: Node) -> Compute:
     """Writes in place: the output of a state is the memory of its input."""
     axis, mode = node.attributes.get("axis", -2), node.attributes.get("mode", "linear")
 
-    def compute(past: Tensor, update: Tensor, first: Tensor) -> Tensor:
-        slots = first[:, None] + torch.arange(update.shape[axis], device=past.device)  # [S, T]
+    def compute(past: Tensor, update: Tensor, first: Tensor | None = None) -> Tensor:
+        slots = torch.arange(update.shape[axis], device=past.device)[None]  # [1, T]
+        if first is not None:
+            slots = first[:, None] + slots  # [S, T]
         if mode == "circular":
             slots = slots % past.shape[axis]
         streams = torch.arange(past.shape[0], device=past.device)[:, None]
@@ -72,6 +84,39 @@ def layer_normalization(node: Node) -> Compute:
 
     def compute(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.layer_norm(x, x.shape[axis:], weight, bias, epsilon)
+
+    return compute
+
+
+def rms_normalization(node: Node) -> Compute:
+    """In float32 at least, as the operator's `stash_type` says."""
+    axis, epsilon = node.attributes.get("axis", -1), node.attributes.get("epsilon", 1e-5)
+
+    def compute(x: Tensor, weight: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return F.rms_norm(wide, x.shape[axis:], eps=epsilon).to(x.dtype) * weight
+
+    return compute
+
+
+def rotary_embedding(node: Node) -> Compute:
+    """Inputs [S, heads, T, d], or [S, T, heads * d] with `num_heads`; cosines and sines [S, T, d / 2]."""
+    if len([name for name in node.inputs if name]) > 3:
+        raise Unsupported("position ids")
+    for name in ("interleaved", "rotary_embedding_dim"):
+        if node.attributes.get(name, 0):
+            raise Unsupported(f"the attribute {name}")
+    heads = node.attributes.get("num_heads", 0)
+
+    def compute(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        flat = x.dim() == 3
+        if flat:
+            x, cos, sin = x.unflatten(-1, (heads, -1)), cos.unsqueeze(2), sin.unsqueeze(2)
+        else:
+            cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+        a, b = x.chunk(2, dim=-1)
+        turned = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+        return turned.flatten(2) if flat else turned
 
     return compute
 
@@ -117,6 +162,37 @@ def reduce_l2(node: Node) -> Compute:
     return compute
 
 
+def reduce_max(node: Node) -> Compute:
+    keep = bool(node.attributes.get("keepdims", 1))
+
+    def compute(x: Tensor, axes: Tensor | None = None) -> Tensor:
+        return x.amax(tuple(range(x.dim())) if axes is None else tuple(axes.tolist()), keep)
+
+    return compute
+
+
+def slice_(node: Node) -> Compute:
+    def compute(
+        x: Tensor, starts: Tensor, stops: Tensor, axes: Tensor | None = None, steps: Tensor | None = None
+    ) -> Tensor:
+        which = range(starts.numel()) if axes is None else axes.tolist()
+        strides = [1] * starts.numel() if steps is None else steps.tolist()
+        cut = [slice(None)] * x.dim()
+        for axis, start, stop, stride in zip(which, starts.tolist(), stops.tolist(), strides, strict=True):
+            if stride < 0:
+                raise ValueError(f"Slice with the step {stride}")
+            cut[axis] = slice(start, stop, stride)
+        return x[tuple(cut)]
+
+    return compute
+
+
+def range_(node: Node) -> Compute:
+    """Its device is an attribute: nothing that enters it lies on one."""
+    device = node.attributes["device"]
+    return lambda start, stop, step: torch.arange(start.item(), stop.item(), step.item(), device=device)
+
+
 def expand(node: Node) -> Compute:
     def compute(x: Tensor, shape: Tensor) -> Tensor:
         return x.expand(torch.broadcast_shapes(x.shape, tuple(shape.tolist())))
@@ -135,8 +211,9 @@ def gather(node: Node) -> Compute:
     axis = node.attributes.get("axis", 0)
 
     def compute(x: Tensor, indices: Tensor) -> Tensor:
-        picked = x.index_select(axis, indices.flatten())
-        return picked.reshape(*x.shape[: axis % x.dim()], *indices.shape, *x.shape[axis % x.dim() + 1 :])
+        flat = indices.flatten()
+        picked = x.index_select(axis, torch.where(flat < 0, flat + x.shape[axis], flat))
+        return picked.reshape((*x.shape[: axis % x.dim()], *indices.shape, *x.shape[axis % x.dim() + 1 :]))
 
     return compute
 
@@ -157,13 +234,14 @@ def quantize_linear(node: Node) -> Compute:
 
 
 def dequantize_linear(node: Node) -> Compute:
-    axis = node.attributes.get("axis", 1)
-    if node.attributes.get("block_size", 0):
-        raise Unsupported("blocks")
+    axis, block = node.attributes.get("axis", 1), node.attributes.get("block_size", 0)
     asked = FLOATS.get(node.attributes.get("output_dtype", 0))
 
     def compute(x: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
         steps = x.to(scale.dtype)
+        if block:  # a scale for so many values in a row
+            scale, zero = (None if s is None else s.repeat_interleave(block, dim=axis) for s in (scale, zero))
+            return ((steps if zero is None else steps - zero) * scale).to(asked or scale.dtype)
         if zero is not None:
             steps = steps - _along(zero, x, axis).to(scale.dtype)
         return (steps * _along(scale, x, axis)).to(asked or scale.dtype)
@@ -183,6 +261,18 @@ def gelu(node: Node) -> Compute:
 
 def clip(node: Node) -> Compute:
     return lambda x, low=None, high=None: torch.clamp(x, low, high)
+
+
+def gemm(node: Node) -> Compute:
+    turned = [node.attributes.get(name, 0) for name in ("transA", "transB")]
+    if node.attributes.get("alpha", 1.0) != 1.0 or node.attributes.get("beta", 1.0) != 1.0:
+        raise Unsupported("a factor")
+
+    def compute(a: Tensor, b: Tensor, c: Tensor | None = None) -> Tensor:
+        a, b = (x.t() if turn else x for x, turn in zip((a, b), turned, strict=True))
+        return a @ b if c is None else torch.addmm(c, a, b)
+
+    return compute
 
 
 def linear(node: Node) -> Compute:
@@ -230,6 +320,7 @@ def _along(values: Tensor, x: Tensor, axis: int) -> Tensor:
 
 OPERATORS: dict[str, Callable[[Node], Compute]] = {
     "Add": lambda node: torch.add,
+    "And": lambda node: torch.logical_and,
     "Attention": attention,
     "Cast": cast,
     "Clip": clip,
@@ -241,10 +332,13 @@ OPERATORS: dict[str, Callable[[Node], Compute]] = {
     "Expand": expand,
     "Gather": gather,
     "Gelu": gelu,
+    "Gemm": gemm,
+    "GreaterOrEqual": lambda node: torch.ge,
     "HardSwish": lambda node: F.hardswish,
     "Identity": lambda node: lambda x: x,
     "LayerNormalization": layer_normalization,
     "LeakyRelu": lambda node: lambda x: F.leaky_relu(x, node.attributes.get("alpha", 0.01)),
+    "Less": lambda node: torch.lt,
     "LessOrEqual": lambda node: torch.le,
     "MatMul": lambda node: torch.matmul,
     "Min": lambda node: torch.minimum,
@@ -252,13 +346,20 @@ OPERATORS: dict[str, Callable[[Node], Compute]] = {
     "Mod": mod,
     "Mul": lambda node: torch.mul,
     "Neg": lambda node: torch.neg,
+    "Not": lambda node: torch.logical_not,
+    "Or": lambda node: torch.logical_or,
     "QuantizeLinear": quantize_linear,
+    "RMSNormalization": rms_normalization,
+    "Range": range_,
     "Reciprocal": lambda node: torch.reciprocal,
     "ReduceL2": reduce_l2,
+    "ReduceMax": reduce_max,
     "Relu": lambda node: torch.relu,
     "Reshape": reshape,
+    "RotaryEmbedding": rotary_embedding,
     "Shape": lambda node: lambda x: torch.tensor(x.shape),
     "Sigmoid": lambda node: torch.sigmoid,
+    "Slice": slice_,
     "Softplus": lambda node: F.softplus,
     "Sqrt": lambda node: torch.sqrt,
     "Squeeze": squeeze,

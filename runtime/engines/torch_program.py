@@ -65,7 +65,7 @@ class Program:
         all_rings = self.rings * 2 == len(rings) and not any(node.op == "TensorScatter" for node in graph.nodes)
         self.prefills = all_rings and not scales  # there is no prefill into INT8
         on_host = _host_values(graph)
-        self._calls = _calls(graph, on_host)
+        self._calls = _calls(graph, on_host, device)
         read = {name for call in self._calls for name in call.inputs} | set(graph.outputs)
         self._constants: dict[str, Any] = {"": None}  # an input that is left out
         for name, array in graph.constants.items():
@@ -136,7 +136,7 @@ def _fold_constants(graph: OnnxGraph) -> OnnxGraph:
             nodes.append(node)
             continue
         given = [torch.from_numpy(np.array(constants[name])) if name else None for name in node.inputs]
-        made = _compute(graph, node)(*given)
+        made = _compute(graph, node, torch.device("cpu"))(*given)
         made = made if isinstance(made, tuple) else (made,)
         constants.update(zip(node.outputs, (value.numpy() for value in made), strict=True))
     return replace(graph, nodes=tuple(nodes), constants=constants)
@@ -167,17 +167,22 @@ def _host_values(graph: OnnxGraph) -> set[str]:
     return needed
 
 
-def _calls(graph: OnnxGraph, on_host: set[str]) -> tuple[_Call, ...]:
+def _calls(graph: OnnxGraph, on_host: set[str], device: torch.device) -> tuple[_Call, ...]:
     calls = []
+    # on the host alone: a number that is there may be computed with on the device too
+    only_host = {name for node in graph.nodes for name in node.outputs} & on_host
     for node in graph.nodes:
         steering = HOST_INPUTS.get(node.op, ())
         runs_on_host = node.outputs[0] in on_host
         inputs = tuple(
-            HOST + name if name and (at in steering or (runs_on_host and node.op not in HOST_OUTPUTS)) else name
+            HOST + name
+            if name and (name in only_host or at in steering or (runs_on_host and node.op not in HOST_OUTPUTS))
+            else name
             for at, name in enumerate(node.inputs)
         )
         outputs = tuple(HOST + name if runs_on_host else name for name in node.outputs)
-        compute = None if node.op == RING else _compute(graph, node)
+        place = torch.device("cpu") if runs_on_host else device
+        compute = None if node.op == RING else _compute(graph, node, place)
         calls.append(_Call(node, compute, inputs, outputs, ()))
     seen = (
         set(graph.outputs) | set(graph.inputs) | set(graph.constants) | {HOST + name for name in graph.constants} | {""}
@@ -189,12 +194,14 @@ def _calls(graph: OnnxGraph, on_host: set[str]) -> tuple[_Call, ...]:
     return tuple(calls)
 
 
-def _compute(graph: OnnxGraph, node: Node) -> Compute:
+def _compute(graph: OnnxGraph, node: Node, device: torch.device) -> Compute:
     if node.op not in OPERATORS:
         raise EngineError(
             f"{graph.path}: node '{node.name}' is a {node.op}, which the torch engine does not have;"
             " use the engine 'onnxruntime'"
         )
+    if node.op == "Range":
+        node = replace(node, attributes={**node.attributes, "device": device})
     try:
         return OPERATORS[node.op](node)
     except Unsupported as error:

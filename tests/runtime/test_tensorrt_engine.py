@@ -27,7 +27,8 @@ from tensorrt_bundles import NoProgress  # noqa: E402
 
 import framestep  # noqa: E402
 from framestep.benchmarks.gpu.stand_in import stand_in  # noqa: E402
-from framestep.export.tensorrt import BuildOptions, build  # noqa: E402
+from framestep.export.tensorrt import build  # noqa: E402
+from framestep.export.tensorrt_network import BuildOptions  # noqa: E402
 from framestep.runtime.bundle import Bundle  # noqa: E402
 from framestep.runtime.engines.cuda_driver import ALIGNMENT  # noqa: E402
 from framestep.runtime.engines.tensorrt import MOST_GRAPHS, TensorRtEngine  # noqa: E402
@@ -108,7 +109,7 @@ def test_a_frame_is_one_launch_and_one_wait(built, machine) -> None:
 def test_only_the_asked_outputs_come_to_the_host(built, machine) -> None:
     engine = engine_of(built, outputs=("pooled",))
     machine.calls.clear()
-    engine.run(0, 1)
+    engine.run_range(0, 1)
     capture = machine.names()[machine.names().index("cuStreamBeginCapture") :]
     assert capture[1:5] == [
         "memcpy_htod_async",
@@ -133,7 +134,7 @@ def test_labels_are_scored_on_the_device_and_may_change(built, machine, copied) 
     hidden = flat.manifest.graphs["label"].inputs[1].shape[1]
     generator = np.random.default_rng(0)
     with pytest.raises(EngineError, match="needs labels"):
-        ours.run(0, 1)
+        ours.run_range(0, 1)
     held = len(machine.memory)
     for labels in (5, 2, 7):
         text = generator.standard_normal((labels, hidden)).astype(np.float32)
@@ -181,7 +182,7 @@ def test_captured_ranges_are_bounded(built, machine, monkeypatch) -> None:
     monkeypatch.setattr("framestep.runtime.engines.tensorrt.MOST_GRAPHS", 2)
     engine = engine_of(built)
     for first, stop in ((0, 1), (0, 2), (0, 3), (1, 2), (0, 1)):
-        engine.run(first, stop)
+        engine.run_range(first, stop)
     assert machine.graphs == 2 < MOST_GRAPHS
     engine.close()
 

@@ -246,9 +246,17 @@ def test_an_unknown_form_of_an_operator_is_named(golden_bundle, tmp_path):
         ("Clip", {"x": (3, 4), "low": -0.5, "high": 0.5}, {}),
         ("Gather", {"x": (5, 4), "indices": [[4, 0], [1, 1]]}, {"axis": 0}),
         ("Gather", {"x": (5, 4), "indices": [3, 0]}, {"axis": -1}),
+        ("Gather", {"x": (5, 4), "indices": -1}, {"axis": 1}),
+        ("Gemm", {"x": (3, 4), "weight": (5, 4), "bias": (5,)}, {"transB": 1}),
+        ("Gemm", {"x": (4, 3), "weight": (4, 5)}, {"transA": 1}),
         ("Mod", {"x": [-7, 7], "y": [3, 3]}, {}),
         ("Mod", {"x": (6,), "y": (6,)}, {"fmod": 1}),
         ("LayerNormalization", {"x": (2, 3, 8), "weight": (8,)}, {"axis": -1}),
+        ("RMSNormalization", {"x": (2, 3, 8), "weight": (8,)}, {"axis": -1, "epsilon": 0.01}),
+        ("RotaryEmbedding", {"x": (2, 3, 5, 8), "cos": (2, 5, 4), "sin": (2, 5, 4)}, {}),
+        ("RotaryEmbedding", {"x": (2, 5, 24), "cos": (2, 5, 4), "sin": (2, 5, 4)}, {"num_heads": 3}),
+        ("Slice", {"x": (6, 7), "starts": [1, -3], "stops": [5, 99], "axes": [0, 1]}, {}),
+        ("Slice", {"x": (6, 7), "starts": [1], "stops": [-1], "axes": [1], "steps": [2]}, {}),
         ("Softplus", {"x": (9,)}, {}),
         ("HardSwish", {"x": (9,)}, {}),
         ("LeakyRelu", {"x": (9,)}, {"alpha": 0.2}),
@@ -256,15 +264,18 @@ def test_an_unknown_form_of_an_operator_is_named(golden_bundle, tmp_path):
         ("Erf", {"x": (9,)}, {}),
         ("Gelu", {"x": (9,)}, {}),
         ("ReduceL2", {"x": (3, 4), "axes": [-1]}, {"keepdims": 0}),
+        ("ReduceMax", {"x": (3, 4, 5), "axes": [0, 2]}, {"keepdims": 0}),
         ("Expand", {"x": (3, 1), "shape": [2, 1, 4]}, {}),
         ("Reshape", {"x": (2, 3, 4), "shape": [0, -1]}, {}),
         ("Squeeze", {"x": (2, 1, 3, 1), "axes": [1, -1]}, {}),
         ("Unsqueeze", {"x": (2, 3), "axes": [0, -1]}, {}),
         ("QuantizeLinear", {"x": (3, 4), "scale": [0.1, 0.2, 0.05], "zero": [0, 3, -4]}, {"axis": 0}),
         ("DequantizeLinear", {"x8": (3, 4), "scale": [0.1, 0.2, 0.05], "zero": [0, 3, -4]}, {"axis": 0}),
+        ("DequantizeLinear", {"x8": (6, 2), "scale": [[0.1, 0.2], [0.3, 0.05]]}, {"axis": 0, "block_size": 3}),
         ("Attention", {"q": (2, 6, 3, 8), "k": (2, 2, 5, 8), "v": (2, 2, 5, 8)}, {"scale": 0.3}),
         ("Attention", {"q": (2, 3, 12), "k": (2, 5, 6), "v": (2, 5, 6)}, {"q_num_heads": 4, "kv_num_heads": 2}),
         ("TensorScatter", {"past": (2, 3, 6, 4), "new": (2, 3, 2, 4), "first": [1, 4]}, {"axis": 2}),
+        ("TensorScatter", {"past": (2, 3, 6, 4), "new": (2, 3, 5, 4)}, {"axis": 2}),
         ("TensorScatter", {"past": (2, 6, 4), "new": (2, 2, 4), "first": [5, 4]}, {"axis": 1, "mode": "circular"}),
     ],
 )
@@ -281,7 +292,7 @@ def test_operators_agree_with_onnx_runtime(op, inputs, attributes, tmp_path):
         else:
             kind = np.int8 if name == "zero" else np.int64 if np.asarray(value).dtype.kind == "i" else np.float32
             values[name] = np.asarray(value, kind)
-    steering = ("shape", "axes", "low", "high")
+    steering = ("shape", "axes", "low", "high", "starts", "stops", "steps")
     given = {name: value for name, value in values.items() if name not in steering}
     number = onnx.helper.np_dtype_to_tensor_dtype
     kind = {"QuantizeLinear": np.int8, "Mod": next(iter(values.values())).dtype}.get(op, np.float32)
