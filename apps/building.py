@@ -41,8 +41,8 @@ def build(arguments: BuildArguments, quiet: bool) -> dict[str, Any]:
     Returns:
         Facts for the report.
     """
-    from ..export.tensorrt import BuildOptions
     from ..export.tensorrt import build as build_engines
+    from ..export.tensorrt_network import BuildOptions
 
     capabilities = tuple(name for text in arguments.compute_capability for name in re.split(r"[,\s]+", text) if name)
     for name in capabilities:

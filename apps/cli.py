@@ -370,7 +370,10 @@ def build(
         int | None, typer.Option(min=1, help="Device memory that one layer may use while it works (MiB).")
     ] = None,
     attention: Annotated[
-        str, typer.Option(help="native, or triton: framestep's own kernel, where TensorRT takes plugins.")
+        str,
+        typer.Option(
+            help="native; triton: framestep's own kernel, where TensorRT takes plugins; auto: measure both, keep one."
+        ),
     ] = "native",
     again: Annotated[bool, typer.Option("--again", help="Build even what is there already.")] = False,
     as_json: JsonOption = False,

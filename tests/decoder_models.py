@@ -17,9 +17,12 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from framestep.export.streamformer import StreamFormerConfig, random_model
+
 VOCABULARY = 320
 IMAGE, VISION_START, VISION_END = 300, 301, 302
 STATES = ("</Silence>", "</Standby>", "</Response>")
+LAYOUT = {"mm_projector_type": "mlp2x_gelu", "mm_hidden_size": 32, "mm_patch_merge_type": "spatial_unpad"}
 SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
@@ -83,6 +86,30 @@ def save_videoqa(folder: Path, decoder: Any, projector: dict[str, torch.Tensor],
     values = {**decoder.config.to_dict(), "model_type": kind, **keys}
     (folder / "config.json").write_text(json.dumps(values), "utf-8")
     return folder
+
+
+def projector_weights(hidden: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    shapes = {"0.weight": (hidden, 32), "0.bias": (hidden,), "2.weight": (hidden, hidden), "2.bias": (hidden,)}
+    weights = {f"model.mm_projector.{key}": shape for key, shape in shapes.items()}
+    weights["model.image_newline"] = (hidden,)
+    return {key: 0.3 * torch.randn(shape, generator=generator) for key, shape in weights.items()}
+
+
+def save_streamformer_videoqa(
+    folder: Path, decoder: Any, tower: StreamFormerConfig, own_weights: bool = True, **keys: Any
+) -> tuple[Any, dict[str, torch.Tensor]]:
+    """A VideoQA checkpoint beside its StreamFormer: that model, and the projector's weights."""
+    model = random_model(tower)
+    weights = {key: value.contiguous() for key, value in model.state_dict().items()}
+    (folder / "tower").mkdir()
+    (folder / "tower" / "config.json").write_text(json.dumps(tower.to_dict()), "utf-8")
+    save_file(weights, folder / "tower" / "model.safetensors")
+    projector = projector_weights(decoder.config.hidden_size)
+    inside = {f"model.vision_tower.vision_tower.{key}": value for key, value in weights.items()} if own_weights else {}
+    keys = {**LAYOUT, "mm_vision_tower": str(folder / "tower"), **keys}
+    save_videoqa(folder / "checkpoint", decoder, {**projector, **inside}, **keys)
+    return model, projector
 
 
 def _shaken(model: Any) -> Any:

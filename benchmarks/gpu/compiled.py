@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from ...export.tensorrt import BuildOptions, build
+from ...export.tensorrt import build
+from ...export.tensorrt_network import BuildOptions
 from ...runtime.bundle import Bundle
 from ...runtime.engines.engine_files import FLAVOURS
 from ...runtime.errors import EngineError

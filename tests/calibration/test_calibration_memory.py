@@ -23,7 +23,8 @@ from framestep.calibration.errors import CalibrationError
 from framestep.export.checkpoint import read_checkpoint
 from framestep.export.linears import initializer, read_graph, set_initializer
 from framestep.export.streamformer import StreamFormer
-from framestep.export.tensorrt import BuildOptions, build
+from framestep.export.tensorrt import build
+from framestep.export.tensorrt_network import BuildOptions
 from framestep.runtime.bundle import Bundle, BundleWriter, file_entry
 from framestep.runtime.engines import choose_engine, choose_precision
 from framestep.runtime.errors import EngineError, StateError

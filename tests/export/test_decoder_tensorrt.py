@@ -1,56 +1,122 @@
-"""TensorRT-RTX takes the FP16 decoder, ahead of time, on a machine without a GPU."""
+"""`framestep build` takes decoder bundles, ahead of time, on a machine without a GPU."""
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 
 import decoder_models
 import pytest
 
-trt = pytest.importorskip("tensorrt_rtx")
+trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+
+from tensorrt_bundles import NoProgress  # noqa: E402
 
 from framestep.export.decoder_checkpoint import read_decoder_checkpoint  # noqa: E402
 from framestep.export.decoder_export import DecoderOptions, write_bundle  # noqa: E402
+from framestep.export.streamformer import StreamFormerConfig  # noqa: E402
+from framestep.export.tensorrt import build  # noqa: E402
+from framestep.export.tensorrt_network import BuildOptions, profiles  # noqa: E402
 from framestep.runtime.bundle import Bundle, BundleWriter  # noqa: E402
+from framestep.runtime.errors import EngineError  # noqa: E402
 
-LAYERS = 2
-SIZES = {"S": (1, 1, 2), "T": (1, 16, 32)}
-# KV-cache layers, attention layers
-NATIVE = {"decoder": (3 * LAYERS, LAYERS), "rebase": (LAYERS, 0), "embed": (0, 0), "vision": (0, 3)}
+LAYERS, CAPACITY, CHUNK, HIDDEN = 2, 64, 32, decoder_models.SIZES["hidden_size"]
+OPTIONS = BuildOptions("fp16", 2, "tensorrt_rtx", ("8.6",))
+# KV-cache layers, attention layers, and how many of those are fused
+DECODER = {"decoder": (3 * LAYERS, LAYERS, LAYERS), "rebase": (LAYERS, 0, 0), "embed": (0, 0, 0)}
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory) -> Bundle:
-    folder = tmp_path_factory.mktemp("tensorrt")
-    decoder_models.save(decoder_models.qwen2_5_vl(), folder / "checkpoint")
-    checkpoint = read_decoder_checkpoint(str(folder / "checkpoint"))
+def write(folder: Path, checkpoint: Path, precision: str, **options) -> Bundle:
     with BundleWriter(folder / "out.bundle") as writer:
-        write_bundle(checkpoint, writer, DecoderOptions("fp16", capacity=64, frame_size=(56, 84)))
+        read = read_decoder_checkpoint(str(checkpoint))
+        write_bundle(read, writer, DecoderOptions(precision, CAPACITY, CHUNK, **options))
     return Bundle.open(folder / "out.bundle")
 
 
-@pytest.mark.parametrize("name", NATIVE)
-def test_fp16_graphs_build_with_native_caches_for_one_token_and_many(bundle, name) -> None:
-    graph = bundle.manifest.graphs[name]
-    logger = trt.Logger(trt.Logger.ERROR)
-    builder = trt.Builder(logger)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, logger)
-    path: Path = bundle.file(graph.file)
-    assert parser.parse_from_file(str(path)), [parser.get_error(i).desc() for i in range(parser.num_errors)]
-    kinds = Counter(network.get_layer(i).type for i in range(network.num_layers))
-    found = kinds[trt.LayerType.KV_CACHE_UPDATE], kinds[trt.LayerType.ATTENTION_INPUT]
-    assert found == NATIVE[name]
-    shapes = {port.name: port.shape for port in graph.inputs}
-    states = {state.name: state.shape for state in bundle.manifest.states}
-    shapes |= {use.input: states[use.state] for use in graph.states}
-    config = builder.create_builder_config()
-    config.num_compute_capabilities = 1
-    config.set_compute_capability(trt.ComputeCapability.SM86, 0)
-    profile = builder.create_optimization_profile()
-    for index in range(network.num_inputs):
-        item = network.get_input(index)
-        profile.set_shape(item.name, *[[SIZES.get(n, (n, n, n))[i] for n in shapes[item.name]] for i in range(3)])
-    config.add_optimization_profile(profile)
-    assert builder.build_serialized_network(network, config) is not None
+def found_in(report) -> dict[str, tuple[int, int, int]]:
+    return {item.graph: (item.network.cache_updates, item.network.attentions, item.fused) for item in report.graphs}
+
+
+def test_every_graph_of_a_decoder_that_sees_becomes_an_engine(tmp_path) -> None:
+    checkpoint = decoder_models.save(decoder_models.qwen2_5_vl(), tmp_path / "checkpoint")
+    bundle = write(tmp_path, checkpoint, "fp16", frame_size=(56, 84))
+    bundle, report = build(bundle, OPTIONS, NoProgress())
+    assert found_in(report) == {**DECODER, "vision": (0, 3, 3)}
+    assert all(item.network.copied_states == () == item.network.cast_states for item in report.graphs)
+    assert report.notes == ()
+    entries = {entry.graph: (name, entry) for name, entry in bundle.manifest.engines.items()}
+    assert {name: entry.streams for name, (_, entry) in entries.items()} == dict.fromkeys(found_in(report), 2)
+    assert all(bundle.file(name).stat().st_size == entry.bytes for name, entry in entries.values())
+    assert all(item.network is None for item in build(bundle, OPTIONS, NoProgress())[1].graphs)  # there already
+
+
+def test_a_model_of_rings_and_a_decoder_is_one_build(tmp_path) -> None:
+    tower = StreamFormerConfig((48, 48), 16, 8, 32, 2, 2, 64)
+    decoder_models.save_streamformer_videoqa(tmp_path, decoder_models.qwen2(), tower)
+    _, report = build(write(tmp_path, tmp_path / "checkpoint", "fp16"), OPTIONS, NoProgress())
+    assert found_in(report) == {**DECODER, "backbone": (4, 5, 0), "projector": (0, 0, 0)}
+    assert report.notes == ("backbone: TensorRT has no fused attention for fp32: built from separate layers",)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> dict[str, Bundle]:
+    """A decoder without eyes, by precision."""
+    made = {}
+    for precision in ("fp32", "w4"):
+        folder = tmp_path_factory.mktemp(precision)
+        made[precision] = write(folder, decoder_models.save(decoder_models.qwen2(), folder / "checkpoint"), precision)
+    return made
+
+
+def test_tokens_have_a_profile_for_one_and_one_for_a_chunk(plain) -> None:
+    manifest = plain["fp32"].manifest
+    one, many = profiles(manifest, manifest.graphs["decoder"], 3)
+    assert one["S"] == many["S"] == (1, 3, 3)
+    assert (one["T"], many["T"]) == ((1, 1, 1), (2, CHUNK, CHUNK))
+    assert [sorted(sizes) for sizes in profiles(manifest, manifest.graphs["rebase"], 3)] == [["C", "S"]]
+
+
+def test_the_builder_is_given_all_profiles(plain, monkeypatch) -> None:
+    given: list[tuple[str, tuple[int, ...], ...]] = []
+    add = trt.IBuilderConfig.add_optimization_profile
+
+    def note(config, profile):
+        given.append(profile.get_shape("embeddings") if len(given) < 2 else None)
+        return add(config, profile)
+
+    monkeypatch.setattr(trt.IBuilderConfig, "add_optimization_profile", note)
+    monkeypatch.setattr("framestep.export.tensorrt.profiles", only_decoder)
+    _, report = build(plain["fp32"], BuildOptions("fp32", 2, "tensorrt_rtx", ("8.6",)), NoProgress())
+    assert [item.graph for item in report.graphs] == ["decoder"]
+    assert [[tuple(shape) for shape in shapes] for shapes in given] == [
+        [(1, 1, HIDDEN), (2, 1, HIDDEN), (2, 1, HIDDEN)],
+        [(1, 2, HIDDEN), (2, CHUNK, HIDDEN), (2, CHUNK, HIDDEN)],
+    ]
+
+
+def only_decoder(manifest, graph, streams):
+    return profiles(manifest, graph, streams) if graph.file == "decoder.onnx" else []
+
+
+@pytest.mark.parametrize(
+    ("precision", "options", "message"),
+    [
+        ("fp32", OPTIONS, r"has no fp16 \(it has fp32\); TensorRT takes decoders .* framestep export --precision fp16"),
+        ("w4", OPTIONS, r"has no fp16 \(it has w4\); TensorRT takes decoders in fp16 and fp32"),
+        ("fp32", BuildOptions("fp32", flavour="tensorrt", attention="triton"), "no package tensorrt"),
+    ],
+)
+def test_what_cannot_be_built_is_one_line(plain, precision, options, message) -> None:
+    before = Bundle.open(plain[precision].path).manifest
+    with pytest.raises(EngineError, match=message) as error:
+        build(plain[precision], options, NoProgress())
+    assert "\n" not in str(error.value)
+    assert Bundle.open(plain[precision].path).manifest.engines == before.engines
+
+
+def test_our_kernel_is_for_rings(plain) -> None:
+    from framestep.benchmarks.gpu.stand_in import stand_in
+
+    options = BuildOptions("fp32", flavour="tensorrt", attention="triton")
+    with stand_in(plain["fp32"].path, flavour="tensorrt"):
+        with pytest.raises(EngineError, match="has no attention over rings, which is what --attention triton replaces"):
+            build(plain["fp32"], options, NoProgress())

@@ -2,35 +2,23 @@
 
 from __future__ import annotations
 
-import json
-
 import decoder_models
 import golden
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 
 import framestep
 from framestep.export.decoder_checkpoint import read_decoder_checkpoint
 from framestep.export.decoder_export import DecoderOptions, export_decoder
 from framestep.export.decoder_replay import DecoderRun
-from framestep.export.streamformer import StreamFormer, StreamFormerConfig, random_model
+from framestep.export.streamformer import StreamFormer, StreamFormerConfig
 from framestep.runtime.bundle import Bundle
 from framestep.runtime.errors import CheckpointError
 
 SMALL = StreamFormerConfig((48, 48), 16, 8, 32, 2, 2, 64)  # 3 x 3 patches
 EVEN = StreamFormerConfig((64, 64), 16, 8, 32, 2, 2, 64)
-LAYOUT = {"mm_projector_type": "mlp2x_gelu", "mm_hidden_size": 32, "mm_patch_merge_type": "spatial_unpad"}
-
-
-def projector_weights(hidden: int) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    shapes = {"0.weight": (hidden, 32), "0.bias": (hidden,), "2.weight": (hidden, hidden), "2.bias": (hidden,)}
-    weights = {f"model.mm_projector.{key}": shape for key, shape in shapes.items()}
-    weights["model.image_newline"] = (hidden,)
-    return {key: 0.3 * torch.randn(shape, generator=generator) for key, shape in weights.items()}
 
 
 def reference(features: torch.Tensor, weights: dict[str, torch.Tensor], side: int, pooling: str, newline: str):
@@ -51,20 +39,6 @@ def reference(features: torch.Tensor, weights: dict[str, torch.Tensor], side: in
     return torch.stack(rows + ([end] if newline == "one_token" else []))
 
 
-def save(folder, decoder, tower: StreamFormerConfig, own_weights: bool = True, **keys):
-    """A VideoQA checkpoint beside its StreamFormer."""
-    model = random_model(tower)
-    weights = {key: value.contiguous() for key, value in model.state_dict().items()}
-    (folder / "tower").mkdir()
-    (folder / "tower" / "config.json").write_text(json.dumps(tower.to_dict()), "utf-8")
-    save_file(weights, folder / "tower" / "model.safetensors")
-    projector = projector_weights(decoder.config.hidden_size)
-    inside = {f"model.vision_tower.vision_tower.{key}": value for key, value in weights.items()} if own_weights else {}
-    keys = {**LAYOUT, "mm_vision_tower": str(folder / "tower"), **keys}
-    decoder_models.save_videoqa(folder / "checkpoint", decoder, {**projector, **inside}, **keys)
-    return model, projector
-
-
 CASES = [
     ("qwen2", EVEN, "average", "no_token"),
     ("llama", SMALL, "bilinear", "grid"),
@@ -76,7 +50,7 @@ CASES = [
 @pytest.mark.parametrize("kind, tower, pooling, newline", CASES, ids=lambda value: str(value)[:9])
 def test_answers_while_frames_arrive_are_those_of_a_plain_composition(tmp_path, kind, tower, pooling, newline):
     decoder = getattr(decoder_models, kind)()
-    model, projector = save(
+    model, projector = decoder_models.save_streamformer_videoqa(
         tmp_path, decoder, tower, kind == "llama", mm_spatial_pool_mode=pooling, mm_newline_position=newline
     )
     checkpoint = read_decoder_checkpoint(str(tmp_path / "checkpoint"))
@@ -112,7 +86,9 @@ def test_answers_while_frames_arrive_are_those_of_a_plain_composition(tmp_path, 
 
 
 def test_the_tower_is_found_or_asked_for(tmp_path):
-    save(tmp_path, decoder_models.qwen2(), EVEN, mm_vision_tower="checkpoints/streamformer-all")
+    decoder_models.save_streamformer_videoqa(
+        tmp_path, decoder_models.qwen2(), EVEN, mm_vision_tower="checkpoints/streamformer-all"
+    )
     with pytest.raises(CheckpointError, match="'checkpoints/streamformer-all', which is not here; .* --vision-tower"):
         read_decoder_checkpoint(str(tmp_path / "checkpoint"))
     checkpoint = read_decoder_checkpoint(str(tmp_path / "checkpoint"), str(tmp_path / "tower"))
@@ -130,6 +106,6 @@ def test_the_tower_is_found_or_asked_for(tmp_path):
     ],
 )
 def test_a_projector_that_is_not_supported_is_refused(tmp_path, keys, message):
-    save(tmp_path, decoder_models.qwen2(), EVEN, **keys)
+    decoder_models.save_streamformer_videoqa(tmp_path, decoder_models.qwen2(), EVEN, **keys)
     with pytest.raises(CheckpointError, match=message):
         read_decoder_checkpoint(str(tmp_path / "checkpoint"))

@@ -19,7 +19,8 @@ from framestep.benchmarks.gpu.stand_in import stand_in  # noqa: E402
 from framestep.export.checkpoint import Checkpoint  # noqa: E402
 from framestep.export.export import ExportOptions, write_streamformer  # noqa: E402
 from framestep.export.streamformer import BASE, random_model  # noqa: E402
-from framestep.export.tensorrt import BuildError, BuildOptions, build  # noqa: E402
+from framestep.export.tensorrt import build  # noqa: E402
+from framestep.export.tensorrt_network import BuildError, BuildOptions  # noqa: E402
 from framestep.runtime.bundle import (  # noqa: E402
     Bundle,
     BundleWriter,
@@ -127,6 +128,12 @@ def test_fp16_is_derived_once_and_then_is_a_precision_of_the_bundle(copied) -> N
     assert second.graphs[0].network is not None
 
 
+def test_auto_attention_is_native_where_there_are_no_plugins(copied) -> None:
+    bundle, report = build(Bundle.open(copied), BuildOptions("fp32", attention="auto"), NoProgress())
+    assert "attention: native, because TensorRT for RTX has no plugin layers" in report.notes
+    assert {entry.attention for entry in bundle.manifest.engines.values()} <= {"native", "decomposed"}
+
+
 def test_an_engine_of_changed_weights_is_replaced(copied) -> None:
     bundle, report = build(Bundle.open(copied), BuildOptions("fp32"), NoProgress())
     old = report.graphs[0].file
@@ -168,7 +175,7 @@ def test_the_full_package_takes_the_same_path(copied) -> None:
     [
         (BuildOptions("int8"), r"--precision: expected fp16, fp16\+int8, fp32, found 'int8'"),
         (BuildOptions("fp16+int8"), r"has no fp16\+int8 .* 'framestep calibrate --precision fp16\+int8'"),
-        (BuildOptions(attention="flash"), "--attention: expected native, triton, found 'flash'"),
+        (BuildOptions(attention="flash"), "--attention: expected native, triton, auto, found 'flash'"),
         (BuildOptions(streams=0), "--streams: expected at least 1, found 0"),
         (BuildOptions(compute_capabilities=("8.7",)), r"builds for 7\.5, .*, not for 8\.7"),
         (BuildOptions(hardware_compatible=True, compute_capabilities=("8.6",)), "give no --compute-capability with it"),

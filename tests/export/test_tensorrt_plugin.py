@@ -11,6 +11,7 @@ import sys
 import types
 import typing
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +22,8 @@ from tensorrt_bundles import NoProgress  # noqa: E402
 
 from framestep.benchmarks.gpu.stand_in import stand_in  # noqa: E402
 from framestep.export.half import add_half  # noqa: E402
-from framestep.export.tensorrt import BuildOptions, build  # noqa: E402
+from framestep.export.tensorrt import build  # noqa: E402
+from framestep.export.tensorrt_network import BuildOptions  # noqa: E402
 from framestep.export.tensorrt_plugin import INPUTS, OUTPUTS, mark_sites, register  # noqa: E402
 from framestep.kernels import reference  # noqa: E402
 from framestep.runtime.bundle import Bundle  # noqa: E402
@@ -153,34 +155,100 @@ def test_rings_are_declared_as_their_own_outputs_memory(plugins, monkeypatch) ->
     assert (launch.block_x, launch.shared_mem) == (64, 1024)
 
 
-@pytest.mark.filterwarnings("ignore:.*iming cache:DeprecationWarning")
-def test_a_build_puts_one_plugin_in_the_place_of_each_pair_of_rings(
-    golden_bundle, tmp_path, plugins, monkeypatch
-) -> None:
-    """A network that takes plugins: identities of the right shapes stand for them, and TensorRT for RTX builds it."""
-    path = tmp_path / "golden.bundle"
-    shutil.copytree(golden_bundle, path)
-    bundle = add_half(Bundle.open(path))
-    asked = []
+@pytest.fixture
+def asked(plugins, monkeypatch) -> dict[str, list]:
+    """Networks that take plugins: identities of the right shapes stand for them, and TensorRT for RTX builds them."""
+    found: dict[str, list] = {"plugins": [], "features": []}
 
     def add_plugin(network, tensors, aot):
-        asked.append(aot)
+        found["plugins"].append(aot)
         made = [network.add_identity(tensors[INPUTS.index(name)]).get_output(0) for name in OUTPUTS]
         return types.SimpleNamespace(name="", get_output=made.__getitem__)
 
-    features = []
     monkeypatch.setattr(trt.INetworkDefinition, "add_plugin", add_plugin, raising=False)
-    monkeypatch.setattr(trt.IBuilderConfig, "set_preview_feature", lambda config, *given: features.append(given))
-    with stand_in(path, flavour="tensorrt"):
-        bundle, report = build(bundle, BuildOptions("fp16", 2, "tensorrt", attention="triton"), NoProgress())
-    assert asked == [True] * 3
-    assert features == [(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)]
+    monkeypatch.setattr(
+        trt.IBuilderConfig, "set_preview_feature", lambda config, *given: found["features"].append(given)
+    )
+    return found
+
+
+@pytest.fixture(scope="module")
+def half(golden_bundle, tmp_path_factory) -> Path:
+    """The goldens' model with fp16."""
+    path = tmp_path_factory.mktemp("half") / "golden.bundle"
+    shutil.copytree(golden_bundle, path)
+    add_half(Bundle.open(path))
+    return path
+
+
+@pytest.fixture
+def copied(half, tmp_path) -> Path:
+    return shutil.copytree(half, tmp_path / "golden.bundle")
+
+
+OPTIONS = BuildOptions("fp16", 2, "tensorrt")
+quiet_cache = pytest.mark.filterwarnings("ignore:.*iming cache:DeprecationWarning")
+
+
+@quiet_cache
+def test_a_build_puts_one_plugin_in_the_place_of_each_pair_of_rings(copied, plugins, asked) -> None:
+    with stand_in(copied, flavour="tensorrt"):
+        bundle, report = build(Bundle.open(copied), replace(OPTIONS, attention="triton"), NoProgress())
+    assert asked["plugins"] == [True] * 3
+    assert asked["features"] == [(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)]
     network = report.graphs[0].network
     assert (network.cache_updates, network.copied_states, network.attentions) == (6, (), 4)  # the others stay
     assert bundle.manifest.engines[report.graphs[0].file].attention == "triton"
     tensors, attributes = plugins.created[0]
     assert [tensor.name for tensor in tensors[3:]] == ["layer0.key.past", "layer0.value.past", "position"]
     assert attributes == {"scale": 1.0, "capability": 86}
+
+
+@quiet_cache
+@pytest.mark.parametrize("faster", ["native", "triton"])
+def test_auto_keeps_the_attention_that_was_faster(copied, asked, monkeypatch, faster) -> None:
+    def step_ms(flat, item, streams):
+        assert streams == 2
+        return [1.0 if flat.manifest.engines[item.file].attention == faster else 2.0]
+
+    monkeypatch.setattr("framestep.export.tensorrt._step_ms", step_ms)
+    with stand_in(copied, flavour="tensorrt"):
+        bundle, report = build(Bundle.open(copied), replace(OPTIONS, attention="auto"), NoProgress())
+    backbone, *labels = report.graphs
+    assert bundle.manifest.engines[backbone.file].attention == faster
+    assert backbone.step_ms == {
+        "native": 1.0 if faster == "native" else 2.0,
+        "triton": 3.0 - backbone.step_ms["native"],
+    }
+    assert all(bundle.manifest.engines[item.file].attention == "native" and not item.step_ms for item in labels)
+    assert {f"engines/{file.name}" for file in (copied / "engines").iterdir()} == set(bundle.manifest.engines)
+    assert len(bundle.manifest.engines) == 3
+    assert next(note for note in report.notes if "is kept" in note).endswith(f"{faster} is kept")
+
+
+@quiet_cache
+def test_auto_measures_both_in_turn_as_a_session_runs_them(copied, asked, monkeypatch) -> None:
+    monkeypatch.setattr("framestep.export.tensorrt.WARM_STEPS", 1)
+    monkeypatch.setattr("framestep.export.tensorrt.TIMED_STEPS", 2)
+    with stand_in(copied, flavour="tensorrt") as machine:
+        build(Bundle.open(copied), replace(OPTIONS, attention="auto"), NoProgress())
+        assert machine.names().count("cuGraphLaunch") == 2 * 2 * (1 + 2)  # rounds, engines, steps
+        loads = [arguments[0] for name, arguments in machine.calls if name == "Runtime.deserialize_cuda_engine"]
+        runs = loads[2:6]  # the first two were looked at after they were built
+        assert runs[0] == runs[2] != runs[1] == runs[3]
+        assert machine.memory == {} and machine.contexts == 0
+
+
+@quiet_cache
+def test_auto_keeps_its_own_attention_where_ours_cannot_be_built(copied, asked, monkeypatch) -> None:
+    def refuse(*given) -> None:
+        raise EngineError("no compiler")
+
+    monkeypatch.setattr("framestep.export.tensorrt_plugin.insert_plugins", refuse)
+    with stand_in(copied, flavour="tensorrt"):
+        bundle, report = build(Bundle.open(copied), replace(OPTIONS, attention="auto"), NoProgress())
+    assert report.notes == ("backbone: attention native, the other could not be built: no compiler",)
+    assert {entry.attention for entry in bundle.manifest.engines.values()} == {"native"}
 
 
 def test_the_marked_graph_has_no_update_left(golden_bundle) -> None:
