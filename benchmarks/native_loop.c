@@ -10,7 +10,7 @@ typedef struct {
     fs_session session;
     fs_frame frame;
     double *milliseconds; /* [steps] */
-    double *outside;      /* [steps]: of these, beyond the engine's own run */
+    double *outside;      /* [steps]: of these, beyond the engine's own run; null: not looked at, which costs time itself */
     long steps;
     fs_status status;
 } loop;
