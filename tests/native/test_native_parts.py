@@ -15,7 +15,7 @@ import onnx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from native_parts import MAX_DEPTH, Parts, Refused, build_parts
+from native_parts import MAX_DEPTH, ROOT, Parts, Refused, build_parts
 
 from framestep.runtime import labels, onnx_files, state_file
 from framestep.runtime.bundle import RESIZES, FrameSpec
