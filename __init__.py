@@ -14,13 +14,26 @@ from .runtime.errors import FramestepError
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
+    from .runtime.conversation import FrameSource
+    from .runtime.dialogue import DialogueOptions, Question
+    from .runtime.events import Event
     from .runtime.session import NonFiniteOutputError, Result, Session, Stream
     from .runtime.sources import Frame, Source
 
 __version__ = "0.1.0"
-__all__ = ["Frame", "FramestepError", "NonFiniteOutputError", "Result", "Session", "Stream", "load", "open_source"]
+__all__ = [
+    "Frame",
+    "FramestepError",
+    "NonFiniteOutputError",
+    "Result",
+    "Session",
+    "Stream",
+    "converse",
+    "load",
+    "open_source",
+]
 
 
 def load(
@@ -60,6 +73,18 @@ def open_source(spec: str | int | os.PathLike[str], **options: Any) -> Source:
     from .runtime.sources import open_source
 
     return open_source(spec, **options)
+
+
+def converse(
+    session: Session,
+    source: FrameSource,
+    questions: Sequence[str | Question] = (),
+    options: DialogueOptions | None = None,
+) -> Iterator[Event]:
+    """Talk with a model about what a source shows; see `runtime.conversation.converse`."""
+    from .runtime.conversation import converse
+
+    return converse(session, source, questions, options)
 
 
 def __getattr__(name: str) -> Any:

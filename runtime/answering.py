@@ -1,0 +1,114 @@
+"""Questions about the newest frames, answered when they are asked: for models that do not decide when to speak."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+
+from .bundle import Manifest
+from .chat_format import Words, check_question
+from .decoding import CapacityError, Decoder, GraphRunner, Piece, Turn
+from .dialogue import Array, Clock, DialogueOptions, Question, Seen, speak, visual_tokens
+from .errors import FramestepError
+from .events import Asked, Event, Notice
+from .sampling import Sampler
+from .session import NonFiniteOutputError
+
+FRAMES = 8  # of models that were not trained with a fixed number
+
+
+class Answering:
+    """Remembers what was seen of the newest frames; each question is asked about them anew.
+
+    Args and methods are those of `Dialogue`.
+
+    Attributes:
+        frames: how many frames a question is about, at most.
+    """
+
+    def __init__(
+        self,
+        stream: GraphRunner,
+        manifest: Manifest,
+        words: Words,
+        options: DialogueOptions,
+        clock: Clock = time.perf_counter,
+    ) -> None:
+        if options.prune is not None:
+            raise FramestepError(
+                "prune: this model is asked about whole frames; only one that decides when to speak has it"
+            )
+        self._words = words
+        self._options = options
+        self._clock = clock
+        self._manifest = manifest
+        self.decoder = Decoder(stream, manifest, options.eviction)
+        self._sampler = Sampler(options.temperature, options.top_p, options.seed)
+        self._lock = threading.Lock()
+        self._waiting: list[Question] = []
+        self._opening = words.opening(words.template.system if options.system is None else options.system)
+        self._around = len(self._opening) + len(words.user_end()) + len(words.assistant()) + 1
+        visual = visual_tokens(manifest)
+        fitting = (self.decoder.capacity - self._around) // (visual + 2)
+        wanted = options.frames or manifest.origin.trained_frames or FRAMES
+        self.frames = min(wanted, fitting) if visual else 0
+        if (visual and self.frames < 1) or (options.frames or 0) > fitting:
+            raise CapacityError(
+                f"{options.frames or 1} frames of {visual} tokens and a question do not fit: the cache holds"
+                f" {self.decoder.capacity} tokens; export the bundle with a larger --capacity"
+            )
+        self._newest: deque[Array] = deque(maxlen=self.frames)
+
+    def ask(self, question: str | Question) -> None:
+        """Ask at the next turn that does not end before the question's time; see `Dialogue.ask`."""
+        asked = question if isinstance(question, Question) else Question(question)
+        text = check_question(asked.text)
+        head, rest = self._words.user(text)
+        visual = visual_tokens(self._manifest) + 2
+        taken = self._around + len(head) + len(rest)
+        if taken + (visual if self.frames else 0) > self.decoder.capacity:
+            raise CapacityError(
+                f"the question of {len(head) + len(rest)} tokens does not fit: the cache holds {self.decoder.capacity}"
+            )
+        with self._lock:
+            self._waiting.append(Question(text, asked.time))
+
+    def take(self, turns: Sequence[Seen]) -> Iterator[Event]:
+        """Take turns in, and answer what is asked in them about the frames up to the last."""
+        for seen in turns:
+            self._newest.extend(seen.visual)
+        seen = turns[-1]
+        with self._lock:
+            due = [question.text for question in self._waiting if question.time < seen.stop]
+            self._waiting = [question for question in self._waiting if question.time >= seen.stop]
+        for text in due:
+            yield Asked(seen.stop, text)
+            self.decoder.reset()
+            try:
+                pieces = self._prompt(text)
+                yield from speak(self.decoder, self._words, self._sampler, self._options, seen, pieces, self._clock)
+            except NonFiniteOutputError as error:
+                yield Notice(seen.stop, str(error))
+
+    def _prompt(self, question: str) -> list[Piece]:
+        """System prompt, frames, question: one turn, so that nothing of it is forgotten for an answer."""
+        turn, decoder, words = Turn(), self.decoder, self._words
+        tokens = words.language.tokens
+        frames = list(self._newest)
+        text = f"\n{question}" if frames else question
+        before, after = words.user(text, 0)
+        room = decoder.capacity - self._around - len(before) - len(after)
+        frames = frames[len(frames) - min(len(frames), room // (visual_tokens(self._manifest) + 2)) :]
+        opening = [*self._opening, *before]
+        pieces = []
+        for visual in frames:
+            opening += [tokens["vision_start"]] if "vision_start" in tokens else []
+            pieces += [decoder.text(turn, opening)] if opening else []
+            pieces.append(decoder.picture(turn, visual))
+            opening = [tokens["vision_end"]] if "vision_end" in tokens else []
+        if frames and "newline" in tokens:
+            opening = [*opening, tokens["newline"]]
+        pieces.append(decoder.text(turn, [*opening, *after, *words.user_end(), *words.assistant()]))
+        return pieces

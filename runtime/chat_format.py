@@ -1,0 +1,226 @@
+"""How a dialogue is written down as tokens, and how tokens become text again.
+
+A format is a few pieces of text and ids of special tokens. What a user says is text and nothing else: a question that
+contains `<|im_end|>` has no special token in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .bundle import Language
+from .errors import BundleError, EngineError, FramestepError
+
+STATES = ("silence", "standby", "response")
+HELD = 8  # tokens that may wait for the rest of a character
+
+# The system prompt that Streamo was trained with (maifoundations/Streamo, inference.py): its words are the model's.
+STREAMO_SYSTEM = """
+You are a helpful assistant specializing in streaming video analysis. 
+You will receive input frame by frame, each labeled with absolute time intervals 
+in the exact format <Xs-Ys> (e.g., <0s-1s>). Follow these rules precisely:
+
+1. Use </Silence> when:
+   - No relevant event has started, OR
+   - The current input is irrelevant to the given question.  
+
+2. Use </Standby> when:
+   - An event is in progress but has not yet completed, OR
+   - The current input is relevant but the question cannot yet be answered.  
+
+3. Use </Response> only when:
+   - An event has fully concluded, OR
+   - The available information is sufficient to fully answer the question.
+   Provide a complete description at this point.  
+
+Do not provide partial answers or speculate beyond the given information.  
+Whenever you deliver an answer, begin with </Response>.
+"""  # noqa: W291
+
+Part = str | int  # text, or the id of a special token
+
+
+@dataclass(frozen=True)
+class Template:
+    """A chat format. `{}` is what it is about; names in `<>` are keys of the manifest's `language.tokens`.
+
+    Attributes:
+        system: text that it is opened with where nobody says otherwise.
+        opening: before all else.
+        user: before what a user says, and with it.
+        user_end: after it.
+        assistant: before what the model says.
+        close: after what the model says.
+    """
+
+    system: str
+    opening: tuple[str, ...]
+    user: tuple[str, ...]
+    user_end: tuple[str, ...]
+    assistant: tuple[str, ...]
+    close: tuple[str, ...]
+
+
+CHATML = {
+    "opening": ("<turn_start>", "system\n{}", "<turn_end>", "\n"),
+    "user": ("<turn_start>", "user\n{}"),
+    "user_end": ("<turn_end>", "\n"),
+    "assistant": ("<turn_start>", "assistant\n"),
+    "close": ("<turn_end>", "\n"),
+}
+TEMPLATES = {
+    "streamo": Template(STREAMO_SYSTEM, **CHATML),
+    "chatml": Template("You are a helpful assistant.", **CHATML),
+    "vicuna": Template(
+        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed,"
+        " and polite answers to the user's questions.",
+        ("<begin>", "{} "),
+        ("USER: {}",),
+        (),
+        (" ASSISTANT:",),
+        ("<stop>",),
+    ),
+    "plain": Template("", ("<begin>", "{}"), ("{}",), (), ("\n",), ("\n",)),
+}
+
+
+class Words:
+    """A bundle's tokenizer and chat format.
+
+    Attributes:
+        language: of the manifest.
+        decides: whether the model says in each turn whether it is silent, waits or answers.
+        stop: tokens that end an answer.
+
+    Raises:
+        BundleError: the bundle has no tokenizer, a damaged one, or an unknown chat format.
+        EngineError: the package `tokenizers` is missing.
+    """
+
+    def __init__(self, language: Language, folder: Path) -> None:
+        if language.tokenizer is None:
+            raise BundleError(
+                f"{folder}: has no tokenizer, so it can neither read nor write; export a checkpoint with one"
+            )
+        if language.chat not in TEMPLATES:
+            raise BundleError(f"{folder}: language.chat '{language.chat}' is unknown; expected {', '.join(TEMPLATES)}")
+        try:
+            from tokenizers import Tokenizer
+        except ImportError:
+            raise EngineError("questions need tokenizers: pip install 'framestep[text]'") from None
+        try:
+            self._tokenizer: Any = Tokenizer.from_file(str(folder / language.tokenizer))
+        except Exception as error:  # the parser raises errors of its own kinds
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            raise BundleError(f"{folder / language.tokenizer}: damaged tokenizer ({reason})") from None
+        self._tokenizer.encode_special_tokens = True  # of what a user says none is special
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self.language = language
+        self.template = TEMPLATES[language.chat]
+        self.decides = all(state in language.tokens for state in STATES)
+        ends = {*language.stop, *(language.tokens[name] for name in ("turn_end",) if name in language.tokens)}
+        self.stop = frozenset(ends)
+
+    def state(self, name: str) -> int:
+        """The token of one of `STATES`."""
+        return self.language.tokens[name]
+
+    def opening(self, system: str) -> list[int]:
+        return self.tokens(self._fill(self.template.opening, system))
+
+    def user(self, text: str, split: int = 0) -> tuple[list[int], list[int]]:
+        """What opens a user's turn that begins with `text`, cut behind its first `split` characters."""
+        parts = self._fill(self.template.user, text)
+        last = parts[-1]
+        assert isinstance(last, str)
+        before = self.tokens(parts[:-1])
+        encoding = self._tokenizer.encode(last, add_special_tokens=False)
+        border = len(last) - len(text) + split
+        ids = list(encoding.ids)
+        cut = next((at for at, (start, _) in enumerate(encoding.offsets) if start >= border), len(ids))
+        return before + ids[:cut], ids[cut:]
+
+    def user_end(self) -> list[int]:
+        return self.tokens(self._fill(self.template.user_end, ""))
+
+    def assistant(self) -> list[int]:
+        return self.tokens(self._fill(self.template.assistant, ""))
+
+    def close(self) -> list[int]:
+        return self.tokens(self._fill(self.template.close, ""))
+
+    def tokens(self, parts: Sequence[Part]) -> list[int]:
+        """Ids of text and special tokens."""
+        ids: list[int] = []
+        for part in parts:
+            ids += [part] if isinstance(part, int) else self._tokenizer.encode(part, add_special_tokens=False).ids
+        return ids
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Text of tokens, without special ones; bytes that are no characters become U+FFFD."""
+        try:
+            found: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        except Exception:  # a token without text, of a vocabulary that is smaller than the model's
+            found = "\ufffd"
+        return found
+
+    def _fill(self, pattern: Sequence[str], text: str) -> list[Part]:
+        parts: list[Part] = []
+        for piece in pattern:
+            if piece == "<stop>":
+                parts += self.language.stop[:1]
+            elif piece.startswith("<") and piece.endswith(">"):
+                if piece[1:-1] in self.language.tokens:
+                    parts.append(self.language.tokens[piece[1:-1]])
+            elif written := piece.replace("{}", text):
+                parts.append(written)
+            elif piece == "{}":
+                parts.append("")
+        return parts
+
+
+class TextStream:
+    """Tokens one after the other, and text as soon as it is certain.
+
+    Characters may lie in several tokens, so bytes are held until their character is whole; what never becomes one is
+    given out as U+FFFD. The work per token does not depend on how many there were.
+    """
+
+    def __init__(self, words: Words) -> None:
+        self._words = words
+        self._ids: list[int] = []  # from `_shown` on their text is not given out yet
+        self._shown = 0
+
+    def push(self, token: int) -> str:
+        """The text that is certain with this token; "" where more is needed."""
+        self._ids.append(token)
+        before = self._words.text(self._ids[: self._shown])
+        text = self._words.text(self._ids)
+        held = len(self._ids) - self._shown
+        if text.endswith("\ufffd") and held < HELD:
+            return ""
+        # some tokenizers treat what begins a text in another way: the tokens shown last are decoded along
+        self._ids, self._shown = self._ids[self._shown :], held
+        return text[len(before) :] if text.startswith(before) else text[min(len(before), len(text)) :]
+
+    def flush(self) -> str:
+        """What was held."""
+        before, text = self._words.text(self._ids[: self._shown]), self._words.text(self._ids)
+        self._ids, self._shown = [], 0
+        return text[len(before) :]
+
+
+def check_question(text: str) -> str:
+    """A question without white space around it.
+
+    Raises:
+        FramestepError: it is empty.
+    """
+    stripped = text.strip()
+    if not stripped:
+        raise FramestepError("a question is empty")
+    return stripped

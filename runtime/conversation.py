@@ -1,0 +1,275 @@
+"""A conversation about what a source shows: one thread looks, the other speaks.
+
+While an answer is being generated the next frames are read and encoded. If answering takes longer than a turn, the
+turns that passed wait, the newest of them where there is no room for all, and are caught up with at once.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Protocol
+
+from .answering import Answering
+from .chat_format import Words
+from .dialogue import Array, Clock, Dialogue, DialogueOptions, Question, Seen
+from .errors import EngineError
+from .events import Event, Notice
+from .session import NonFiniteOutputError, Session, Stream
+from .sources.frame import Frame
+
+WAITING_TURNS = 8  # that a live source may be ahead
+GLANCE = 0.1  # seconds between looks at whether it is over
+
+
+class FrameSource(Protocol):
+    """What a conversation needs of a source; see `runtime.sources`."""
+
+    live: bool
+    ended: bool
+
+    def read(self, timeout: float | None = None) -> Frame | None: ...
+
+
+class Watcher:
+    """Reads and encodes frames in a thread of its own, and hands out turns.
+
+    A file waits for who asks; of a live source the newest turns are kept.
+
+    Args:
+        visual: name of the output that holds a frame's embeddings.
+        clock: what `Frame.captured` was read from.
+
+    Attributes:
+        dropped: turns that a live source lost because nobody took them.
+        encoded: frames so far.
+    """
+
+    def __init__(
+        self, stream: Stream, visual: str, source: FrameSource, turn: float, frames: int, waiting: int = WAITING_TURNS
+    ) -> None:
+        self._stream = stream
+        self._visual = visual
+        self._source = source
+        self._turn = turn
+        self._frames = frames
+        self._room = waiting if source.live else 1
+        self._turns: deque[Seen] = deque()
+        self._changed = threading.Condition()
+        self._notices: deque[Notice] = deque()
+        self._over = self._stopped = False
+        self._error: BaseException | None = None
+        self.dropped = self.encoded = 0
+        self._thread = threading.Thread(target=self._watch, name="framestep-watcher", daemon=True)
+        self._thread.start()
+
+    def take(self) -> tuple[list[Seen], list[Notice]]:
+        """The turns that wait, at least one, or none once the source has ended; and what went wrong meanwhile.
+
+        Raises:
+            FramestepError: what ended the source.
+        """
+        with self._changed:
+            while not self._turns and not self._over and not self._stopped:
+                self._changed.wait(GLANCE)
+            turns = [] if self._stopped else list(self._turns)
+            self._turns.clear()
+            notices = list(self._notices)
+            self._notices.clear()
+            self._changed.notify_all()
+            if not turns and self._error is not None:
+                raise self._error
+        return turns, notices
+
+    def ask_to_stop(self) -> None:
+        """Hand out no more turns, soon. For signal handlers: takes no lock."""
+        self._stopped = True
+
+    def stop(self) -> None:
+        """End, and wait for the thread."""
+        self.ask_to_stop()
+        with self._changed:
+            self._changed.notify_all()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        try:
+            self._read()
+        except BaseException as error:  # it belongs to whoever takes turns
+            self._error = error
+        finally:
+            with self._changed:
+                self._over = True
+                self._changed.notify_all()
+
+    def _read(self) -> None:
+        number, last, seen = -1, -1, []
+        frame: Frame | None = None
+        while not self._stopped:
+            read = self._source.read(GLANCE)
+            if read is None:
+                if self._source.ended:
+                    break
+                continue
+            at = max(0, int(read.timestamp / self._turn + 1e-6))
+            if seen and frame is not None and at > number:  # it had fewer frames than it should
+                self._put(number, seen, frame)
+                last, seen = number, []
+            if at <= last:
+                continue  # the turn has all the frames that it takes
+            encoded = self._encode(read, at)
+            if encoded is None:
+                continue
+            number, frame = at, read
+            seen.append(encoded)
+            if len(seen) == self._frames:
+                self._put(number, seen, frame)
+                last, seen = number, []
+        if seen and frame is not None and not self._stopped:
+            self._put(number, seen, frame)
+
+    def _encode(self, frame: Frame, turn: int) -> Array | None:
+        try:
+            encoded = self._stream.step(frame.rgb)[self._visual]
+        except NonFiniteOutputError as error:
+            with self._changed:
+                self._notices.append(Notice((turn + 1) * self._turn, f"frame {frame.index} left out: {error}"))
+            return None
+        self.encoded += 1
+        return encoded
+
+    def _put(self, number: int, visual: Sequence[Array], frame: Frame) -> None:
+        start = number * self._turn
+        seen = Seen(number, start, start + self._turn, tuple(visual), frame.captured, self._source.live)
+        with self._changed:
+            while len(self._turns) >= self._room and not self._source.live and not self._stopped:
+                self._changed.wait(GLANCE)
+            if len(self._turns) >= self._room and self._source.live:
+                self._turns.popleft()
+                self.dropped += 1
+            self._turns.append(seen)
+            self._changed.notify_all()
+
+
+class Conversation:
+    """Events of a conversation, one after the other; `ask` may be called meanwhile, from any thread.
+
+    Args:
+        session: of a bundle with a decoder that sees; one of its places is taken.
+        source: opened at the rate that the model is to be shown; the caller closes it.
+        options: see `DialogueOptions`.
+        clock: seconds; that of the frames' `captured`.
+
+    Raises:
+        EngineError: the session has not loaded what is needed.
+        FramestepError: options that do not fit the bundle, or one without a tokenizer.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        source: FrameSource,
+        options: DialogueOptions | None = None,
+        clock: Clock = time.perf_counter,
+    ) -> None:
+        options = options or DialogueOptions()
+        manifest = session.bundle.manifest
+        language = manifest.language
+        if language is None or language.visual is None:
+            what = "no language decoder" if language is None else "a decoder without eyes"
+            raise EngineError(f"{session.bundle.path}: has {what}, so nobody can talk about a video with it")
+        if language.visual not in session.outputs or not {language.embed, language.decoder} <= set(session.graphs):
+            raise EngineError("this session was loaded without the decoder; load(path) without outputs and graphs does")
+        self._source = source
+        self._turn, self._frames = options.turn, options.frames_a_turn(manifest)
+        self._visual = language.visual
+        words = Words(language, session.bundle.path)
+        self.decides = words.decides
+        self._stream = session.open_stream()
+        try:
+            kind = Dialogue if self.decides else Answering
+            self.dialogue: Dialogue | Answering = kind(self._stream, manifest, words, options, clock)
+        except BaseException:
+            self._stream.close()
+            raise
+        self._watcher: Watcher | None = None
+        self._stopping = False
+
+    @property
+    def dropped(self) -> int:
+        """Turns of a live source that nobody saw."""
+        return 0 if self._watcher is None else self._watcher.dropped
+
+    def ask(self, question: str | Question) -> None:
+        """Let a question stand; see `Dialogue.ask`."""
+        self.dialogue.ask(question)
+
+    def __iter__(self) -> Iterator[Event]:
+        self._watcher = watcher = Watcher(self._stream, self._visual, self._source, self._turn, self._frames)
+        dropped = 0
+        try:
+            while not self._stopping:
+                turns, notices = watcher.take()
+                yield from notices
+                if not turns:
+                    return
+                if watcher.dropped > dropped:
+                    yield Notice(turns[0].start, f"{watcher.dropped - dropped} turns dropped: answers take too long")
+                    dropped = watcher.dropped
+                for event in self.dialogue.take(turns):
+                    yield event
+                    if self._stopping:
+                        return
+        finally:
+            watcher.stop()
+
+    def ask_to_stop(self) -> None:
+        """Let the events end soon; from any thread or a signal handler."""
+        self._stopping = True
+        if self._watcher is not None:
+            self._watcher.ask_to_stop()
+
+    def close(self) -> None:
+        """Give the place in the session back."""
+        if self._watcher is not None:
+            self._watcher.stop()
+        self._stream.close()
+
+    def __enter__(self) -> Conversation:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def converse(
+    session: Session,
+    source: FrameSource,
+    questions: Sequence[str | Question] = (),
+    options: DialogueOptions | None = None,
+) -> Iterator[Event]:
+    """Talk about what a source shows, until it ends.
+
+    Args:
+        session: of a bundle with a decoder that sees.
+        source: of `open_source`, at the rate that the model is to be shown.
+        questions: what to ask, from the beginning or from a second of the stream on.
+        options: see `DialogueOptions`.
+
+    Yields:
+        What happens; see `runtime/events.py`.
+
+    Raises:
+        FramestepError: a question, an option or the bundle is unusable, or the source was lost.
+    """
+    with Conversation(session, source, options) as conversation:
+        for question in questions:
+            conversation.ask(question)
+        if not conversation.decides:
+            yield Notice(0.0, "this model does not decide when to speak: it answers questions as they are asked")
+        yield from conversation

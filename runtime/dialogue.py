@@ -1,0 +1,351 @@
+"""A dialogue about a video, turn by turn: the model says itself when it is silent, waits or answers.
+
+A turn is some seconds of video. As in Streamo, the user's part is `<Xs-Ys>` and the turn's frames, with new questions
+before it; the model's part is one of three states, and an answer behind the last of them. Where a model has no such
+states it answers questions about the newest frames when they are asked; see `answering.py`.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .bundle import Manifest
+from .chat_format import STATES, TextStream, Words, check_question
+from .decoding import CapacityError, Decoder, GraphRunner, Piece, Turn
+from .errors import FramestepError
+from .events import Answer, AnswerText, Asked, Decision, Event, Notice
+from .pruning import Pruner
+from .sampling import Sampler, softmax
+from .session import NonFiniteOutputError
+
+Array = npt.NDArray[Any]
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True)
+class DialogueOptions:
+    """How to hold a dialogue.
+
+    Attributes:
+        turn: seconds of video in a turn.
+        rate: frames a second that the model is shown; None for the bundle's rate, or one where it has none.
+        system: the system prompt; None for the chat format's own.
+        eviction: what happens when the cache is full, "slots" or "cut"; see `Decoder`.
+        prune: leave out visual tokens that are as similar to the same place before, 0 to 1; None for none.
+        response_from, standby_from: probability from which the model answers or stands by, of the three states; None
+            for whatever is likeliest.
+        max_tokens: of an answer.
+        temperature, top_p, seed: see `Sampler`.
+        frames: newest frames that a question is about, where a model answers when asked; None for as many as it was
+            trained with, or eight, and as fit.
+        words_per_second: words of an answer for each second of a file, where an answer follows the video while it is
+            being spoken; live sources go on by themselves.
+    """
+
+    turn: float = 1.0
+    rate: float | None = None
+    system: str | None = None
+    eviction: str = "slots"
+    prune: float | None = None
+    response_from: float | None = None
+    standby_from: float | None = None
+    max_tokens: int = 512
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    frames: int | None = None
+    words_per_second: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, value in (("turn", self.turn), ("rate", self.rate), ("words_per_second", self.words_per_second)):
+            if value is not None and not 0 < value < float("inf"):
+                raise FramestepError(f"{name}: expected a number above 0, found {value}")
+        for name in ("response_from", "standby_from"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise FramestepError(f"{name}: expected a probability from 0 to 1, found {value}")
+        for name in ("max_tokens", "frames"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise FramestepError(f"{name}: expected at least 1, found {value}")
+
+    def frames_a_second(self, manifest: Manifest) -> float:
+        """What `rate` stands for."""
+        return self.rate or manifest.rate or 1.0
+
+    def frames_a_turn(self, manifest: Manifest) -> int:
+        return max(1, round(self.turn * self.frames_a_second(manifest)))
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """A turn as the model sees it.
+
+    Attributes:
+        number: of the turn.
+        start, stop: seconds of the stream.
+        visual: of each frame, float32 [tokens, D].
+        captured: when the last frame was read from its source, on the dialogue's clock.
+        live: whether its source goes on meanwhile.
+    """
+
+    number: int
+    start: float
+    stop: float
+    visual: Sequence[Array]
+    captured: float
+    live: bool = False
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question, and the second of the stream from which it stands."""
+
+    text: str
+    time: float = 0.0
+
+
+class Dialogue:
+    """Turns in, events out. `ask` may be called from other threads.
+
+    Args:
+        stream: of a session that has loaded the bundle's decoder.
+        manifest: of the bundle, in the session's precision.
+        words: its tokenizer and chat format; it has the three states.
+        clock: seconds.
+
+    Raises:
+        CapacityError: the cache does not hold the system prompt and a turn.
+    """
+
+    def __init__(
+        self,
+        stream: GraphRunner,
+        manifest: Manifest,
+        words: Words,
+        options: DialogueOptions,
+        clock: Clock = time.perf_counter,
+    ) -> None:
+        self._words = words
+        self._options = options
+        self._clock = clock
+        self.decoder = Decoder(stream, manifest, options.eviction)
+        self._sampler = Sampler(options.temperature, options.top_p, options.seed)
+        self._pruner = None if options.prune is None else Pruner(options.prune)
+        self._lock = threading.Lock()
+        self._waiting: list[Question] = []  # asked, and in no turn yet
+        self._standing: list[str] = []
+        self._numbers: deque[tuple[int, Turn]] = deque()  # of turns that are remembered
+        self._opening = words.opening(words.template.system if options.system is None else options.system)
+        self._turn_tokens = self._count_turn(manifest)
+        self._standing_tokens = 0
+        self._begin()
+        self._check_room(0, "")
+
+    def ask(self, question: str | Question) -> None:
+        """Let a question stand from the next turn on that does not end before its time.
+
+        Raises:
+            FramestepError: it is empty.
+            CapacityError: it does not fit beside what stands already.
+        """
+        asked = question if isinstance(question, Question) else Question(question)
+        text = check_question(asked.text)
+        head, _ = self._words.user(f"{text}\n", len(text) + 1)
+        with self._lock:
+            self._check_room(len(head) + len(self._words.user_end()), f"the question '{_short(text)}' ")
+            self._standing_tokens += len(head) + len(self._words.user_end())
+            self._waiting.append(Question(text, asked.time))
+
+    def take(self, turns: Sequence[Seen]) -> Iterator[Event]:
+        """Take turns in, all in one go, decide at the last of them, and answer if that is what was decided."""
+        try:
+            yield from self._take(turns)
+        except NonFiniteOutputError as error:
+            yield Notice(turns[-1].stop, f"{error}; the dialogue begins again with its questions")
+            with self._lock:
+                self._waiting = [*map(Question, self._standing), *self._waiting]
+                self._standing = []
+            self._begin()
+
+    def _begin(self) -> None:
+        """The system prompt; it is taken in with the first turn."""
+        self.decoder.reset()
+        self._numbers.clear()
+        if self._pruner is not None:
+            self._pruner.reset()
+        self._pending = [self.decoder.text(Turn(pinned=True), self._opening)] if self._opening else []
+
+    def _take(self, turns: Sequence[Seen]) -> Iterator[Event]:
+        begun, pruned = self._clock(), []
+        pieces, self._pending = self._pending, []
+        for seen in turns:
+            asked = self._due(seen)
+            for question in asked:
+                yield Asked(seen.stop, question)
+            turn = Turn()
+            left_out = 0 if self._pruner is None else self._pruner.left_out
+            pieces += self._user(turn, seen, asked)
+            pruned.append(0 if self._pruner is None else self._pruner.left_out - left_out)
+            if seen is not turns[-1]:
+                pieces += self._said(turn, "silence")
+        before = self.decoder.taken
+        logits = self.decoder.take(pieces)
+        tokens, decided = self.decoder.taken - before, self._clock()
+        for seen, count in zip(turns[:-1], pruned, strict=False):
+            yield Decision(seen.stop, seen.number, "silence", None, decided - begun, _lag(seen, decided), 0, count)
+        state, probabilities = "silence", None
+        if self._standing:
+            probabilities = self._probabilities(logits)
+            state = choose_state(probabilities, self._options.response_from, self._options.standby_from)
+        seen = turns[-1]
+        lag = _lag(seen, decided)
+        yield Decision(seen.stop, seen.number, state, probabilities, decided - begun, lag, tokens, pruned[-1])
+        if state == "response":
+            start = [self.decoder.text(turn, [self._words.state(state)])]
+            yield from speak(self.decoder, self._words, self._sampler, self._options, seen, start, self._clock)
+            self._pending = [self.decoder.text(turn, self._words.close())]
+        else:
+            self._pending = self._said(turn, state)
+
+    def _due(self, seen: Seen) -> list[str]:
+        with self._lock:
+            due = [question.text for question in self._waiting if question.time < seen.stop]
+            self._waiting = [question for question in self._waiting if question.time >= seen.stop]
+        self._standing += due
+        return due
+
+    def _user(self, turn: Turn, seen: Seen, questions: Sequence[str]) -> list[Piece]:
+        """The user's part of a turn. When the turn is forgotten, what was asked stays as a message of its own."""
+        decoder, tokens = self.decoder, self._words.language.tokens
+        head = "".join(f"{question}\n" for question in questions)
+        asked, rest = self._words.user(f"{head}<{seen.start:g}s-{seen.stop:g}s>\n", len(head))
+        if not questions:
+            asked, rest = [], asked + rest
+        pieces = [decoder.text(turn, asked, kept=True)] if asked else []
+        for visual in seen.visual:
+            rest += [tokens["vision_start"]] if "vision_start" in tokens else []
+            pieces += [decoder.text(turn, rest)] if rest else []
+            pieces.append(decoder.picture(turn, visual, self._shown(turn, seen, visual)))
+            rest = [tokens["vision_end"]] if "vision_end" in tokens else []
+        end = self._words.user_end()
+        if questions and end:
+            pieces += [decoder.text(turn, rest)] if rest else []
+            pieces.append(decoder.text(turn, end, kept=True))
+            rest = []
+        else:
+            rest = rest + end
+        pieces.append(decoder.text(turn, rest + self._words.assistant()))
+        return pieces
+
+    def _said(self, turn: Turn, state: str) -> list[Piece]:
+        return [self.decoder.text(turn, [self._words.state(state), *self._words.close()])]
+
+    def _shown(self, turn: Turn, seen: Seen, visual: Array) -> Array | None:
+        if self._pruner is None:
+            return None
+        while self._numbers and (self._numbers[0][1].remnant or not self._numbers[0][1].slots):
+            self._numbers.popleft()
+        # the oldest may have to go for this very turn, so what it showed is shown again
+        oldest = self._numbers[1][0] if len(self._numbers) > 1 else seen.number
+        if not self._numbers or self._numbers[-1][1] is not turn:
+            self._numbers.append((seen.number, turn))
+        return self._pruner(visual, seen.number, oldest)
+
+    def _probabilities(self, logits: Array) -> dict[str, float]:
+        found = softmax(logits[[self._words.state(state) for state in STATES]].astype(np.float64))
+        return dict(zip(STATES, map(float, found), strict=True))
+
+    def _count_turn(self, manifest: Manifest) -> int:
+        """Tokens of a turn at the longest, without an answer."""
+        visual = visual_tokens(manifest)
+        first, rest = self._words.user("<1000000.25s-1000001.25s>\n")
+        text = len(first) + len(rest) + len(self._words.user_end()) + len(self._words.assistant())
+        return self._options.frames_a_turn(manifest) * (visual + 2) + text + 1 + len(self._words.close())
+
+    def _check_room(self, more: int, what: str) -> None:
+        stays = len(self._opening) + self._standing_tokens
+        if stays + more + self._turn_tokens > self.decoder.capacity:
+            raise CapacityError(
+                f"{what or 'a dialogue '}does not fit: the cache holds {self.decoder.capacity} tokens;"
+                f" the system prompt and standing questions take {stays}, a turn {self._turn_tokens}"
+                + (f", this {more}" if more else "")
+                + "; export the bundle with a larger --capacity"
+            )
+
+
+def choose_state(
+    probabilities: dict[str, float], response_from: float | None = None, standby_from: float | None = None
+) -> str:
+    """The state that is taken: the likeliest, or by thresholds.
+
+    With a threshold a state is taken from that probability on and never below it; what is left is decided among the
+    others.
+    """
+    left = dict(probabilities)
+    for state, threshold in (("response", response_from), ("standby", standby_from)):
+        if threshold is None:
+            continue
+        if left.pop(state) >= threshold:
+            return state
+    return max(left, key=lambda state: left[state])
+
+
+def speak(
+    decoder: Decoder,
+    words: Words,
+    sampler: Sampler,
+    options: DialogueOptions,
+    seen: Seen,
+    start: Sequence[Piece],
+    clock: Clock,
+) -> Iterator[Event]:
+    """Take `start` in, then generate tokens until one ends the answer."""
+    begun, turn, stream = clock(), start[-1].turn, TextStream(words)
+    pieces, text, count, first_token, reason = start, "", 0, None, "stop"
+    while True:
+        try:
+            token = sampler(decoder.take(pieces))
+        except CapacityError:
+            reason = "capacity"
+            break
+        if token in words.stop:
+            break
+        if count == options.max_tokens:
+            reason = "length"
+            break
+        count += 1
+        if first_token is None:
+            first_token = clock() - seen.captured
+        if part := stream.push(token):
+            text += part
+            yield AnswerText(seen.stop, seen.number, part)
+        pieces = [decoder.text(turn, [token])]
+    if part := stream.flush():
+        text += part
+        yield AnswerText(seen.stop, seen.number, part)
+    yield Answer(seen.stop, seen.number, text.strip(), reason, count, first_token, clock() - begun)
+
+
+def visual_tokens(manifest: Manifest) -> int:
+    """Tokens of a frame."""
+    assert manifest.language is not None
+    ports = {port.name: port for graph in manifest.graphs.values() for port in graph.outputs}
+    visual = manifest.language.visual
+    return 0 if visual is None else int(ports[visual].shape[1])
+
+
+def _lag(seen: Seen, now: float) -> float | None:
+    return now - seen.captured if seen.live else None
+
+
+def _short(text: str, length: int = 40) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"

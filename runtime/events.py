@@ -1,0 +1,81 @@
+"""What happens in a dialogue about a video."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened.
+
+    Attributes:
+        time: seconds of the stream, the end of the turn that it belongs to.
+    """
+
+    time: float
+
+
+@dataclass(frozen=True)
+class Asked(Event):
+    """A question stands from this turn on."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Decision(Event):
+    """What the model makes of a turn.
+
+    Attributes:
+        turn: its number; turns have the length that the dialogue was given, the first is 0.
+        state: "silence", "standby" or "response".
+        probabilities: of the three states; None where nothing was decided: no question stood, or the turn had passed
+            while an answer was given, and was caught up with later ones.
+        seconds: that it took, with what was caught up.
+        lag: seconds from the capture of the turn's last frame to the decision; None for files, which wait.
+        tokens: taken in for it, with those left from the turn before; those that caught up count at the last.
+        pruned: visual tokens left out.
+    """
+
+    turn: int
+    state: str
+    probabilities: dict[str, float] | None
+    seconds: float
+    lag: float | None
+    tokens: int
+    pruned: int
+
+
+@dataclass(frozen=True)
+class AnswerText(Event):
+    """Some more text of an answer."""
+
+    turn: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Answer(Event):
+    """An answer is complete.
+
+    Attributes:
+        reason: "stop", "length" (the longest that was asked for) or "capacity" (the cache holds no more).
+        tokens: how many it has.
+        first_token: seconds from the capture of the last frame to the first token of text; None where it has none.
+        seconds: from the decision to the end.
+    """
+
+    turn: int
+    text: str
+    reason: str
+    tokens: int
+    first_token: float | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Notice(Event):
+    """Something went wrong and was survived."""
+
+    text: str
