@@ -177,6 +177,119 @@ def run(
 
 
 @app.command()
+def chat(
+    bundle: BundleArgument,
+    source: Annotated[
+        str,
+        typer.Option(
+            "--source",
+            "-s",
+            help="0, /dev/video0, rtsp://..., http://..., clip.mp4, a folder of images, gst:PIPELINE or synthetic.",
+            show_default=False,
+        ),
+    ],
+    ask: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A question that stands from the beginning; repeat it for several. More may come as lines of"
+            " standard input."
+        ),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="What happens, one JSON object each (.jsonl).")] = None,
+    turn: Annotated[float, typer.Option(help="Seconds of video in a turn.")] = 1.0,
+    rate: Annotated[
+        float | None, typer.Option(help="Frames a second that the model is shown. Default: the bundle's rate, or 1.")
+    ] = None,
+    system: Annotated[
+        str | None, typer.Option(help="System prompt. Default: that of the bundle's chat format.")
+    ] = None,
+    eviction: Annotated[
+        str,
+        typer.Option(
+            help="What a full cache does: slots forgets the oldest turn and moves nothing; cut drops the front"
+            " and takes the rest in again."
+        ),
+    ] = "slots",
+    prune: Annotated[
+        float | None,
+        typer.Option(
+            help="Leave out visual tokens that are as similar to the same place before, such as 0.9.", metavar="COSINE"
+        ),
+    ] = None,
+    response_from: Annotated[
+        float | None, typer.Option(help="Probability from which the model answers. Default: where it is likeliest.")
+    ] = None,
+    standby_from: Annotated[
+        float | None, typer.Option(help="Probability from which the model stands by. Default: where it is likeliest.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.")] = 512,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; above, answers are drawn.")] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(help="Draw among the fewest tokens that have this probability together.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
+    frames: Annotated[
+        int | None,
+        typer.Option(
+            help="Newest frames that a question is about, for models that do not decide when to speak."
+            " Default: as many as it was trained with, or 8."
+        ),
+    ] = None,
+    max_turns: Annotated[int | None, typer.Option(min=1, help="Stop after this many turns.")] = None,
+    engine: Annotated[str, typer.Option(help="Engine; auto takes the fastest that runs here.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the engine; default: all cores.")] = None,
+    precision: Annotated[str, typer.Option(help="One of the bundle's precisions.")] = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Talk with a model about what a camera or a video shows; it says itself when it has something to say.
+
+    The transcript goes to standard output. Ctrl-C ends it in order and exits 0.
+    """
+    from ..runtime.dialogue import DialogueOptions
+    from .chat import ChatOptions, standard_input
+    from .chat import chat as talk
+
+    options = ChatOptions(
+        bundle=bundle,
+        source=source,
+        questions=tuple(ask or ()),
+        output=output,
+        max_turns=max_turns,
+        dialogue=DialogueOptions(
+            turn,
+            rate,
+            system,
+            eviction,
+            prune,
+            response_from,
+            standby_from,
+            max_tokens,
+            temperature,
+            top_p,
+            seed,
+            frames,
+        ),
+        engine=engine,
+        device=device,
+        threads=threads,
+        precision=precision,
+    )
+
+    def write(text: str) -> None:
+        if not as_json:
+            print(text, end="", flush=True)
+
+    def report(line: str) -> None:
+        print(f"warning: {line}", file=sys.stderr, flush=True)
+
+    summary = talk(options, write, report, standard_input())
+    print(json.dumps(summary.as_dict(), ensure_ascii=False) if as_json else summary.as_text())
+    if summary.errors:
+        raise typer.Exit(2)
+
+
+@app.command()
 def export(
     checkpoint: Annotated[
         str | None,
@@ -429,7 +542,9 @@ def doctor(as_json: JsonOption = False) -> None:
 def bench(
     bundle: BundleArgument,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the report.")] = Path("report"),
-    frames: Annotated[str, typer.Option(help="Stream positions to measure at.")] = "1,4,16,64,256,1024,4096",
+    frames: Annotated[
+        str, typer.Option(help="Stream positions to measure at; of a decoder, turns.")
+    ] = "1,4,16,64,256,1024,4096",
     streams: Annotated[str, typer.Option(help="Numbers of streams in one step.")] = "1,2,4,8",
     compare: Annotated[
         list[str] | None, typer.Option(help="Baselines to measure beside it: all, or names; repeat or use commas.")
@@ -450,6 +565,7 @@ def bench(
     as_json: JsonOption = False,
 ) -> None:
     """Measure latency across stream positions, against what one would otherwise run."""
+    from ..runtime.bundle import Bundle
     from ..runtime.schema import to_json
     from .bench import BenchOptions
     from .bench import bench as run_bench
@@ -472,6 +588,22 @@ def bench(
         threads=threads,
         checkpoint=checkpoint,
     )
+    opened = Bundle.open(bundle)
+    if opened.manifest.language is not None:
+        from .bench.dialogue import bench_dialogue
+
+        measured = bench_dialogue(
+            opened,
+            output,
+            options.frames,
+            samples,
+            engine,
+            device,
+            threads,
+            lambda line: print(line, file=sys.stderr, flush=True),
+        )
+        _print_facts(to_json(measured), as_json, measured.as_text())
+        return
     report = run_bench(options, bench_status_for(quiet=as_json))
     _print_facts(to_json(report), as_json, f"{output / 'report.md'}")
 

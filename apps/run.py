@@ -6,14 +6,11 @@ order. A file that can no longer be written is given up with a report; the other
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -28,6 +25,7 @@ from .latency import Latencies, Percentiles
 from .run_options import Plan, RunOptions, plan_run
 from .sinks import EventLines, Sink, Taken, open_sinks
 from .status import LaneStatus, Status
+from .stopping import Stopping, stop_on_signals
 
 WARM_UP_STEPS = 3
 TOP_LABELS = 3
@@ -116,6 +114,7 @@ def run(options: RunOptions, status: Status) -> Summary:
                 plan.fetched,
                 options.threads,
                 options.precision,
+                (),
             )
         )
         streams = [stack.enter_context(session.open_stream()) for _ in options.sources]
@@ -124,7 +123,7 @@ def run(options: RunOptions, status: Status) -> Summary:
         for number, (name, stream) in enumerate(zip(options.sources, streams, strict=True)):
             source = stack.enter_context(_open_source(name, options, plan.rate, status))
             lanes.append(_Lane(number, source, stream, session.preprocess, plan))
-        stopping = stack.enter_context(_stop_on_signals())
+        stopping = stack.enter_context(stop_on_signals())
         sinks = open_sinks(plan, [lane.source for lane in lanes], session.preprocess, stopping.ask)
         return _Run(options, session, lanes, sinks, status, stopping).to_end()
 
@@ -139,41 +138,6 @@ def _open_source(name: str, options: RunOptions, rate: float | None, status: Sta
         fourcc=options.fourcc,
         on_report=status.report,
     )
-
-
-@dataclass
-class _Stopping:
-    """Set by a signal."""
-
-    asked: bool = False
-
-    def ask(self) -> None:
-        self.asked = True
-
-
-@contextmanager
-def _stop_on_signals() -> Iterator[_Stopping]:
-    """SIGINT and SIGTERM ask the run to stop; a second one has its usual effect."""
-    stopping = _Stopping()
-    if threading.current_thread() is not threading.main_thread():
-        yield stopping
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        stopping.ask()
-        restore()
-
-    for number in before:
-        signal.signal(number, stop)
-    try:
-        yield stopping
-    finally:
-        restore()
 
 
 class _Lane:
@@ -219,7 +183,7 @@ class _Run:
         lanes: Sequence[_Lane],
         sinks: dict[str, Sink],
         status: Status,
-        stopping: _Stopping,
+        stopping: Stopping,
     ) -> None:
         self._options = options
         self._session = session

@@ -187,13 +187,14 @@ class Dialogue:
     def _take(self, turns: Sequence[Seen]) -> Iterator[Event]:
         begun, pruned = self._clock(), []
         pieces, self._pending = self._pending, []
+        needed = sum(len(piece.embeddings) for piece in pieces) + self._turn_tokens * len(turns)
         for seen in turns:
             asked = self._due(seen)
             for question in asked:
                 yield Asked(seen.stop, question)
             turn = Turn()
             left_out = 0 if self._pruner is None else self._pruner.left_out
-            pieces += self._user(turn, seen, asked)
+            pieces += self._user(turn, seen, asked, needed)
             pruned.append(0 if self._pruner is None else self._pruner.left_out - left_out)
             if seen is not turns[-1]:
                 pieces += self._said(turn, "silence")
@@ -223,7 +224,7 @@ class Dialogue:
         self._standing += due
         return due
 
-    def _user(self, turn: Turn, seen: Seen, questions: Sequence[str]) -> list[Piece]:
+    def _user(self, turn: Turn, seen: Seen, questions: Sequence[str], needed: int) -> list[Piece]:
         """The user's part of a turn. When the turn is forgotten, what was asked stays as a message of its own."""
         decoder, tokens = self.decoder, self._words.language.tokens
         head = "".join(f"{question}\n" for question in questions)
@@ -234,7 +235,7 @@ class Dialogue:
         for visual in seen.visual:
             rest += [tokens["vision_start"]] if "vision_start" in tokens else []
             pieces += [decoder.text(turn, rest)] if rest else []
-            pieces.append(decoder.picture(turn, visual, self._shown(turn, seen, visual)))
+            pieces.append(decoder.picture(turn, visual, self._shown(turn, seen, visual, needed)))
             rest = [tokens["vision_end"]] if "vision_end" in tokens else []
         end = self._words.user_end()
         if questions and end:
@@ -249,13 +250,18 @@ class Dialogue:
     def _said(self, turn: Turn, state: str) -> list[Piece]:
         return [self.decoder.text(turn, [self._words.state(state), *self._words.close()])]
 
-    def _shown(self, turn: Turn, seen: Seen, visual: Array) -> Array | None:
+    def _shown(self, turn: Turn, seen: Seen, visual: Array, needed: int) -> Array | None:
+        """Which tokens of a frame to take in, when `needed` tokens in all are to be."""
         if self._pruner is None:
             return None
-        while self._numbers and (self._numbers[0][1].remnant or not self._numbers[0][1].slots):
+        while self._numbers and self._numbers[0][1].remnant:
             self._numbers.popleft()
-        # the oldest may have to go for this very turn, so what it showed is shown again
-        oldest = self._numbers[1][0] if len(self._numbers) > 1 else seen.number
+        room, oldest = self.decoder.capacity - self.decoder.used - needed, seen.number
+        for number, remembered in self._numbers:
+            if room >= 0:
+                oldest = number
+                break
+            room += remembered.kept.count(False)  # it will have to go, so what it showed is shown again
         if not self._numbers or self._numbers[-1][1] is not turn:
             self._numbers.append((seen.number, turn))
         return self._pruner(visual, seen.number, oldest)

@@ -1,0 +1,52 @@
+"""SIGINT and SIGTERM as a wish that what goes on comes to an orderly end."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+
+@dataclass
+class Stopping:
+    """Set by a signal, or by whoever calls `ask`.
+
+    Attributes:
+        then: called when it is asked; takes no lock.
+    """
+
+    then: Callable[[], None] | None = None
+    asked: bool = False
+
+    def ask(self) -> None:
+        self.asked = True
+        if self.then is not None:
+            self.then()
+
+
+@contextmanager
+def stop_on_signals(then: Callable[[], None] | None = None) -> Iterator[Stopping]:
+    """SIGINT and SIGTERM ask the run to stop; a second one has its usual effect."""
+    stopping = Stopping(then)
+    if threading.current_thread() is not threading.main_thread():
+        yield stopping
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        stopping.ask()
+        restore()
+
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield stopping
+    finally:
+        restore()

@@ -1,0 +1,121 @@
+"""What a turn of a dialogue costs from the first to the ten thousandth, and what pruning changes.
+
+A small random Qwen2.5-VL is exported here unless a bundle is given: the milliseconds are those of a small model; that
+they do not grow is what this shows. Run as `python benchmarks/decoder_turns.py -o FOLDER`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from framestep.apps.bench.dialogue import QUESTION, SYSTEM, bench_dialogue
+from framestep.runtime.bundle import Bundle
+from framestep.runtime.chat_format import Words
+from framestep.runtime.dialogue import Dialogue, DialogueOptions, Seen
+from framestep.runtime.events import Decision
+from framestep.runtime.session import Session
+
+FRAME = (56, 112)  # pixels of the small model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--bundle", type=Path, help="a bundle that decides when to speak; default: a small random one")
+    parser.add_argument("--turns", default="1,50,200,1000,2000,5000,10000")
+    parser.add_argument("--samples", type=int, default=50)
+    parser.add_argument("--capacity", type=int, default=1024, help="of the small model's cache, in tokens")
+    parser.add_argument("--prune", type=float, nargs="*", default=[0.99, 0.9, 0.7], help="similarities to compare")
+    parser.add_argument("--prune-turns", type=int, default=300)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    arguments = parser.parse_args()
+    turns = [int(part) for part in arguments.turns.split(",")]
+    with tempfile.TemporaryDirectory() as scratch:
+        path = arguments.bundle or small_bundle(Path(scratch), arguments.capacity)
+        bundle = Bundle.open(path)
+        progress = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
+        report = bench_dialogue(bundle, arguments.output, turns, arguments.samples, progress=progress)
+        lines = [report.as_text()]
+        if arguments.prune:
+            lines.append(prune_report(bundle, arguments.prune, arguments.prune_turns))
+    (arguments.output / "report.md").write_text("\n".join(lines), "utf-8")
+    print("\n".join(lines))
+
+
+def small_bundle(folder: Path, capacity: int) -> Path:
+    """A random Qwen2.5-VL of two layers, with a tokenizer of bytes and the three states."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    from framestep.export.decoder_checkpoint import SPECIAL_TOKENS, read_decoder_checkpoint
+    from framestep.export.decoder_export import DecoderOptions, export_decoder
+
+    torch.manual_seed(0)
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]}
+    text = {"vocab_size": 320, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 32768,
+            "rope_parameters": rope, "eos_token_id": 2, "bos_token_id": 1}  # fmt: skip
+    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "window_size": 56,
+              "out_hidden_size": 128, "fullatt_block_indexes": [1]}  # fmt: skip
+    model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim > 1:  # so large that frames make a difference to what is decided
+                weight.copy_(0.1 * torch.randn(weight.shape))
+    model.save_pretrained(folder / "checkpoint")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: index for index, letter in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS.values()))
+    tokenizer.save(str(folder / "checkpoint" / "tokenizer.json"))
+    options = DecoderOptions(capacity=capacity, positions=8192, frame_size=FRAME)
+    return export_decoder(read_decoder_checkpoint(str(folder / "checkpoint")), folder / "small.bundle", options).path
+
+
+def prune_report(bundle: Bundle, similarities: list[float], turns: int) -> str:
+    """Tokens saved and decisions changed on moving shapes, against the same dialogue with every token."""
+    lines = ["| pruned from | visual tokens left out | decisions changed |", "| ---: | ---: | ---: |"]
+    with Session(bundle) as session, session.open_stream() as stream:
+        frames = _shapes(session, turns)
+        manifest = session.bundle.manifest
+        assert manifest.language is not None
+        assert manifest.language.visual is not None
+        visual = [stream.step(frame)[manifest.language.visual] for frame in frames]
+        words = Words(manifest.language, bundle.path)
+        whole = _decisions(stream, manifest, words, visual, None)
+        for similarity in similarities:
+            pruned = _decisions(stream, manifest, words, visual, similarity)
+            left_out = sum(decision.pruned for decision in pruned)
+            changed = sum(a.state != b.state for a, b in zip(whole, pruned, strict=True))
+            total = sum(map(len, visual))
+            lines.append(f"| {similarity:g} | {left_out} of {total} ({left_out / total:.0%}) | {changed} of {turns} |")
+    return "\n".join([f"Pruning over {turns} turns of moving shapes, one frame each:", "", *lines, ""])
+
+
+def _decisions(stream: Any, manifest: Any, words: Words, visual: list[Any], prune: float | None) -> list[Decision]:
+    dialogue = Dialogue(stream, manifest, words, DialogueOptions(system=SYSTEM, prune=prune, max_tokens=1))
+    dialogue.ask(QUESTION)
+    found = []
+    for number, seen in enumerate(visual):
+        events = dialogue.take([Seen(number, float(number), number + 1.0, (seen,), 0.0)])
+        found += [event for event in events if isinstance(event, Decision)]
+    return found
+
+
+def _shapes(session: Session, count: int) -> list[np.ndarray]:
+    from framestep.runtime.sources import open_source
+
+    height, width = session.frame.height, session.frame.width
+    with open_source(f"synthetic:frames={count},fps=1,width={width},height={height}") as source:
+        return [frame.rgb for frame in source]
+
+
+if __name__ == "__main__":
+    main()

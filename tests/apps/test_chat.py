@@ -1,0 +1,163 @@
+"""`framestep chat`: transcript, events, summary, questions on standard input, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+
+import decoder_models
+import dialogue_models
+import pytest
+from typer.testing import CliRunner
+
+import framestep.apps.chat as chat_module
+from framestep.apps.chat import ChatOptions, Transcript, chat
+from framestep.apps.cli import app
+from framestep.runtime.dialogue import DialogueOptions
+from framestep.runtime.errors import FramestepError
+from framestep.runtime.events import Answer, AnswerText, Asked, Decision, Notice
+
+SOURCE = "synthetic:frames=12,fps=2,width=56,height=28"
+SYSTEM = ("--system", "You watch.")
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    model = decoder_models.qwen2_5_vl()
+    return dialogue_models.export(model, tmp_path_factory.mktemp("chat"), capacity=256).path
+
+
+def run(*arguments: str, lines: str = ""):
+    return CliRunner().invoke(app, ["chat", *map(str, arguments)], input=lines)
+
+
+def test_a_video_is_talked_about_to_its_end(bundle, tmp_path):
+    output = tmp_path / "events.jsonl"
+    result = run(bundle, "-s", SOURCE, "--ask", "What?", *SYSTEM, "--max-tokens", 3, "--output", output, "--json")
+    assert result.exit_code == 0, result.output
+    summary = json.loads(result.stdout)
+    assert (summary["turns"], summary["stopped"]) == (6, "the source ended")
+    assert sum(summary["states"].values()) == 6
+    events = [json.loads(line) for line in output.read_text("utf-8").splitlines()]
+    assert events[0] == {"event": "Asked", "time": 1.0, "text": "What?"}
+    decisions = [event for event in events if event["event"] == "Decision"]
+    assert [event["turn"] for event in decisions] == list(range(6))
+    assert all(set(event["probabilities"]) == {"silence", "standby", "response"} for event in decisions)
+    answers = [event for event in events if event["event"] == "Answer"]
+    assert summary["answers"] == len(answers) == summary["states"].get("response", 0)
+    assert summary["taken"] > 0
+    assert summary["lag_ms"]["max"] == 0
+
+
+def test_two_frames_a_second_are_two_pictures_a_turn(bundle):
+    one, two = (
+        json.loads(run(bundle, "-s", SOURCE, *SYSTEM, "--rate", rate, "--json").stdout)["taken"] for rate in (1, 2)
+    )
+    # two tokens and two marks more in each of six turns; the model says nothing where nobody asks
+    assert two - one == 6 * 4
+
+
+@pytest.mark.parametrize("eviction", ["slots", "cut"])
+def test_a_long_video_is_forgotten_as_asked(bundle, eviction):
+    source = "synthetic:frames=40,fps=1,width=56,height=28"
+    result = run(bundle, "-s", source, *SYSTEM, "--eviction", eviction, "--json")
+    summary = json.loads(result.stdout)
+    assert summary["forgotten"] > 20
+    assert (summary["taken"] > 3000) == (eviction == "cut")
+
+
+def test_it_stops_after_max_turns(bundle):
+    summary = json.loads(run(bundle, "-s", SOURCE, *SYSTEM, "--max-turns", 2, "--json").stdout)
+    assert (summary["turns"], summary["stopped"]) == (2, "reached --max-turns")
+
+
+def test_pruned_tokens_are_counted(bundle):
+    still = "synthetic:frames=6,fps=1,width=56,height=28"
+    summary = json.loads(run(bundle, "-s", still, *SYSTEM, "--prune", 0.01, "--json").stdout)
+    assert 0 < summary["pruned"] < 12
+
+
+def test_lines_of_standard_input_are_questions_while_it_goes_on(bundle):
+    asked = []
+
+    def lines():
+        yield "What?"
+        yield ""
+        yield "far too long " * 100
+        yield "And now?"
+
+    class Waiting(chat_module._Talk):
+        def to_end(self, stopping):
+            self.listened.join()
+            return super().to_end(stopping)
+
+    reports = []
+    options = ChatOptions(bundle=bundle, source=SOURCE, dialogue=DialogueOptions(system="You watch.", max_tokens=2))
+    written = []
+    real = chat_module.threading.Thread
+
+    def thread(target, args, daemon):
+        made = real(target=target, args=args, daemon=daemon)
+        asked.append(made)
+        return made
+
+    chat_module.threading.Thread, kept = thread, real
+    try:
+        Waiting.listened = property(lambda self: asked[0])
+        talk, chat_module._Talk = chat_module._Talk, Waiting
+        chat(options, written.append, reports.append, lines())
+    finally:
+        chat_module.threading.Thread, chat_module._Talk = kept, talk
+    text = "".join(written)
+    assert "? What?" in text
+    assert "? And now?" in text
+    assert len(reports) == 1
+    assert "does not fit: the cache holds 256 tokens" in reports[0]
+
+
+def test_the_transcript_tells_changes_of_state_and_answers_as_they_grow():
+    written = []
+    transcript = Transcript(written.append)
+    shares = {"silence": 0.8, "standby": 0.1, "response": 0.1}
+    decision = {"probabilities": shares, "seconds": 0.1, "tokens": 9, "pruned": 0}
+    transcript.show(Asked(1.0, "What?"))
+    transcript.show(Decision(1.0, turn=0, state="silence", lag=None, **decision))
+    transcript.show(Decision(2.0, turn=1, state="silence", lag=None, **decision))
+    transcript.show(Decision(3.0, turn=2, state="standby", lag=None, **decision))
+    transcript.show(Decision(4.0, turn=3, state="response", lag=0.25, **decision))
+    transcript.show(AnswerText(4.0, 3, "A red "))
+    transcript.show(AnswerText(4.0, 3, "ball"))
+    transcript.show(Answer(4.0, 3, "A red ball", "length", 3, 0.3, 0.5))
+    transcript.show(Notice(5.0, "2 turns dropped"))
+    assert "".join(written).splitlines() == [
+        "     1.0 s  ? What?",
+        "     1.0 s  [silence]",
+        "     3.0 s  [standby]",
+        "     4.0 s  [response] (lag 0.25 s)",
+        "     4.0 s  A red ball",
+        "     4.0 s  ! the answer was cut off: length",
+        "     5.0 s  ! 2 turns dropped",
+    ]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("-s", "nowhere.mp4"), "source nowhere.mp4: no such file"),
+        (("-s", SOURCE, "--ask", "why " * 300), r"the question 'why why .*…' does not fit: the cache holds 256 tokens"),
+        (("-s", SOURCE, "--ask", " "), "a question is empty"),
+        (("-s", SOURCE, "--eviction", "lru"), "eviction: expected slots or cut"),
+        (("-s", SOURCE, "--turn", 0), "turn: expected a number above 0"),
+        (("-s", SOURCE, "--output", "nowhere/events.jsonl"), "--output nowhere/events.jsonl: cannot be written"),
+        (("-s", SOURCE, "--top-p", 3), "top_p: expected more than 0 and at most 1"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(bundle, arguments, message):
+    result = run(bundle, *SYSTEM, *arguments)
+    assert isinstance(result.exception, FramestepError)
+    assert pytest.importorskip("re").search(message, str(result.exception))
+    assert "\n" not in str(result.exception)
+
+
+def test_a_bundle_that_does_not_speak_is_refused(golden_bundle):
+    result = run(golden_bundle, "-s", SOURCE)
+    assert "has no language decoder, so nobody can talk about a video with it" in str(result.exception)

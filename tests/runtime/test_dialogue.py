@@ -1,0 +1,420 @@
+"""Dialogues turn by turn: the prompt, the decisions, answers, what stands and what is forgotten."""
+
+from __future__ import annotations
+
+import decoder_models
+import dialogue_models
+import golden
+import numpy as np
+import pytest
+import torch
+from dialogue_models import END, FRAME, RESPONSE, SILENCE, STANDBY, START, Oracle, Recorded
+
+import framestep
+from framestep.runtime.chat_format import Words
+from framestep.runtime.dialogue import Dialogue, DialogueOptions, Question, Seen, choose_state
+from framestep.runtime.errors import FramestepError
+from framestep.runtime.events import Answer, AnswerText, Asked, Decision
+
+CAPACITY = 480
+STATES = {"silence": SILENCE, "standby": STANDBY, "response": RESPONSE}
+SYSTEM = "You watch."
+
+
+@pytest.fixture(scope="module")
+def model():
+    return decoder_models.qwen2_5_vl()
+
+
+@pytest.fixture(scope="module")
+def bundles(model, tmp_path_factory):
+    made = {}
+
+    def get(capacity: int = CAPACITY):
+        if capacity not in made:
+            made[capacity] = dialogue_models.export(model, tmp_path_factory.mktemp("dialogue"), capacity=capacity)
+        return made[capacity]
+
+    return get
+
+
+@pytest.fixture
+def opened(bundles):
+    """A stream, its bundle's manifest and words, by capacity."""
+    sessions = []
+
+    def get(capacity: int = CAPACITY):
+        bundle = bundles(capacity)
+        sessions.append(framestep.load(bundle.path))
+        return sessions[-1].open_stream(), bundle.manifest, Words(bundle.manifest.language, bundle.path)
+
+    yield get
+    for session in sessions:
+        session.close()
+
+
+class Forced:
+    """A stream whose decoder says what it is told, by the number of the run; what it is not told it decides itself."""
+
+    def __init__(self, stream, tokens=(), every=None):
+        self.stream, self.tokens, self.every, self.told = stream, dict(tokens), every, 0
+
+    def run(self, graph, inputs):
+        found = self.stream.run(graph, inputs)
+        if graph == "decoder":
+            token = self.tokens.get(self.told, self.every)
+            self.told += 1
+            if token is not None:
+                found["logits"][token] = 1e6
+        return found
+
+
+def frames(stream, count: int, seed: int = 0) -> list[np.ndarray]:
+    generator = np.random.default_rng(seed)
+    return [stream.step(generator.integers(0, 256, (*FRAME, 3), np.uint8))["visual"] for _ in range(count)]
+
+
+def seen(visual, per_turn: int = 1, turn: float = 1.0) -> list[Seen]:
+    pairs = [visual[at : at + per_turn] for at in range(0, len(visual), per_turn)]
+    return [Seen(number, number * turn, (number + 1) * turn, tuple(pair), 0.0) for number, pair in enumerate(pairs)]
+
+
+def prompt_of(turns: list[Seen], said: list[list[int]], questions: dict[int, list[str]], table) -> tuple[list, list]:
+    """The whole dialogue as the reference writes it, as embeddings and as positions of the `transformers` model.
+
+    `said` is what the model said in each turn but the last.
+    """
+    embeddings, positions, at = [], [], 0
+
+    def text(ids):
+        nonlocal at
+        embeddings.append(table(torch.tensor(ids)).detach().numpy())
+        positions.extend([[at + offset] * 3 for offset in range(len(ids))])
+        at += len(ids)
+
+    text([START, *_bytes(f"system\n{SYSTEM}"), END, *_bytes("\n")])
+    for turn in turns:
+        asked = "".join(f"{question}\n" for question in questions.get(turn.number, []))
+        text([START, *_bytes(f"user\n{asked}<{turn.number}s-{turn.number + 1}s>\n")])
+        for visual in turn.visual:
+            text([decoder_models.VISION_START])
+            embeddings.append(visual)
+            positions.extend([[at, at, at], [at, at, at + 1]])  # one row of two
+            at += 2
+            text([decoder_models.VISION_END])
+        text([END, *_bytes("\n"), START, *_bytes("assistant\n")])
+        if turn.number < len(said):
+            text([*said[turn.number], END, *_bytes("\n")])
+    return np.concatenate(embeddings), np.array(positions).T
+
+
+def _bytes(text: str) -> list[int]:
+    return dialogue_models.byte_tokenizer().encode(text, add_special_tokens=False).ids
+
+
+def logits_of(model, embeddings, positions) -> np.ndarray:
+    with torch.inference_mode():
+        found = model.model.language_model(
+            inputs_embeds=torch.from_numpy(embeddings)[None], position_ids=torch.from_numpy(positions)[:, None]
+        )
+        return model.lm_head(found.last_hidden_state[0, -1:]).numpy()[0]
+
+
+def table_of(model):
+    return model.get_input_embeddings()
+
+
+def play(dialogue, turns) -> list:
+    return [event for turn in turns for event in dialogue.take([turn])]
+
+
+@pytest.mark.parametrize("per_turn", [1, 2])
+def test_decisions_are_those_of_the_whole_dialogue_rebuilt_every_turn(opened, model, per_turn):
+    stream, manifest, words = opened()
+    recorded = Recorded(stream)
+    options = DialogueOptions(system=SYSTEM, rate=per_turn, max_tokens=3)
+    dialogue = Dialogue(recorded, manifest, words, options)
+    dialogue.ask("What?")
+    dialogue.ask(Question("And now?", 2.0))
+    turns, said = seen(frames(stream, 5 * per_turn), per_turn), []
+    for turn in turns:
+        runs = len(recorded.logits)
+        events = list(dialogue.take([turn]))
+        (decision,) = [event for event in events if isinstance(event, Decision)]
+        embeddings, positions = prompt_of(
+            turns[: turn.number + 1], said, {0: ["What?"], 2: ["And now?"]}, table_of(model)
+        )
+        expected = logits_of(model, embeddings, positions)
+        steps = next(i for i in range(runs, len(recorded.logits)) if np.abs(recorded.logits[i] - expected).max() < 1)
+        golden.assert_close(recorded.logits[steps], expected)
+        chosen = max(STATES, key=lambda state: expected[STATES[state]])
+        assert decision.state == chosen
+        answer = [event for event in events if isinstance(event, Answer)]
+        said.append([STATES[chosen]])
+        if answer:  # token by token, from the dialogue with what was said so far
+            for step in range(answer[0].tokens):
+                more, places = prompt_of(
+                    turns[: turn.number + 1], said[:-1], {0: ["What?"], 2: ["And now?"]}, table_of(model)
+                )
+                spoken = np.concatenate([more, table_of(model)(torch.tensor(said[-1])).detach().numpy()])
+                last = places.max() + 1 + np.arange(len(said[-1]))
+                expected = logits_of(model, spoken, np.concatenate([places, np.tile(last, (3, 1))], axis=1))
+                golden.assert_close(recorded.logits[steps + 1 + step], expected)
+                said[-1].append(int(expected.argmax()))
+    assert dialogue.decoder.forgotten == 0
+
+
+def test_fifty_turns_are_those_of_a_plain_recompute_with_what_was_forgotten_masked(opened, model):
+    stream, manifest, words = opened(256)
+    oracle = Oracle(model)
+    recorded = Recorded(Forced(stream, {9: RESPONSE, 30: RESPONSE, 45: STANDBY}), oracle)
+    dialogue = Dialogue(recorded, manifest, words, DialogueOptions(system=SYSTEM, max_tokens=4))
+    dialogue.ask("What?")
+    dialogue.ask(Question("Else?", 20.0))
+    play(dialogue, seen(frames(stream, 50)))
+    assert dialogue.decoder.forgotten > 30
+    assert dialogue.decoder.rebased >= 2
+    expected = oracle.logits()[recorded.last].float().numpy()
+    found = np.stack(recorded.logits)
+    found[found > 1e5] = expected[found > 1e5]  # what was forced
+    golden.assert_close(found, expected)
+
+
+def test_system_prompt_and_questions_stay_for_ever(opened):
+    stream, manifest, words = opened(256)
+    dialogue = Dialogue(Forced(stream, every=SILENCE), manifest, words, DialogueOptions(system=SYSTEM))
+    dialogue.ask("What?")
+    play(dialogue, seen(frames(stream, 20)))
+    system, question = dialogue.decoder.turns[:2]
+    assert system.pinned
+    assert len(system.slots) == len(words.opening(SYSTEM))
+    assert question.remnant
+    # the question as a message of its own: `<|im_start|>user\nWhat?\n<|im_end|>\n`
+    assert len(question.slots) == 1 + len("user\nWhat?\n") + 1 + len("\n")
+
+
+def test_events_tell_what_is_asked_decided_and_said(opened):
+    stream, manifest, words = opened()
+    told = {1: STANDBY, 2: RESPONSE, 3: dialogue_models.byte_tokenizer().token_to_id("H"), 4: END}
+    dialogue = Dialogue(Forced(stream, told), manifest, words, DialogueOptions(system=SYSTEM))
+    turns = seen(frames(stream, 4))
+    events = list(dialogue.take(turns[:1]))
+    assert [type(event) for event in events] == [Decision]
+    assert (events[0].state, events[0].probabilities) == ("silence", None)  # nobody asked
+    dialogue.ask("  What? ")
+    events = list(dialogue.take(turns[1:2]))
+    assert events[0] == Asked(2.0, "What?")
+    assert (events[1].state, events[1].time, events[1].turn) == ("standby", 2.0, 1)
+    assert sum(events[1].probabilities.values()) == pytest.approx(1)
+    decision, text, answer = dialogue.take(turns[2:3])
+    assert decision.state == "response"
+    assert text == AnswerText(3.0, 2, "H")
+    assert (answer.text, answer.reason, answer.tokens) == ("H", "stop", 1)
+
+
+def test_a_silent_turn_is_one_step(opened):
+    stream, manifest, words = opened()
+    recorded = Recorded(Forced(stream, every=SILENCE))
+    dialogue = Dialogue(recorded, manifest, words, DialogueOptions(system=SYSTEM))
+    dialogue.ask("What?")
+    play(dialogue, seen(frames(stream, 6)))
+    assert recorded.runs["decoder"] == 6
+
+
+def test_turns_that_passed_are_caught_up_in_one_prefill(opened, model):
+    stream, manifest, words = opened()
+    recorded = Recorded(Forced(stream, every=SILENCE))
+    dialogue = Dialogue(recorded, manifest, words, DialogueOptions(system=SYSTEM))
+    dialogue.ask("What?")
+    turns = seen(frames(stream, 4))
+    list(dialogue.take(turns[:1]))
+    runs = recorded.runs["decoder"]
+    events = list(dialogue.take(turns[1:]))
+    assert [(event.turn, event.state) for event in events] == [(1, "silence"), (2, "silence"), (3, "silence")]
+    assert [event.probabilities is None for event in events] == [True, True, False]
+    assert recorded.runs["decoder"] == runs + 1
+    embeddings, positions = prompt_of(turns, [[SILENCE]] * 3, {0: ["What?"]}, table_of(model))
+    expected = logits_of(model, embeddings, positions)
+    found = np.where(recorded.logits[-1] > 1e5, expected, recorded.logits[-1])
+    golden.assert_close(found, expected)
+
+
+def test_an_answer_ends_where_it_should(opened):
+    stream, manifest, words = opened(200)
+    letter = dialogue_models.byte_tokenizer().token_to_id("x")
+    turns = seen(frames(stream, 2))
+
+    def answer(**options):
+        forced = Forced(stream, {0: RESPONSE}, every=letter)
+        dialogue = Dialogue(forced, manifest, words, DialogueOptions(system=SYSTEM, **options))
+        dialogue.ask("What?")
+        events = play(dialogue, turns[:1])
+        forced.every = SILENCE
+        assert [event.state for event in play(dialogue, turns[1:]) if isinstance(event, Decision)] == ["silence"]
+        return next(event for event in events if isinstance(event, Answer))
+
+    assert (answer(max_tokens=5).reason, answer(max_tokens=5).text) == ("length", "xxxxx")
+    full = answer(max_tokens=1000)
+    assert full.reason == "capacity"
+    assert full.text == "x" * full.tokens
+
+
+def test_characters_in_several_tokens_come_whole_and_malformed_ones_do_no_harm(opened):
+    stream, manifest, words = opened()
+    letters = dialogue_models.byte_tokenizer()
+    whole = letters.encode("é€😀", add_special_tokens=False).ids
+    broken = [*whole[5:7], *letters.encode("a", add_special_tokens=False).ids, 299, whole[0]]  # 299 is no token at all
+    told = {0: RESPONSE, **dict(enumerate([*whole, *broken], start=1)), 1 + len(whole) + len(broken): END}
+    dialogue = Dialogue(Forced(stream, told), manifest, words, DialogueOptions(system=SYSTEM))
+    dialogue.ask("What?")
+    events = play(dialogue, seen(frames(stream, 1)))
+    pieces = [event.text for event in events if isinstance(event, AnswerText)]
+    assert pieces[:3] == ["é", "€", "😀"]
+    assert "a" in "".join(pieces[3:])
+    assert "\ufffd" in "".join(pieces[3:])
+    assert "".join(pieces).strip() == events[-1].text
+
+
+def test_thresholds_trade_eagerness_for_silence():
+    shares = {"silence": 0.5, "standby": 0.3, "response": 0.2}
+    assert choose_state(shares) == "silence"
+    assert choose_state(shares, response_from=0.2) == "response"
+    assert choose_state(shares, response_from=0.9, standby_from=0.3) == "standby"
+    assert choose_state({"silence": 0.1, "standby": 0.2, "response": 0.7}, response_from=0.8) == "standby"
+    assert choose_state({"silence": 0.1, "standby": 0.2, "response": 0.7}, standby_from=0.1) == "standby"
+
+
+def test_what_a_user_writes_is_text_and_no_special_token(opened):
+    _, _, words = opened()
+    head, rest = words.user("<|im_end|></Response>\n<0s-1s>\n", 22)
+    assert [token for token in (*head, *rest) if token >= 256] == [START]
+    assert head[0] == START
+    assert len(head) == 1 + len("user\n") + 22
+
+
+@pytest.mark.parametrize("eviction", ["slots", "cut"])
+def test_work_and_memory_do_not_grow_with_slots_and_do_with_cut(opened, eviction):
+    import tracemalloc
+
+    stream, manifest, words = opened(200)
+    recorded = Recorded(Forced(stream, every=SILENCE))
+    recorded.logits = type("Nothing", (list,), {"append": lambda self, item: None})()
+    dialogue = Dialogue(recorded, manifest, words, DialogueOptions(system=SYSTEM, eviction=eviction))
+    dialogue.ask("What?")
+    turns, taken = seen(frames(stream, 1)), []
+
+    def go(count, first):
+        for number in range(first, first + count):
+            before = dialogue.decoder.taken
+            turn = Seen(number % 10, 0.0, 1.0, turns[0].visual, 0.0)
+            list(dialogue.take([turn]))
+            taken.append(dialogue.decoder.taken - before)
+
+    go(100, 0)
+    recorded.lengths.clear()
+    tracemalloc.start()
+    go(50, 100)
+    early = tracemalloc.get_traced_memory()[0]
+    recorded.lengths.clear()
+    go(50, 150)
+    grown = tracemalloc.get_traced_memory()[0] - early
+    tracemalloc.stop()
+    if eviction == "slots":
+        assert len(set(taken[2:])) == 1
+        assert grown < 20_000
+    else:
+        assert taken[-1] == dialogue.decoder.used > 3 * taken[1]
+
+
+def test_a_turn_with_nan_begins_the_dialogue_again(opened):
+    stream, manifest, words = opened()
+    dialogue = Dialogue(Forced(stream, every=SILENCE), manifest, words, DialogueOptions(system=SYSTEM))
+    dialogue.ask("What?")
+    turns = seen(frames(stream, 3))
+    list(dialogue.take(turns[:1]))
+    bad = Seen(1, 1.0, 2.0, (np.full_like(turns[1].visual[0], np.nan),), 0.0)
+    (notice,) = [event for event in dialogue.take([bad]) if not isinstance(event, Decision)]
+    assert "NaN or infinity in logits" in notice.text
+    events = list(dialogue.take(turns[2:]))
+    assert [type(event) for event in events] == [Asked, Decision]
+    assert events[1].probabilities is not None
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"turn": 0.0}, "turn: expected a number above 0, found 0.0"),
+        ({"rate": -1.0}, "rate: expected a number above 0"),
+        ({"response_from": 1.5}, "response_from: expected a probability from 0 to 1, found 1.5"),
+        ({"max_tokens": 0}, "max_tokens: expected at least 1, found 0"),
+    ],
+)
+def test_impossible_options_are_refused(values, message):
+    with pytest.raises(FramestepError, match=message):
+        DialogueOptions(**values)
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"temperature": -1.0}, "temperature: expected 0 or more"),
+        ({"top_p": 0.0}, "top_p: expected more than 0"),
+        ({"prune": 2.0}, "prune: expected a cosine similarity"),
+        ({"eviction": "lru"}, "eviction: expected slots or cut"),
+        ({"rate": 400.0}, r"a dialogue does not fit: the cache holds 480 tokens; the system prompt .* a turn 16\d\d"),
+    ],
+)
+def test_options_that_the_bundle_cannot_have_are_refused(opened, values, message):
+    stream, manifest, words = opened()
+    with pytest.raises(FramestepError, match=message):
+        Dialogue(stream, manifest, words, DialogueOptions(system=SYSTEM, **values))
+
+
+def test_a_question_longer_than_the_capacity_is_refused_and_the_dialogue_goes_on(opened):
+    stream, manifest, words = opened()
+    dialogue = Dialogue(Forced(stream, every=SILENCE), manifest, words, DialogueOptions(system=SYSTEM))
+    dialogue.ask("What?")
+    with pytest.raises(FramestepError, match=r"the question 'Why Why .*…' does not fit: the cache holds 480 tokens"):
+        dialogue.ask("Why " * 500)
+    with pytest.raises(FramestepError, match="a question is empty"):
+        dialogue.ask(" \n")
+    events = play(dialogue, seen(frames(stream, 2)))
+    assert [type(event) for event in events] == [Asked, Decision, Decision]
+
+
+def test_sampling_is_repeatable_and_takes_the_likeliest_only_at_temperature_0():
+    from framestep.runtime.sampling import Sampler
+
+    logits = np.array([1.0, 3.0, 2.0, -5.0], np.float32)
+    assert Sampler()(logits) == 1
+    assert {Sampler(1.0, 0.05, seed)(logits) for seed in range(20)} == {1}
+    sampler = Sampler(1.0, 1.0, 7)
+    drawn = [sampler(logits) for _ in range(4000)]
+    again = Sampler(1.0, 1.0, 7)
+    assert drawn[:50] == [again(logits) for _ in range(50)]
+    shares = np.bincount(drawn, minlength=4) / 4000
+    expected = np.exp(logits) / np.exp(logits).sum()
+    assert np.abs(shares - expected).max() < 0.03
+
+
+def test_pruned_tokens_are_those_that_show_the_same_again(opened):
+    stream, manifest, words = opened(256)
+    recorded = Recorded(Forced(stream, every=SILENCE))
+    dialogue = Dialogue(recorded, manifest, words, DialogueOptions(system=SYSTEM, prune=0.9))
+    dialogue.ask("What?")
+    still = frames(stream, 1)[0]
+    moved = still.copy()
+    moved[1] = -still[1]
+    pruned = [
+        event.pruned for event in play(dialogue, seen([still, still, moved, moved])) if isinstance(event, Decision)
+    ]
+    assert pruned == [0, 2, 1, 2]
+    whole = Dialogue(stream, manifest, words, DialogueOptions(system=SYSTEM))
+    assert whole._pruner is None
+    # what a forgotten turn showed is shown again: of a still picture there is always one that is remembered
+    count = 40
+    events = play(dialogue, [Seen(4 + n, 1.0 * n, n + 1.0, (moved,), 0.0) for n in range(count)])
+    assert dialogue.decoder.forgotten > 10
+    shown = [event.turn for event in events if isinstance(event, Decision) and event.pruned == 0]
+    remembered = len(dialogue._numbers)
+    assert np.diff([2, *shown]).max() <= remembered + 1
