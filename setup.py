@@ -12,7 +12,7 @@ from setuptools.command.build import build
 
 ROOT = Path(__file__).parent
 SOURCE = ROOT / "runtime" / "native"
-SOURCES = ("*.cpp", "*.h", "*.in", "*.map", "CMakeLists.txt")
+SOURCES = ("*.cpp", "*.h", "*.inc", "*.in", "*.map", "*.cmake", "CMakeLists.txt")
 
 
 class build_native(Command):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -18,6 +19,8 @@ from v4l2_stand_in import DEVICE, HEIGHT, WIDTH, yuyv_picture
 
 import framestep
 
+JPEG = Path("/usr/include/jpeglib.h").exists()
+needs_jpeg = pytest.mark.skipif(not JPEG, reason="needs libjpeg's header")
 SOURCES = ROOT / "examples"
 FIGURES = re.compile(r"camera: (\d+) frames stepped, (\d+) dropped; a step took [\d.]+ ms \(p50\), [\d.]+ ms \(p99\)")
 UNPLUGGED = f"camera: {DEVICE}: the camera was unplugged or failed (No such device)"
@@ -55,9 +58,8 @@ class Pixels:
 
 @pytest.fixture(scope="module")
 def pixels(stand_in, tmp_path_factory):
-    if not Path("/usr/include/jpeglib.h").exists():
-        pytest.skip("needs libjpeg's header")
-    return Pixels(tmp_path_factory.mktemp("pixels"), "-DEXAMPLES_HAVE_JPEG", "-ljpeg")
+    flags = ["-DEXAMPLES_HAVE_JPEG", "-ljpeg"] if JPEG else []
+    return Pixels(tmp_path_factory.mktemp("pixels"), *flags)
 
 
 def difference(found: np.ndarray | None, expected: np.ndarray) -> int:
@@ -96,6 +98,7 @@ def without_huffman_tables(jpeg: bytes) -> bytes:
     return kept + jpeg[at:]
 
 
+@needs_jpeg
 def test_jpeg_becomes_what_opencv_makes_of_it(pixels):
     bgr = cv2.cvtColor(yuyv_picture(), cv2.COLOR_YUV2BGR_YUYV)
     for picture in (bgr, bgr[:41, :53], np.ascontiguousarray(bgr[..., 0])):
@@ -108,6 +111,7 @@ def test_jpeg_becomes_what_opencv_makes_of_it(pixels):
         assert difference(pixels.jpeg(data + b"\0" * 64), expected) <= 3  # the driver's buffer is longer
 
 
+@needs_jpeg
 def test_a_damaged_jpeg_is_refused_and_never_more_than_that(pixels):
     data = encoded(cv2.cvtColor(yuyv_picture(), cv2.COLOR_YUV2BGR_YUYV))
     for length in range(0, len(data) - 2, 7):
@@ -156,21 +160,22 @@ def assert_labels(done: subprocess.CompletedProcess[str], rgb: np.ndarray) -> No
     assert [int(position) for position, _, _ in lines] == list(range(len(lines)))
     expected = expected_labels(rgb, len(lines))
     assert [label for _, label, _ in lines] == [label for label, _ in expected]
-    np.testing.assert_allclose([float(line[2]) for line in lines], [score for _, score in expected], atol=5e-3)
+    np.testing.assert_allclose([float(line[2]) for line in lines], [score for _, score in expected], atol=1e-4)
 
 
-def test_a_cameras_frames_get_the_labels_that_python_gives_them(camera):
+def test_a_cameras_frames_get_the_labels_that_python_gives_them(camera, pixels):
     done = camera("--frames", "12")
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 12
-    assert_labels(done, cv2.cvtColor(yuyv_picture(), cv2.COLOR_YUV2RGB_YUYV))
+    assert_labels(done, pixels.yuyv(yuyv_picture().reshape(HEIGHT, 2 * WIDTH), WIDTH))
     assert f"camera: {DEVICE}, {WIDTH}x{HEIGHT}, yuyv" in done.stderr
 
 
+@needs_jpeg
 def test_mjpeg_is_decoded_and_damaged_frames_are_left_out(camera, pixels, tmp_path):
     data = encoded(cv2.cvtColor(yuyv_picture(), cv2.COLOR_YUV2BGR_YUYV))
     (tmp_path / "jpeg").write_bytes(without_huffman_tables(data))
-    rgb = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
+    rgb = pixels.jpeg(data)
     for words, settings in ((["--format", "mjpeg"], {}), ([], {"formats": "NV12,MJPG", "fault": "short"})):
         done = camera(*words, frame=tmp_path / "jpeg", period_us=5000, **settings)
         assert done.stderr.splitlines()[0] == f"camera: {DEVICE}, {WIDTH}x{HEIGHT}, mjpeg"
@@ -201,11 +206,8 @@ def test_every_frame_is_stepped_or_counted_as_dropped(camera, settings, count, l
 
 def test_the_model_sees_no_more_frames_than_its_rate(camera, reader, examples, stand_in, tmp_path):
     bundle = tmp_path / "slow.bundle"
-    bundle.mkdir()
-    for file in BUNDLE.iterdir():
-        (bundle / file.name).symlink_to(file)
+    shutil.copytree(BUNDLE, bundle)
     text = (bundle / "manifest.json").read_text()
-    (bundle / "manifest.json").unlink()
     assert '"rate": null' in text
     (bundle / "manifest.json").write_text(text.replace('"rate": null', '"rate": 50.0'))
     environment = {**reader.env, **stand_in.environment(frames=200)}  # in 0.4 s

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -50,26 +51,51 @@ def array(lines: list[dict[str, Any]], name: str, *shape: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_a_pipe_gives_what_was_recorded(frames, precision):
+def test_a_pipe_gives_what_was_recorded(reader, examples, tmp_path, precision):
+    """Three streams alone and together, as they were recorded; how many run in one step shows in the last digits."""
+    program = str(tmp_path / "steps_from_pipe")
+    source = str(Path(__file__).parent / "steps_from_pipe.c")
+    flags = subprocess.run(
+        ["pkg-config", "--cflags", "--libs", "framestep"], env=reader.env, capture_output=True, text=True, check=True
+    ).stdout.split()
+    rpath = f"-Wl,-rpath,{reader.folder}/.local/lib"
+    subprocess.run(["gcc", "-std=c99", "-Wall", "-Wextra", "-Werror", source, "-o", program, *flags, rpath], check=True)
     with np.load(golden.CHECKPOINT.parent / "steps.npz") as arrays:
         recorded = {name: arrays[name] for name in arrays.files}
-    pictures = golden.load()["frames"]
-    compared = 0
-    for slot in range(3):
-        rows = np.flatnonzero(recorded["streams_and_positions"][:, 0] == slot)
-        assert recorded["streams_and_positions"][rows, 1].tolist() == list(range(len(rows)))
-        seen = pictures[(7 * slot + np.arange(len(rows))) % 40]
-        words = (*GOLDEN_SIZE, "--precision", precision, *in_full(*OUTPUTS), str(c_api_page.BUNDLE))
-        lines = frames(seen, *words)
-        assert [line["position"] for line in lines] == list(range(len(rows)))
-        assert list(lines[0]["scores"]) == ["a", "b", "c"]
-        for name in OUTPUTS:
-            expected = recorded[f"{precision}_{name}"][rows]
-            found = array(lines, name, *((16, 96) if name == "features" else expected.shape[1:]))
-            found = found[:, ::5] if name == "features" else found  # as recorded
-            assert float(np.abs(found - expected).max()) <= RECORDED
-        compared += len(rows)
-    assert compared == len(recorded["streams_and_positions"])
+    pictures, positions, steps, order = golden.load()["frames"], [0, 0, 0], b"", []
+    for advance in recorded["advance"]:
+        steps += bytes([sum(1 << slot for slot in range(3) if advance[slot])])
+        for slot in np.flatnonzero(advance):
+            steps += pictures[(7 * slot + positions[slot]) % 40].tobytes()
+            order.append([slot, positions[slot]])
+            positions[slot] += 1
+    assert order == recorded["streams_and_positions"].tolist()
+    command = [program, str(c_api_page.BUNDLE), precision, "64"]
+    done = subprocess.run(command, input=steps, env=reader.env, capture_output=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (0, b"")
+    shapes = {"features": (16, 96), "pooled": (96,), "scores": (3,), "patch_scores": (3, 4, 4)}
+    kind = np.dtype([("position", "<i8"), *((name, "<f4", shape) for name, shape in shapes.items())])
+    found = np.frombuffer(done.stdout, kind)
+    assert found["position"].tolist() == [position for _, position in order]
+    for name in shapes:
+        array = found[name][:, ::5] if name == "features" else found[name]  # as recorded
+        assert float(np.abs(array - recorded[f"{precision}_{name}"]).max()) <= RECORDED
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_the_example_gives_what_python_gives(frames, precision):
+    pictures = golden.load()["frames"][:20]
+    lines = frames(pictures, *GOLDEN_SIZE, "--precision", precision, *in_full(*OUTPUTS), str(c_api_page.BUNDLE))
+    assert [line["position"] for line in lines] == list(range(20))
+    assert list(lines[0]["scores"]) == ["a", "b", "c"]
+    options = {"engine": "onnxruntime", "outputs": OUTPUTS, "precision": precision}
+    with framestep.load(c_api_page.BUNDLE, **options) as session:
+        stream = session.open_stream()
+        for number, picture in enumerate(pictures):
+            result = stream.step(picture)
+            for name in OUTPUTS:
+                found = array(lines[number : number + 1], name, *result[name].shape)[0]
+                assert float(np.abs(found - result[name]).max()) <= RECORDED
 
 
 @pytest.mark.parametrize(
@@ -131,11 +157,8 @@ def test_names_of_labels_are_json(frames, tmp_path):
 
 def labelled_anew(path: Path, names: list[str]) -> Path:
     """The recorded bundle with other names for its labels."""
-    path.mkdir()
-    for file in c_api_page.BUNDLE.iterdir():
-        (path / file.name).symlink_to(file)
-    (path / "manifest.json").unlink()
-    manifest = json.loads((c_api_page.BUNDLE / "manifest.json").read_text())
+    shutil.copytree(c_api_page.BUNDLE, path)
+    manifest = json.loads((path / "manifest.json").read_text())
     manifest["labels"].update(names=names, background=None)
     (path / "manifest.json").write_text(json.dumps(manifest))
     return path

@@ -1,0 +1,43 @@
+"""What a source archive and a pkg-config file have to say, wherever the library is installed."""
+
+from __future__ import annotations
+
+import ast
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+NATIVE = ROOT / "runtime" / "native"
+
+
+def test_a_source_archive_has_every_file_of_the_native_build():
+    tree = ast.parse((ROOT / "setup.py").read_text())
+    (patterns,) = (
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "SOURCES"
+    )
+    files = {path.name for path in NATIVE.iterdir() if path.is_file() and path.suffix != ".so"}
+    assert files == {path.name for pattern in patterns for path in NATIVE.glob(pattern)}
+
+
+@pytest.mark.parametrize("libraries", ["lib", "lib64", "lib/x86_64-linux-gnu"])
+def test_the_pkg_config_file_finds_its_prefix(tmp_path, libraries):
+    for tool in ("cmake", "pkg-config"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"needs {tool}")
+    build, prefix = tmp_path / "build", tmp_path / "prefix"
+    configure = ["cmake", "-S", str(NATIVE), "-B", str(build), f"-DCMAKE_INSTALL_LIBDIR={libraries}"]
+    subprocess.run(configure, check=True, capture_output=True)
+    folder = prefix / libraries / "pkgconfig"
+    folder.mkdir(parents=True)
+    shutil.copy(build / "framestep.pc", folder)
+    places = []
+    for variable in ("prefix", "libdir", "includedir"):
+        command = ["pkg-config", f"--variable={variable}", str(folder / "framestep.pc")]
+        said = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+        places.append(Path(said).resolve())
+    assert places == [prefix, prefix / libraries, prefix / "include"]
