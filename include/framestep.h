@@ -348,7 +348,8 @@ fs_status fs_state_write(fs_stream stream, size_t index, const void *data, size_
 fs_status fs_state_save(fs_stream stream, const char *path);
 
 /* Continues from a file that fs_state_save, or framestep in Python, wrote with the same model.
-   FS_ERROR_STATE: missing, damaged, of another model, window or precision, or with NaN. The stream is unchanged then. */
+   FS_ERROR_STATE: missing, damaged, of another model, window or precision, or with NaN. The stream is unchanged then. After
+   FS_ERROR_ENGINE it is as after fs_reset. */
 fs_status fs_state_load(fs_stream stream, const char *path);
 
 /* Counts frames that the caller let go because newer ones had come; they appear in fs_stats. */

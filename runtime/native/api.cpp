@@ -43,6 +43,15 @@ fs_status call(Function function) noexcept {
     }
 }
 
+// The number that a caller put where an enum is: any, though C++ may take it to be one of the enum's.
+template <class Enum>
+int number_of(const Enum& value) {
+    int number;
+    static_assert(sizeof number == sizeof value, "an enum of the header is an int");
+    std::memcpy(&number, &value, sizeof number);
+    return number;
+}
+
 void need(const void* pointer, const char* name) {
     if (pointer == nullptr) throw Error(FS_ERROR_ARGUMENT, std::string(name) + ": is null");
 }
@@ -193,17 +202,18 @@ Frame frame_of(const fs_frame& given) {
     need(given.data, "frame");
     Frame frame{};
     frame.stream = given.stream;
-    switch (given.format) {
+    const int format = number_of(given.format);
+    switch (format) {
         case FS_RGB: frame.picture.format = PixelFormat::rgb; break;
         case FS_BGR: frame.picture.format = PixelFormat::bgr; break;
         case FS_GREY: frame.picture.format = PixelFormat::grey; break;
-        default: throw Error(FS_ERROR_FRAME, "frame: the format " + std::to_string(given.format) + " is unknown");
+        default: throw Error(FS_ERROR_FRAME, "frame: the format " + std::to_string(format) + " is unknown");
     }
     if (given.width < 1 || given.width > MAX_SIDE || given.height < 1 || given.height > MAX_SIDE) {
         throw Error(FS_ERROR_FRAME, "frame: expected 1 to " + std::to_string(MAX_SIDE) + " pixels a side, found " +
                                         std::to_string(given.width) + " by " + std::to_string(given.height));
     }
-    const int64_t row = int64_t{given.width} * (given.format == FS_GREY ? 1 : 3);
+    const int64_t row = int64_t{given.width} * (format == FS_GREY ? 1 : 3);
     constexpr int64_t MAX_STRIDE = int64_t{1} << 32;
     const int64_t stride = given.stride == 0 ? row : given.stride;
     if (stride > MAX_STRIDE || stride < row) {
@@ -267,6 +277,10 @@ fs_status run(fs_stream handle, size_t graph, const fs_input* inputs, size_t cou
         need(given.data, given.name);
         if (given.rank < 0 || given.rank > FS_MAX_RANK) {
             throw Error(FS_ERROR_ARGUMENT, std::string(given.name) + ": a rank of " + std::to_string(given.rank));
+        }
+        const int dtype = number_of(given.dtype);
+        if (dtype < FS_UINT8 || dtype > FS_FLOAT32) {
+            throw Error(FS_ERROR_ARGUMENT, std::string(given.name) + ": the dtype " + std::to_string(dtype) + " is unknown");
         }
         named.push_back({given.name, given.dtype, {given.data, {given.shape, given.shape + given.rank}}});
     }
@@ -382,7 +396,7 @@ int32_t fs_api_version(void) { return FS_API_VERSION; }
 const char* fs_last_error(void) { return last_error; }
 
 const char* fs_status_name(fs_status status) {
-    switch (status) {
+    switch (number_of(status)) {
         case FS_OK: return "FS_OK";
         case FS_ERROR_ARGUMENT: return "FS_ERROR_ARGUMENT";
         case FS_ERROR_HANDLE: return "FS_ERROR_HANDLE";

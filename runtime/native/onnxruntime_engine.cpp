@@ -243,9 +243,8 @@ public:
             const Graph* graph = plan_.graphs[index];
             for (const Port& port : graph->inputs) check_label_port(*graph, port, made);
         }
-        bindings_.clear();
+        allocate_outputs(count);  // may fail: nothing has changed then
         labels_ = std::move(made);
-        allocate_outputs(count);
     }
 
     void run(int first, int stop) override {
@@ -378,14 +377,15 @@ private:
                 values.emplace(port.name, allocate(shape, port.dtype, of_slots, options_.device == "cuda" && !asked));
             }
         }
+        std::vector<Output> outputs;
+        for (const Port* port : plan_.outputs) {
+            const Buffer& buffer = values.at(port->name);
+            std::vector<int64_t> shape(buffer.shape.begin() + 1, buffer.shape.end());
+            outputs.push_back({port->name, buffer.dtype, std::move(shape), buffer.row(), buffer.memory.data()});
+        }
         bindings_.clear();
         values_ = std::move(values);
-        outputs_.clear();
-        for (const Port* port : plan_.outputs) {
-            const Buffer& buffer = values_.at(port->name);
-            std::vector<int64_t> shape(buffer.shape.begin() + 1, buffer.shape.end());
-            outputs_.push_back({port->name, buffer.dtype, std::move(shape), buffer.row(), buffer.memory.data()});
-        }
+        outputs_ = std::move(outputs);
     }
 
     Owned<OrtValue> value(const Buffer& buffer, int first, int stop) const {

@@ -577,6 +577,45 @@ def test_bad_options_are_named(native, options, status, message):
     assert message in native.error()
 
 
+def with_int8_memory(*others: str) -> str:
+    """A manifest whose own precision remembers in INT8, and others that do not."""
+    manifest = json.loads((BUNDLE / "manifest.json").read_text())
+    states, variant = manifest["states"], manifest["variants"]["fp32"]
+    manifest["precision"] = "fp32+kv8"
+    manifest["states"] = [{**state, "dtype": "int8"} for state in states]
+    manifest["variants"] = {name: {**variant, "states": states} for name in others}
+    return json.dumps(manifest)
+
+
+@pytest.mark.parametrize("other", ["fp32", "fp16"])  # FP16 is none that is looked for on a CPU
+def test_auto_takes_no_int8_memory_where_there_is_other(native, other):
+    session = native.open(manifest=with_int8_memory(other))
+    info = native.library.new("fs_session_info")
+    assert native.c.fs_session_describe(session, info) == 0
+    assert native.library.text(info.precision) == other
+    assert native.c.fs_session_close(session) == 0
+
+
+@pytest.mark.parametrize(
+    ("others", "precision", "advice"),
+    [
+        (("fp32", "fp16"), "fp32+kv8", "take another precision (fp32, fp16)"),
+        ((), "auto", "export the bundle with another precision"),
+    ],
+)
+def test_int8_memory_is_refused_with_the_reason(native, others, precision, advice):
+    opened = native.try_open(BUNDLE, manifest=with_int8_memory(*others), precision=precision)
+    assert opened == ("FS_ERROR_ENGINE", 0)
+    assert "'fp32+kv8' keeps its memory as INT8, which ONNX Runtime would dequantize" in native.error()
+    assert native.error().endswith(advice)
+
+
+def test_the_tensorrt_engine_needs_its_headers_at_build_time_or_a_gpu(native):
+    assert native.try_open(BUNDLE, engine="tensorrt") == ("FS_ERROR_ENGINE", 0)
+    assert "TensorRT" in native.error()
+    assert "\n" not in native.error()
+
+
 def test_other_labels_change_the_scores_alone(native, session, golden_frames):
     stream = native.stream(session)
     assert native.step(session, (stream, golden_frames[0])) == "FS_OK"

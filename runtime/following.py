@@ -1,0 +1,503 @@
+"""An answer that follows the video while it is being spoken: text that attends to the newest frames at every token.
+
+One thread looks: it reads frames and encodes them into the ring. The other speaks: before each token it lets the newest
+encoded frame be seen. A live source runs free. A file runs on a clock of words, as samples do in training: each word of
+an answer takes some time of the video, and all tokens of a word see the same frames.
+
+The clock of the model is `TextCache.position`, the position of the next text token. A frame that begins to be encoded
+while an answer is given gets that position; otherwise the clock first goes on by one.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import unicodedata
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import TracebackType
+
+from .bundle import Manifest, Port
+from .chat_format import Words, check_question
+from .conversation import GLANCE, FrameSource
+from .decoding import Array, CapacityError, Decoder, GraphRunner, Piece, Turn
+from .dialogue import Clock, DialogueOptions, Question, Seen, speak
+from .errors import EngineError, FramestepError, SourceError
+from .events import Answer, AnswerText, Asked, Event, Notice
+from .frame_ring import EncodedFrame, FrameRing
+from .sampling import Sampler
+from .session import NonFiniteOutputError, Session
+from .sources.frame import Frame
+
+
+@dataclass(frozen=True)
+class FrameShown(Event):
+    """A frame became visible to text.
+
+    Attributes:
+        index: in its source.
+        position: of the text at its moment; see `Rebased`.
+        token: number of the first text token that could see it, of all since the beginning.
+    """
+
+    index: int
+    position: int
+    token: int
+
+
+@dataclass(frozen=True)
+class Rebased(Event):
+    """Positions went back, because the model's last one was near.
+
+    Attributes:
+        token: number of the first text token afterwards.
+        shift: by how much all positions went back, which changes nothing.
+        gap: by how much more all did but those of what is pinned. That brings what is pinned nearer to the rest.
+    """
+
+    token: int
+    shift: int
+    gap: int
+
+
+@dataclass(frozen=True)
+class Spoken(AnswerText):
+    """Some more text of an answer.
+
+    Attributes:
+        frame: index of the newest frame that its last token could see.
+        age: seconds from the capture of that frame to the text; of a file, of its time.
+    """
+
+    frame: int
+    age: float
+
+
+class TextCache(Decoder):
+    """A decoder whose text sees the frames of a ring, and the clock that both share.
+
+    `see` may be called by one thread while another takes tokens in. `lock` guards the clock and which frames are seen;
+    whoever re-bases or encodes also holds `still`, which is taken first.
+
+    Attributes:
+        ring: the frames.
+        answering: whether text is being taken in or generated.
+        shown: frames that became visible, and the number of the first token that could see each, since they were last
+            taken from here.
+        moves: re-basings likewise, as the number of the first token afterwards, the shift and the gap.
+    """
+
+    def __init__(self, stream: GraphRunner, manifest: Manifest, ring: FrameRing) -> None:
+        super().__init__(_WithFrames(stream, manifest, ring), _text_alone(manifest, ring))
+        self.ring = ring
+        self.answering = False
+        self.lock = threading.Condition()
+        self.still = threading.RLock()
+        self.shown: deque[tuple[EncodedFrame, int]] = deque()
+        self.moves: deque[tuple[int, int, int]] = deque()
+
+    def take(self, pieces: Sequence[Piece]) -> Array:
+        """Take tokens in, which all see the frames that are encoded now; see `Decoder.take`."""
+        with self.lock:
+            self.show()
+        return super().take(pieces)
+
+    def see(self, frame: Frame, at_once: bool) -> None:
+        """Encode a frame.
+
+        Args:
+            at_once: whether it is seen from the next token on even while `take` is at work; else that waits for `take`.
+
+        Raises:
+            NonFiniteOutputError: the model gave NaN or infinity; no frame is seen any more.
+        """
+        with self.still:
+            with self.lock:
+                if not self.answering:
+                    self._reserve(1)
+                    self.position += 1
+                encoded = EncodedFrame(frame.index, frame.timestamp, frame.captured, self.position)
+            self.ring.encode(frame.rgb, encoded)
+            with self.lock:
+                if at_once or not self.answering:
+                    self.show()
+                self.lock.notify_all()
+
+    def show(self) -> None:
+        """Let text see the frame that waits. The lock is held."""
+        frame = self.ring.commit()
+        if frame is not None:
+            self.shown.append((frame, self.taken))
+            self.lock.notify_all()
+
+    def rebase(self) -> None:
+        """Bring everything to lower positions by one constant; if what is pinned stands at 0 already, all but that.
+
+        The first changes nothing, for attention depends on distances. The second closes the gap behind what is pinned.
+
+        Raises:
+            FramestepError: the positions of frames are literal, so that they cannot move.
+        """
+        with self.still:
+            pinned = [turn for turn in self.turns if turn.pinned]
+            free = [turn for turn in self.turns if not turn.pinned]
+            frames = [] if self.ring.first_position is None else [self.ring.first_position]
+            lowest = min([*(turn.first for turn in free), *frames, self.position])
+            shift = min([lowest, *(turn.first for turn in pinned)])
+            gap = 0 if shift or not pinned else lowest - max(turn.stop for turn in pinned)
+            if shift + gap == 0:
+                return
+            self.ring.move_back(shift + gap)
+            for turns, positions in ((pinned, shift), (free, shift + gap)):
+                for turn in turns:
+                    self._positions[:, turn.slots] -= positions
+                    turn.first -= positions
+                    turn.stop -= positions
+            self.position -= shift + gap
+            self._stream.run(self._language.rebase, {self._names["slot_positions"]: self._positions})
+            self.rebased += 1
+            self.moves.append((self.taken, shift, gap))
+
+    def _reserve(self, positions: int) -> None:
+        """Make room for so many positions more; the oldest turns are forgotten if they keep it from being there."""
+        while self.position + positions > self._language.positions:
+            before = self.position
+            self.rebase()
+            if self.position == before:
+                oldest = self._evict(Turn())
+                self.forget(oldest)
+
+
+class _WithFrames:
+    """A stream whose decoder is told which frames are seen."""
+
+    def __init__(self, stream: GraphRunner, manifest: Manifest, ring: FrameRing) -> None:
+        assert manifest.language is not None
+        self._stream, self._ring = stream, ring
+        self._decoder = manifest.language.decoder
+        self._mask = next(port.name for port in _of_frames(manifest))
+
+    def run(self, graph: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        if graph == self._decoder:
+            inputs = {**inputs, self._mask: self._ring.mask}
+        return self._stream.run(graph, inputs)
+
+
+class Following:
+    """Events of a conversation about what a source shows, one after the other; `ask` may be called meanwhile.
+
+    Args:
+        session: of a bundle whose text attends to frames; one of its places is taken.
+        source: opened at the rate that the model is to be shown; the caller closes it.
+        options: see `DialogueOptions`; "prune" and "cut" are not for such models.
+        clock: seconds; that of the frames' `captured`.
+
+    Raises:
+        EngineError: the session has not loaded what is needed.
+        FramestepError: options that do not fit the bundle, or one without a tokenizer.
+    """
+
+    decides = False
+
+    def __init__(
+        self,
+        session: Session,
+        source: FrameSource,
+        options: DialogueOptions | None = None,
+        clock: Clock = time.perf_counter,
+    ) -> None:
+        options = options or DialogueOptions()
+        manifest = session.bundle.manifest
+        language = manifest.language
+        if language is None or language.cross is None:
+            raise EngineError(f"{session.bundle.path}: its text does not attend to frames")
+        if not {language.embed, language.decoder, language.rebase, language.cross.graph} <= set(session.graphs):
+            raise EngineError("this session was loaded without the decoder; load(path) without graphs does")
+        for name, found in (("prune", options.prune is not None), ("eviction", options.eviction != "slots")):
+            if found:
+                raise FramestepError(f"{name}: frames are no tokens of this model's dialogue; leave the option out")
+        self._source, self._options, self._clock = source, options, clock
+        self._words = Words(language, session.bundle.path)
+        self._sampler = Sampler(options.temperature, options.top_p, options.seed)
+        self._opening = self._words.opening(self._words.template.system if options.system is None else options.system)
+        self._stream = session.open_stream()
+        try:
+            ring = FrameRing(self._stream, manifest, session.preprocess)
+            self.cache = TextCache(self._stream, manifest, ring)
+            rate = options.frames_a_second(manifest)
+            if ring.window < rate:
+                raise FramestepError(
+                    f"rate: the bundle keeps {ring.window} frames, less than one second at {rate:g} a second;"
+                    " choose a lower rate, or export it with a larger --window"
+                )
+        except BaseException:
+            self._stream.close()
+            raise
+        self._waiting: list[Question] = []
+        self._count = 0  # questions asked
+        self._time = 0.0  # of the stream, in seconds
+        self._next: Frame | None = None  # of a file
+        self._notices: deque[Notice] = deque()
+        self._stopped = self._over = self._told = False
+        self._error: BaseException | None = None
+        self._thread: threading.Thread | None = None
+
+    @property
+    def decoder(self) -> Decoder:
+        """What counts tokens, and what was forgotten."""
+        return self.cache
+
+    @property
+    def dropped(self) -> int:
+        """Frames of a live source that were not encoded, because newer ones came."""
+        return int(getattr(self._source, "dropped", 0))
+
+    def ask(self, question: str | Question) -> None:
+        """Ask as soon as the stream has come to the question's time and a frame is seen.
+
+        Raises:
+            FramestepError: it is empty.
+            CapacityError: it does not fit into the cache.
+        """
+        asked = question if isinstance(question, Question) else Question(question)
+        text = check_question(asked.text)
+        room = self.cache.capacity - len(self._opening) - len(self._words.close()) - 1
+        if (count := len(self._prompt(text))) > room:
+            raise CapacityError(
+                f"the question of {count} tokens does not fit: the cache has room for {room};"
+                " export the bundle with a larger --capacity"
+            )
+        with self.cache.lock:
+            self._waiting.append(Question(text, asked.time))
+            self.cache.lock.notify_all()
+
+    def __iter__(self) -> Iterator[Event]:
+        try:
+            self._begin()
+            yield from self._follow_live() if self._source.live else self._follow_file()
+        finally:
+            self._stop()
+
+    def _follow_file(self) -> Iterator[Event]:
+        self._next = self._source.read()
+        if self._next is None:
+            raise SourceError(f"source {getattr(self._source, 'name', '')}: gave no frame, so there is nothing to see")
+        while not self._stopped:
+            for question in self._due():
+                yield from self._answer(question)
+            if self._next is None:
+                break
+            yield from self._advance(max(self._time, self._next.timestamp))
+        if not self._stopped:
+            yield from self._unasked()
+
+    def _follow_live(self) -> Iterator[Event]:
+        self._thread = threading.Thread(target=self._watch, name="framestep-watcher", daemon=True)
+        self._thread.start()
+        while not self._stopped:
+            yield from self._happened()
+            with self.cache.lock:
+                newest = self.cache.ring.newest
+                self._time = self._time if newest is None else newest.timestamp
+                over = self._over
+            due = self._due()
+            for question in due:
+                yield from self._answer(question)
+            if over and not due:
+                break
+            with self.cache.lock:
+                self.cache.lock.wait(GLANCE)
+        yield from self._happened()
+        if self._error is not None:
+            raise self._error
+        if self._stopped:
+            return
+        if not self.cache.ring.encoded:
+            raise SourceError(f"source {getattr(self._source, 'name', '')}: gave no frame, so there is nothing to see")
+        yield from self._unasked()
+
+    def _answer(self, question: str) -> Iterator[Event]:
+        cache, words, turn = self.cache, self._words, Turn()
+        self._count += 1
+        yield Asked(self._time, question)
+        with cache.lock:
+            cache.answering = True
+            newest = cache.ring.newest or cache.ring.waiting
+        captured = self._clock() if newest is None else newest.captured
+        seen = Seen(self._count - 1, self._time, self._time, (), captured, self._source.live)
+        try:
+            pieces = [cache.text(turn, self._prompt(question))]
+            beginning = True
+            for event in speak(cache, words, self._sampler, self._options, seen, pieces, self._clock):
+                if isinstance(event, AnswerText):
+                    yield self._spoken(event)
+                    if not self._source.live:
+                        spoken = words_begun(event.text, beginning) / self._options.words_per_second
+                        yield from self._advance(self._time + spoken)
+                    beginning = event.text[-1:].isspace()
+                elif isinstance(event, Answer):
+                    cache.take([cache.text(turn, words.close())])
+                    yield replace(event, time=self._time)
+                yield from self._happened()
+                yield from self._ended()
+                if self._stopped:
+                    return
+        except CapacityError as error:
+            yield Notice(self._time, str(error))
+        except NonFiniteOutputError as error:
+            yield Notice(self._time, f"{error}; the conversation begins again")
+            self._begin()
+        finally:
+            with cache.lock:
+                cache.answering = False
+                cache.show()
+                cache.lock.notify_all()
+
+    def _spoken(self, event: AnswerText) -> Event:
+        newest = self.cache.ring.newest
+        if newest is None:
+            return event
+        age = self._clock() - newest.captured if self._source.live else self._time - newest.timestamp
+        now = max(self._time, newest.timestamp) if self._source.live else self._time
+        return Spoken(now, event.turn, event.text, newest.index, age)
+
+    def _advance(self, until: float) -> Iterator[Event]:
+        """Let a file go on to a second of its time."""
+        self._time = until
+        while self._next is not None and self._next.timestamp <= until + 1e-6:
+            self._see(self._next, at_once=True)
+            self._next = self._source.read()
+        yield from self._happened()
+
+    def _watch(self) -> None:
+        """Read and encode frames of a live source, the newest there is each time; in a thread of its own."""
+        cache = self.cache
+        try:
+            while not self._stopped:
+                with cache.lock:
+                    while cache.ring.waiting is not None and not self._stopped:
+                        cache.lock.wait(GLANCE)
+                frame = self._source.read(GLANCE)
+                if frame is not None:
+                    self._see(frame, at_once=False)
+                elif self._source.ended:
+                    break
+        except BaseException as error:  # it belongs to whoever takes events
+            self._error = error
+        finally:
+            with cache.lock:
+                self._over = True
+                cache.lock.notify_all()
+
+    def _see(self, frame: Frame, at_once: bool) -> None:
+        try:
+            self.cache.see(frame, at_once)
+        except NonFiniteOutputError as error:
+            self._notices.append(Notice(frame.timestamp, f"frame {frame.index}: {error}; no frame is seen any more"))
+
+    def _happened(self) -> Iterator[Event]:
+        """What frames and positions did meanwhile."""
+        cache = self.cache
+        while self._notices:
+            yield self._notices.popleft()
+        while cache.shown:
+            frame, token = cache.shown.popleft()
+            yield FrameShown(frame.timestamp, frame.index, frame.position, token)
+        while cache.moves:
+            token, shift, gap = cache.moves.popleft()
+            yield Rebased(self._time, token, shift, gap)
+            if gap:
+                yield Notice(self._time, f"positions ran out: what is pinned came {gap} positions nearer to the rest")
+
+    def _ended(self) -> Iterator[Event]:
+        """Whether the source has ended during an answer; told once."""
+        over = self._over if self._source.live else self._next is None
+        if over and not self._told:
+            self._told = True
+            yield Notice(self._time, "the source has ended; the answer goes on about its last frames")
+
+    def _due(self) -> list[str]:
+        with self.cache.lock:
+            if self.cache.ring.newest is None:
+                return []
+            due = [question.text for question in self._waiting if question.time <= self._time + 1e-6]
+            self._waiting = [question for question in self._waiting if question.time > self._time + 1e-6]
+        return due
+
+    def _unasked(self) -> Iterator[Event]:
+        for question in self._waiting:
+            yield Notice(self._time, f"the source has ended before {question.time:g} s, when '{question.text}' was due")
+
+    def _begin(self) -> None:
+        """The system prompt, before all frames."""
+        position = self.cache.position  # frames stay where they are
+        self.cache.reset()
+        self.cache.position = position
+        if self._opening:
+            self.cache.take([self.cache.text(Turn(pinned=True), self._opening)])
+
+    def _prompt(self, question: str) -> list[int]:
+        head, rest = self._words.user(question)
+        return [*head, *rest, *self._words.user_end(), *self._words.assistant()]
+
+    def ask_to_stop(self) -> None:
+        """Let the events end soon; from any thread or a signal handler."""
+        self._stopped = True
+
+    def _stop(self) -> None:
+        self.ask_to_stop()
+        if self._thread is not None:
+            self._thread.join()
+
+    def close(self) -> None:
+        """Give the place in the session back."""
+        self._stop()
+        self._stream.close()
+
+    def __enter__(self) -> Following:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def words_begun(text: str, beginning: bool) -> int:
+    """How many words begin in some text of an answer.
+
+    A word is what stands between white space; of scripts that are written without it each wide character is one.
+
+    Args:
+        beginning: whether white space or nothing stands before the text.
+    """
+    count = 0
+    for character in text:
+        if character.isspace():
+            beginning = True
+            continue
+        count += beginning or unicodedata.east_asian_width(character) in "WF"
+        beginning = False
+    return count
+
+
+def _of_frames(manifest: Manifest) -> list[Port]:
+    """The decoder's inputs that speak of frames."""
+    assert manifest.language is not None
+    assert manifest.language.cross is not None
+    group = next(port.states for port in manifest.graphs[manifest.language.cross.graph].inputs if port.states)
+    return [port for port in manifest.graphs[manifest.language.decoder].inputs if port.states == group]
+
+
+def _text_alone(manifest: Manifest, ring: FrameRing) -> Manifest:
+    """The manifest of a decoder without frames, and with room for a frame's rows and columns above the clock."""
+    language = manifest.language
+    assert language is not None
+    graph = manifest.graphs[language.decoder]
+    inputs = tuple(port for port in graph.inputs if port not in _of_frames(manifest))
+    return replace(
+        manifest,
+        graphs={**manifest.graphs, language.decoder: replace(graph, inputs=inputs)},
+        language=replace(language, positions=language.positions - ring.reach),
+    )
