@@ -42,8 +42,8 @@ def export(model: Any, folder: Path, states: bool = True, chat: bool = True, **o
 class Oracle:
     """A plain full recompute of everything that a decoder was ever given, under what each token was allowed to see.
 
-    It takes the weights of a `transformers` text model by name and shares no code with what it checks. Of each token it
-    keeps where it was written, and for each step which tokens were visible, and at which positions each then stood.
+    It takes the weights of a `transformers` text model by name and shares no code with what it checks. Of each step it
+    keeps which tokens were visible, and at which positions all of them stood then.
 
     Args:
         model: Qwen2 or the text model of a Qwen2.5-VL.
@@ -58,54 +58,54 @@ class Oracle:
         }
         rope = config.rope_parameters
         self.theta, self.sections = rope["rope_theta"], rope.get("mrope_section")
-        self.embeddings: list[torch.Tensor] = []  # of every token ever, [D]
-        self.seen: list[torch.Tensor] = []  # of every token, which tokens it saw, bool [N]
-        self.at: list[torch.Tensor] = []  # of every token, positions of all when it was written, [R, N]
+        self.embeddings: list[torch.Tensor] = []  # of the tokens of every step, [T, D]
+        # of every step: number of its first token, numbers of the older ones that it saw, positions of all then [R, N]
+        self.steps: list[tuple[int, torch.Tensor, torch.Tensor]] = []
         self.slots: dict[int, int] = {}  # what is in a slot: number of a token
-        self.positions: dict[int, torch.Tensor] = {}  # of a token now, [R]
+        self.positions = torch.zeros(0)  # of every token now, [R, N]
+
+    @property
+    def count(self) -> int:
+        """Tokens so far."""
+        return sum(map(len, self.embeddings))
 
     def step(self, embeddings: Any, position_ids: Any, write_index: int, slot_mask: Any) -> None:
         """Note what a run of the decoder's graph was given."""
-        written = range(write_index, write_index + len(embeddings))
+        written, first = range(write_index, write_index + len(embeddings)), self.count
         old = [self.slots[slot] for slot in slot_mask.nonzero()[0] if slot not in written]
-        first = len(self.embeddings)
-        for offset, slot in enumerate(written):
-            self.slots[slot] = first + offset
-            self.positions[first + offset] = torch.from_numpy(position_ids[:, offset].copy())
-            self.embeddings.append(torch.from_numpy(embeddings[offset]).double())
-        total = len(self.embeddings)
-        for offset in range(len(embeddings)):
-            visible = torch.zeros(total, dtype=torch.bool)
-            visible[[*old, *range(first, first + offset + 1)]] = True
-            self.seen.append(visible)
-            self.at.append(torch.stack([self.positions[token] for token in range(total)], dim=1))
+        self.slots |= {slot: first + offset for offset, slot in enumerate(written)}
+        self.embeddings.append(torch.from_numpy(embeddings).double())
+        new = torch.from_numpy(position_ids).clone()
+        self.positions = torch.cat([self.positions, new], dim=1) if first else new
+        self.steps.append((first, torch.tensor(old, dtype=torch.long), self.positions.clone()))
 
     def rebase(self, slot_positions: Any) -> None:
         for slot, token in self.slots.items():
-            self.positions[token] = torch.from_numpy(slot_positions[:, slot].copy())
+            self.positions[:, token] = torch.from_numpy(slot_positions[:, slot])
 
     def logits(self) -> torch.Tensor:
         """After every token, [N, V]."""
         config, w = self.config, self.weights
-        N, H, G = len(self.embeddings), config.num_attention_heads, config.num_key_value_heads
+        N, H, G = self.count, config.num_attention_heads, config.num_key_value_heads
         d = getattr(config, "head_dim", None) or config.hidden_size // H
-        x = torch.stack(self.embeddings)
-        seen = torch.stack([torch.cat([row, torch.zeros(N - len(row), dtype=torch.bool)]) for row in self.seen])
+        x = torch.cat(self.embeddings)
         for layer in range(config.num_hidden_layers):
             name = f"layers.{layer}."
             h = self._norm(x, w[name + "input_layernorm.weight"])
             q, k, v = (self._linear(h, f"{name}self_attn.{part}_proj") for part in "qkv")
             q, k, v = q.view(N, H, d), k.view(N, G, d), v.view(N, G, d)
-            out = torch.zeros(N, H, d, dtype=torch.double)
-            for token in range(N):
-                others = seen[token].nonzero()[:, 0]
-                at = self.at[token]
-                query = self._rotate(q[token][None], at[:, token : token + 1])[0]  # [H, d]
+            out = []
+            for (first, old, at), rows in zip(self.steps, self.embeddings, strict=True):
+                new = torch.arange(first, first + len(rows))
+                others = torch.cat([old, new])
+                query = self._rotate(q[new], at[:, new])  # [T, H, d]
                 keys = self._rotate(k[others], at[:, others]).repeat_interleave(H // G, dim=1)  # [n, H, d]
                 values = v[others].repeat_interleave(H // G, dim=1)
-                share = ((query * keys).sum(-1) * d**-0.5).softmax(dim=0)  # [n, H]
-                out[token] = (share[..., None] * values).sum(0)
-            x = x + self._linear(out.flatten(1), f"{name}self_attn.o_proj")
+                scores = torch.einsum("thd,nhd->htn", query, keys) * d**-0.5
+                share = scores.masked_fill(others > new[:, None], -torch.inf).softmax(dim=-1)
+                # an older token has a smaller number, whatever its slot and position
+                out.append(torch.einsum("htn,nhd->thd", share, values))
+            x = x + self._linear(torch.cat(out).flatten(1), f"{name}self_attn.o_proj")
             h = self._norm(x, w[name + "post_attention_layernorm.weight"])
             gate, up = (self._linear(h, f"{name}mlp.{part}_proj") for part in ("gate", "up"))
             x = x + self._linear(torch.nn.functional.silu(gate) * up, f"{name}mlp.down_proj")
@@ -152,7 +152,7 @@ class Recorded:
             if self.oracle is not None:
                 at = int(inputs["write_index"])
                 self.oracle.step(inputs["embeddings"], inputs["position_ids"], at, inputs["slot_mask"])
-                self.last.append(len(self.oracle.embeddings) - 1)
+                self.last.append(self.oracle.count - 1)
         found = self.stream.run(graph, inputs)
         if graph == "decoder":
             self.logits.append(found["logits"])

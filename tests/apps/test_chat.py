@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import threading
 
 import decoder_models
 import dialogue_models
@@ -15,6 +17,7 @@ from framestep.apps.cli import app
 from framestep.runtime.dialogue import DialogueOptions
 from framestep.runtime.errors import FramestepError
 from framestep.runtime.events import Answer, AnswerText, Asked, Decision, Notice
+from framestep.runtime.sources import open_source
 
 SOURCE = "synthetic:frames=12,fps=2,width=56,height=28"
 SYSTEM = ("--system", "You watch.")
@@ -76,42 +79,30 @@ def test_pruned_tokens_are_counted(bundle):
     assert 0 < summary["pruned"] < 12
 
 
-def test_lines_of_standard_input_are_questions_while_it_goes_on(bundle):
-    asked = []
+def test_lines_of_standard_input_are_questions_while_it_goes_on(bundle, monkeypatch):
+    asked, written, reports = threading.Event(), [], []
 
     def lines():
         yield "What?"
         yield ""
         yield "far too long " * 100
         yield "And now?"
+        asked.set()
 
-    class Waiting(chat_module._Talk):
-        def to_end(self, stopping):
-            self.listened.join()
-            return super().to_end(stopping)
+    def open_when_asked(*arguments, **options):
+        source = open_source(*arguments, **options)
+        read = source.read
+        source.read = lambda timeout: read(timeout) if asked.wait(20) else None
+        return source
 
-    reports = []
+    monkeypatch.setattr(chat_module, "open_source", open_when_asked)
     options = ChatOptions(bundle=bundle, source=SOURCE, dialogue=DialogueOptions(system="You watch.", max_tokens=2))
-    written = []
-    real = chat_module.threading.Thread
-
-    def thread(target, args, daemon):
-        made = real(target=target, args=args, daemon=daemon)
-        asked.append(made)
-        return made
-
-    chat_module.threading.Thread, kept = thread, real
-    try:
-        Waiting.listened = property(lambda self: asked[0])
-        talk, chat_module._Talk = chat_module._Talk, Waiting
-        chat(options, written.append, reports.append, lines())
-    finally:
-        chat_module.threading.Thread, chat_module._Talk = kept, talk
+    chat(options, written.append, reports.append, lines())
     text = "".join(written)
     assert "? What?" in text
     assert "? And now?" in text
-    assert len(reports) == 1
-    assert "does not fit: the cache holds 256 tokens" in reports[0]
+    (report,) = reports
+    assert "does not fit: the cache holds 256 tokens" in report
 
 
 def test_the_transcript_tells_changes_of_state_and_answers_as_they_grow():
@@ -154,7 +145,7 @@ def test_the_transcript_tells_changes_of_state_and_answers_as_they_grow():
 def test_what_cannot_be_is_refused_in_one_line(bundle, arguments, message):
     result = run(bundle, *SYSTEM, *arguments)
     assert isinstance(result.exception, FramestepError)
-    assert pytest.importorskip("re").search(message, str(result.exception))
+    assert re.search(message, str(result.exception))
     assert "\n" not in str(result.exception)
 
 

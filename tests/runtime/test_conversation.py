@@ -234,7 +234,7 @@ def test_a_source_that_breaks_ends_the_conversation_with_its_error(session):
     with Conversation(session, Broken(range(5)), DialogueOptions(system=SYSTEM)) as conversation:
         with pytest.raises(SourceError):
             events.extend(conversation)
-    assert [event.turn for event in events] in ([0, 1], [0])
+    assert [event.turn for event in events] == [0, 1, 0, 1]
 
 
 def test_a_frame_without_finite_output_is_left_out(session, monkeypatch):

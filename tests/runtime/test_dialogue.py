@@ -415,6 +415,7 @@ def test_pruned_tokens_are_those_that_show_the_same_again(opened):
     count = 40
     events = play(dialogue, [Seen(4 + n, 1.0 * n, n + 1.0, (moved,), 0.0) for n in range(count)])
     assert dialogue.decoder.forgotten > 10
-    shown = [event.turn for event in events if isinstance(event, Decision) and event.pruned == 0]
-    remembered = len(dialogue._numbers)
-    assert np.diff([2, *shown]).max() <= remembered + 1
+    # each of the two places has its own turn for that
+    shown = [event.turn for event in events if isinstance(event, Decision) and event.pruned < 2]
+    assert shown
+    assert np.diff([3, *shown, 4 + count]).max() <= len(dialogue.decoder.turns)
