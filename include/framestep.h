@@ -85,7 +85,8 @@ typedef uint64_t fs_stream;
 /* How a session is to be opened. A member that is zero or null takes its default. */
 typedef struct fs_session_options {
     size_t struct_size;
-    const char *engine;    /* "auto" (default) or "onnxruntime" or, where it was built in, "tensorrt" */
+    const char *engine;    /* "auto" (default), "onnxruntime", "onnxruntime:plain" (with no operator but its own: slower on a
+                              CPU, to compare with) or, where it was built in, "tensorrt" */
     const char *device;    /* "auto" (default: the fastest there is), "cpu" or "cuda" */
     const char *precision; /* "auto" (default: the fastest in the bundle that the device runs well) or one of its own */
     const char *library;   /* path of ONNX Runtime's shared library, or of TensorRT's where that is the engine asked for.

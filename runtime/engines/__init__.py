@@ -16,6 +16,7 @@ from ..errors import EngineError
 Array = npt.NDArray[Any]
 ENGINES = ("onnxruntime", "torch", "tensorrt")
 ARITHMETIC = ("fp32", "tf32", "fp16", "bf16")  # what the torch engine computes in where it is asked to: "torch:fp16"
+VARIANTS = {"torch": ARITHMETIC, "onnxruntime": ("plain",)}  # behind a colon
 DEVICES = ("cpu", "cuda")
 # why an engine does not run a precision whose memory is INT8; the torch engine's kernel reads it as it is
 NO_INT8_MEMORY = {
@@ -111,12 +112,14 @@ class EngineChoice:
 
     Attributes:
         arithmetic: what the torch engine computes in, one of `ARITHMETIC`; None for what the graphs have.
+        plain: ONNX Runtime with no operator but its own.
     """
 
     engine: str
     device: str
     reason: str
     arithmetic: str | None = None
+    plain: bool = False
 
 
 def usable_cores() -> int:
@@ -146,24 +149,25 @@ def choose_engine(manifest: Manifest, engine: str, device: str, precision: str =
     """Take the fastest engine that the bundle and the machine allow, or the one asked for.
 
     Args:
-        engine: "auto", one of `ENGINES`, or "torch:" and one of `ARITHMETIC`.
+        engine: "auto", one of `ENGINES`, "torch:" and one of `ARITHMETIC`, or "onnxruntime:plain".
         precision: "auto" or one of the bundle's.
 
     Raises:
         EngineError: unknown, or not usable here.
         BundleError: the bundle does not have that precision.
     """
-    name, _, arithmetic = engine.partition(":")
+    name, _, variant = engine.partition(":")
     if name not in ("auto", *ENGINES):
         raise EngineError(f"engine '{name}' is unknown; expected auto, {', '.join(ENGINES)}")
-    if arithmetic and (name != "torch" or arithmetic not in ARITHMETIC):
-        raise EngineError(f"engine '{engine}' is unknown; with ':' expected torch:{', torch:'.join(ARITHMETIC)}")
+    if variant and variant not in VARIANTS.get(name, ()):
+        known = ", ".join(f"{name}:{variant}" for name, variants in VARIANTS.items() for variant in variants)
+        raise EngineError(f"engine '{engine}' is unknown; with ':' expected {known}")
     if device not in ("auto", *DEVICES):
         raise EngineError(f"device '{device}' is unknown; expected auto, {', '.join(DEVICES)}")
     if precision != "auto":
         check_memory(manifest, precision, name)
     if name == "torch":
-        return _choose_torch("asked for", arithmetic or None, device)
+        return _choose_torch("asked for", variant or None, device)
     if name == "tensorrt" or (name == "auto" and device != "cpu" and _built_for_here(manifest)):
         return _choose_tensorrt(manifest, device, name)
     wanted = manifest.precisions if precision == "auto" else (precision,)
@@ -181,7 +185,7 @@ def choose_engine(manifest: Manifest, engine: str, device: str, precision: str =
         )
     taken = found[0] if device == "auto" else device
     why = "asked for" if device != "auto" else "the fastest device found" if len(found) > 1 else "no GPU provider found"
-    return EngineChoice("onnxruntime", taken, f"onnxruntime on {taken} ({why})")
+    return EngineChoice("onnxruntime", taken, f"onnxruntime on {taken} ({why})", plain=variant == "plain")
 
 
 def _choose_torch(why: str, arithmetic: str | None, device: str) -> EngineChoice:
@@ -266,4 +270,4 @@ def make_engine(
         return TensorRtEngine(bundle, graphs, outputs, streams, own_graphs)
     from .onnxruntime import OnnxRuntimeEngine
 
-    return OnnxRuntimeEngine(bundle, outputs, streams, choice.device, threads, own_graphs)
+    return OnnxRuntimeEngine(bundle, outputs, streams, choice.device, threads, own_graphs, choice.plain)

@@ -38,6 +38,7 @@ class OnnxRuntimeEngine:
         device: "cpu" or "cuda".
         threads: threads for one operator.
         graphs: names of the graphs that are to be run by themselves.
+        plain: run ONNX Runtime's own operators only; else a CPU's rings have one of ours.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class OnnxRuntimeEngine:
         device: str,
         threads: int,
         graphs: Sequence[str] = (),
+        plain: bool = False,
     ) -> None:
         self._library = native = library()
         ffi = native.ffi
@@ -56,7 +58,7 @@ class OnnxRuntimeEngine:
         options = native.new("fs_session_options")
         manifest = bundle.manifest
         kept = {"device": device, "precision": manifest.precision, "library": shared_library()}
-        kept["engine"] = "onnxruntime"
+        kept["engine"] = "onnxruntime:plain" if plain else "onnxruntime"
         kept["manifest"] = json.dumps(to_json(manifest))  # of a bundle in the making it is not written yet
         pointers = {name: ffi.new("char[]", value.encode()) for name, value in kept.items()}
         for name, pointer in pointers.items():

@@ -19,8 +19,11 @@ struct Plan {
     std::vector<const Port*> outputs;   // to be brought to the host
 };
 
+// ONNX Runtime with no operator but its own.
+constexpr const char* PLAIN = "onnxruntime:plain";
+
 struct EngineOptions {
-    std::string engine;   // "onnxruntime" or "tensorrt"
+    std::string engine;   // "onnxruntime", PLAIN or "tensorrt"
     std::string device;   // "cpu" or "cuda"
     std::string library;  // the engine's shared library; empty: where it usually is
     int streams = 1;      // slots

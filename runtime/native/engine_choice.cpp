@@ -60,8 +60,8 @@ EngineChoice choose_tensorrt(const Bundle&, const std::string&, const std::strin
 
 EngineChoice choose_engine(const Bundle& bundle, const std::string& engine, const std::string& device,
                            const std::string& precision, const std::string& library) {
-    if (engine != "auto" && engine != "onnxruntime" && engine != "tensorrt") {
-        throw Error(FS_ERROR_ENGINE, "engine '" + engine + "' is unknown; expected auto, onnxruntime or tensorrt");
+    if (engine != "auto" && engine != "onnxruntime" && engine != PLAIN && engine != "tensorrt") {
+        throw Error(FS_ERROR_ENGINE, "engine '" + engine + "' is unknown; expected auto, onnxruntime, " + PLAIN + " or tensorrt");
     }
     if (device != "auto" && device != "cpu" && device != "cuda") {
         throw Error(FS_ERROR_ENGINE, "device '" + device + "' is unknown; expected auto, cpu or cuda");
@@ -72,7 +72,7 @@ EngineChoice choose_engine(const Bundle& bundle, const std::string& engine, cons
     const std::string taken = device != "auto" ? device : onnxruntime_has_device(library, "cuda") ? "cuda" : "cpu";
     const Manifest& manifest = bundle.choose(precision, taken);
     check_memory(bundle, manifest, "which ONNX Runtime would dequantize as a whole in every step");
-    return {"onnxruntime", taken, &manifest};
+    return {engine == PLAIN ? PLAIN : "onnxruntime", taken, &manifest};
 }
 
 std::unique_ptr<Engine> make_engine(const Bundle& bundle, const Manifest& manifest, const Plan& plan,

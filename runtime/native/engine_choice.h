@@ -9,7 +9,7 @@
 namespace framestep {
 
 struct EngineChoice {
-    std::string engine;  // "onnxruntime" or "tensorrt"
+    std::string engine;  // as in EngineOptions
     std::string device;  // "cpu" or "cuda"
     const Manifest* manifest;
 };

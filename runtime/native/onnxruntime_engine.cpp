@@ -174,7 +174,8 @@ public:
         ort_.check(ort_.CreateMemoryInfo("Cpu", ORT_DEVICE_ALLOCATOR, 0, ORT_MEMORY_DEFAULT, memory_info_.into()), "host");
         const bool integer = manifest.precision.find("int8") != std::string::npos;
         const Owned<OrtSessionOptions> session = session_options(ort_, options, integer);
-        if (!cuda) {
+        const bool ours = !cuda && options.engine != PLAIN;
+        if (ours) {
             const std::string what = "ONNX Runtime could not take an operator";
             ort_.check(ort_.CreateCustomOpDomain(RING_DOMAIN, ring_domain_.into()), what);
             ort_.check(ort_.CustomOpDomain_Add(ring_domain_.get(), ring_operator(ort_)), what);
@@ -185,7 +186,7 @@ public:
         for (const Graph* graph : plan.graphs) {
             const std::string path = (bundle.path / graph->file).string();
             sessions_.emplace_back(ort_.ReleaseSession);
-            const std::string derived = cuda ? "" : with_rings(path, *graph, manifest);
+            const std::string derived = ours ? with_rings(path, *graph, manifest) : "";
             ort_.check(derived.empty()
                            ? ort_.CreateSession(ort_.env, path.c_str(), session.get(), sessions_.back().into())
                            : ort_.CreateSessionFromArray(ort_.env, derived.data(), derived.size(), session.get(),

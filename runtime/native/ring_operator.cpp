@@ -11,7 +11,8 @@
 namespace framestep {
 namespace {
 
-constexpr int64_t ROWS = 32;  // that a thread takes at a time
+constexpr int64_t ROWS = 32;        // that a thread takes at a time
+constexpr size_t ON_STACK = 4096;  // floats: of windows up to 2,048
 constexpr size_t INPUTS = 7, OUTPUTS = 3;
 enum Input : size_t { QUERY, PAST_KEY, NEW_KEY, PAST_VALUE, NEW_VALUE, INDEX, MASK };
 enum Output : size_t { RESULT, KEY, VALUE };
@@ -86,9 +87,14 @@ void run_block(void* user, size_t index) {
     ring.value += numbers * ring.window;
     ring.visible += stream * ring.window;
     ring.slot = work.slots[stream];
-    thread_local std::vector<float> scratch;
+    const int64_t stop = std::min(first + ROWS, work.rows);
+    if (ring_attention_scratch(ring.window) <= ON_STACK) {
+        alignas(64) float scratch[ON_STACK];
+        return work.kernel->rows(ring, first, stop, scratch);
+    }
+    thread_local std::vector<float> scratch;  // each thread asks for it once
     scratch.resize(std::max(scratch.size(), ring_attention_scratch(ring.window)));
-    work.kernel->rows(ring, first, std::min(first + ROWS, work.rows), scratch.data());
+    work.kernel->rows(ring, first, stop, scratch.data());
 }
 
 void compute(const Kernel& kernel, OrtKernelContext* context) {

@@ -1,6 +1,6 @@
 /* Steps three streams of a bundle on what standard input says, alone and together, and writes what they gave.
  *
- *     steps_from_pipe BUNDLE PRECISION SIDE < steps > outputs
+ *     steps_from_pipe BUNDLE ENGINE PRECISION SIDE < steps > outputs
  *
  * A step is a byte whose bits say which streams advance, then for each of those a frame of SIDE x SIDE RGB pixels. For each
  * stream that advanced come its position as int64, then its features, pooled, scores and patch_scores as float32.
@@ -28,14 +28,15 @@ int main(int count, char **arguments) {
     fs_session_options options = {0};
     fs_session session;
     fs_stream streams[STREAMS];
-    need(count == 4, "expected BUNDLE PRECISION SIDE");
-    const int32_t side = (int32_t)atoi(arguments[3]);
+    need(count == 5, "expected BUNDLE ENGINE PRECISION SIDE");
+    const int32_t side = (int32_t)atoi(arguments[4]);
     const size_t bytes = (size_t)side * (size_t)side * 3;
     uint8_t *pixels = malloc(STREAMS * bytes);
     need(pixels != NULL, "no memory");
 
     options.struct_size = sizeof options;
-    options.precision = arguments[2];
+    options.engine = arguments[2];
+    options.precision = arguments[3];
     options.streams = STREAMS;
     options.outputs = outputs;
     options.output_count = OUTPUTS;
