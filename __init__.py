@@ -81,8 +81,8 @@ def converse(
     questions: Sequence[str | Question] = (),
     options: DialogueOptions | None = None,
 ) -> Iterator[Event]:
-    """Talk with a model about what a source shows; see `runtime.conversation.converse`."""
-    from .runtime.conversation import converse
+    """Talk with a model about what a source shows; see `runtime.converse.converse`."""
+    from .runtime.converse import converse
 
     return converse(session, source, questions, options)
 

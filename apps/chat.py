@@ -5,6 +5,7 @@ Questions stand from the beginning (`--ask`) or come as lines of standard input 
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from collections import Counter
@@ -16,9 +17,11 @@ from typing import Any
 
 from ..runtime.bundle import Bundle
 from ..runtime.conversation import Conversation
+from ..runtime.converse import ASKED, open_conversation
 from ..runtime.dialogue import DialogueOptions
 from ..runtime.errors import FramestepError, OutputError
 from ..runtime.events import Answer, AnswerText, Asked, Decision, Event, Notice
+from ..runtime.following import Following
 from ..runtime.session import Session
 from ..runtime.sources import open_source
 from .latency import Latencies, Percentiles
@@ -160,7 +163,7 @@ def chat(options: ChatOptions, write: Callable[[str], None], report: Report, lin
         )
         rate = options.dialogue.frames_a_second(session.bundle.manifest)
         opening = _Opening(options.source, rate, report)
-        conversation = stack.enter_context(Conversation(session, opening, options.dialogue))
+        conversation = stack.enter_context(open_conversation(session, opening, options.dialogue))
         for question in options.questions:
             conversation.ask(question)
         session.warm_up(1)
@@ -172,7 +175,7 @@ def chat(options: ChatOptions, write: Callable[[str], None], report: Report, lin
             stack.callback(events.close)
         talk = _Talk(options, session, conversation, Transcript(write), events, report)
         if not conversation.decides:
-            talk.take(Notice(0.0, "this model does not decide when to speak: it answers questions as they are asked"))
+            talk.take(Notice(0.0, ASKED))
         threading.Thread(target=talk.listen, args=(iter(lines),), daemon=True).start()
         return talk.to_end(stopping)
 
@@ -199,6 +202,14 @@ class _Opening:
     def ended(self) -> bool:
         return bool(self._source.ended)
 
+    @property
+    def name(self) -> str:
+        return str(self._source.name)
+
+    @property
+    def dropped(self) -> int:
+        return int(self._source.dropped)
+
     def read(self, timeout: float | None = None) -> Any:
         return self._source.read(timeout)
 
@@ -208,7 +219,7 @@ class _Talk:
         self,
         options: ChatOptions,
         session: Session,
-        conversation: Conversation,
+        conversation: Conversation | Following,
         transcript: Transcript,
         events: JsonLines | None,
         report: Report,
@@ -271,7 +282,7 @@ class _Talk:
                 self._events = None
 
     def _summary(self, stopped: str) -> ChatSummary:
-        decoder = self._conversation.dialogue.decoder
+        decoder = self._conversation.decoder
         return ChatSummary(
             bundle=str(self._options.bundle),
             engine=self._session.engine_choice,
@@ -298,8 +309,17 @@ def _spread(milliseconds: Percentiles) -> str:
 
 
 def standard_input() -> Iterator[str]:
-    """Lines of standard input, as long as there are any."""
-    if sys.stdin is None or sys.stdin.closed:
+    """Lines of standard input, as long as there are any.
+
+    Read past Python's own buffer: a thread that waits in there keeps the interpreter from ending.
+    """
+    try:
+        descriptor = sys.stdin.fileno()
+    except (AttributeError, OSError, ValueError):  # there is none, or it is not a file
+        yield from sys.stdin or ()
         return
-    for line in sys.stdin:
-        yield line.rstrip("\n")
+    rest = b""
+    while data := os.read(descriptor, 1 << 16):
+        *lines, rest = (rest + data).split(b"\n")
+        yield from (line.decode("utf-8", "replace") for line in lines)
+    yield rest.decode("utf-8", "replace")

@@ -543,7 +543,7 @@ def bench(
     bundle: BundleArgument,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the report.")] = Path("report"),
     frames: Annotated[
-        str, typer.Option(help="Stream positions to measure at; of a decoder, turns.")
+        str, typer.Option(help="Stream positions to measure at; of a decoder, turns or frames.")
     ] = "1,4,16,64,256,1024,4096",
     streams: Annotated[str, typer.Option(help="Numbers of streams in one step.")] = "1,2,4,8",
     compare: Annotated[
@@ -590,9 +590,11 @@ def bench(
     )
     opened = Bundle.open(bundle)
     if opened.manifest.language is not None:
-        from .bench.dialogue import bench_dialogue
+        from .bench.dialogue import DialogueReport, bench_dialogue
+        from .bench.following import FollowingReport, bench_following
 
-        measured = bench_dialogue(
+        measure = bench_dialogue if opened.manifest.language.cross is None else bench_following
+        measured: DialogueReport | FollowingReport = measure(
             opened,
             output,
             options.frames,

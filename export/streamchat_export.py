@@ -137,6 +137,7 @@ def write_bundle(checkpoint: StreamChatCheckpoint, writer: BundleWriter, options
             tokenizer=TOKENIZER if checkpoint.tokenizer is not None else None,
             tokens=checkpoint.tokens,
             stop=checkpoint.stop,
+            chat="chatml" if {"turn_start", "turn_end"} <= set(checkpoint.tokens) else "plain",
             cross=Cross("frame", rebase_frames, model.config.positions),
         ),
     )

@@ -42,6 +42,8 @@ def write_frame(
 ) -> tuple[Graph, list[State]]:
     """Write the graph of the frame path.
 
+    Its output tells the mean magnitude of what it wrote, so that NaN and infinity are noticed before text reads them.
+
     Args:
         model: the checkpoint.
         window: frames that text may see.
@@ -59,10 +61,12 @@ def write_frame(
         Port("position_ids", "position_ids", "int64", (STREAMS, config.rope.rows, N), VISUAL),
     )
     frame, write_index, position_ids = (g.input(port.name, port.dtype, port.shape) for port in ports)
-    states, uses = [], []
+    states, uses, magnitudes = [], [], []
 
     def update(name: str, new: str) -> None:
         """Write the rows [S, G, N, d] of a frame into its slot of the state `name`."""
+        mean = g.node("ReduceMean", g.node("Abs", precision.widen(g, new)), g.constant([1, 2, 3]), keepdims=0)  # [S]
+        magnitudes.append(g.node("Unsqueeze", mean, g.constant([1])))
         shape = (STREAMS, G, F * N, d)
         past = g.input(f"{name}.past", dtype, shape)
         kind = name.split(".")[-1]
@@ -96,7 +100,10 @@ def write_frame(
                 down = block.mlp.down_proj.weight.float() * block.mlp_gate.float()[:, None]
             h = write_mlp(g, h, f"block{k}", block.mlp, precision, config.hidden_act, down)
             x = g.node("Add", x, precision.widen(g, h))
-    return Graph(file, ports, (), tuple(uses)), states
+    g.scope("")
+    output = Port("magnitudes", "output", "float32", (STREAMS, len(magnitudes)))
+    g.output(g.node("Concat", *magnitudes, axis=1, name="means"), output.name, output.dtype, output.shape)
+    return Graph(file, ports, (output,), tuple(uses)), states
 
 
 def write_decode(

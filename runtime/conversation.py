@@ -15,6 +15,7 @@ from typing import Protocol
 
 from .answering import Answering
 from .chat_format import Words
+from .decoding import Decoder
 from .dialogue import Array, Clock, Dialogue, DialogueOptions, Question, Seen
 from .errors import EngineError
 from .events import Event, Notice
@@ -28,8 +29,10 @@ GLANCE = 0.1  # seconds between looks at whether it is over
 class FrameSource(Protocol):
     """What a conversation needs of a source; see `runtime.sources`."""
 
+    name: str
     live: bool
     ended: bool
+    dropped: int
 
     def read(self, timeout: float | None = None) -> Frame | None: ...
 
@@ -106,7 +109,8 @@ class Watcher:
                 self._changed.notify_all()
 
     def _read(self) -> None:
-        number, last, seen = -1, -1, []
+        number = last = -1
+        seen: list[Array] = []
         frame: Frame | None = None
         while not self._stopped:
             read = self._source.read(GLANCE)
@@ -199,6 +203,11 @@ class Conversation:
         self._stopping = False
 
     @property
+    def decoder(self) -> Decoder:
+        """What counts tokens, and what was forgotten."""
+        return self.dialogue.decoder
+
+    @property
     def dropped(self) -> int:
         """Turns of a live source that nobody saw."""
         return 0 if self._watcher is None else self._watcher.dropped
@@ -245,31 +254,3 @@ class Conversation:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def converse(
-    session: Session,
-    source: FrameSource,
-    questions: Sequence[str | Question] = (),
-    options: DialogueOptions | None = None,
-) -> Iterator[Event]:
-    """Talk about what a source shows, until it ends.
-
-    Args:
-        session: of a bundle with a decoder that sees.
-        source: of `open_source`, at the rate that the model is to be shown.
-        questions: what to ask, from the beginning or from a second of the stream on.
-        options: see `DialogueOptions`.
-
-    Yields:
-        What happens; see `runtime/events.py`.
-
-    Raises:
-        FramestepError: a question, an option or the bundle is unusable, or the source was lost.
-    """
-    with Conversation(session, source, options) as conversation:
-        for question in questions:
-            conversation.ask(question)
-        if not conversation.decides:
-            yield Notice(0.0, "this model does not decide when to speak: it answers questions as they are asked")
-        yield from conversation

@@ -15,6 +15,7 @@ import time
 import unicodedata
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from types import TracebackType
 
@@ -251,7 +252,7 @@ class Following:
     @property
     def dropped(self) -> int:
         """Frames of a live source that were not encoded, because newer ones came."""
-        return int(getattr(self._source, "dropped", 0))
+        return self._source.dropped
 
     def ask(self, question: str | Question) -> None:
         """Ask as soon as the stream has come to the question's time and a frame is seen.
@@ -282,7 +283,7 @@ class Following:
     def _follow_file(self) -> Iterator[Event]:
         self._next = self._source.read()
         if self._next is None:
-            raise SourceError(f"source {getattr(self._source, 'name', '')}: gave no frame, so there is nothing to see")
+            raise SourceError(f"source {self._source.name}: gave no frame, so there is nothing to see")
         while not self._stopped:
             for question in self._due():
                 yield from self._answer(question)
@@ -314,7 +315,7 @@ class Following:
         if self._stopped:
             return
         if not self.cache.ring.encoded:
-            raise SourceError(f"source {getattr(self._source, 'name', '')}: gave no frame, so there is nothing to see")
+            raise SourceError(f"source {self._source.name}: gave no frame, so there is nothing to see")
         yield from self._unasked()
 
     def _answer(self, question: str) -> Iterator[Event]:
@@ -337,7 +338,8 @@ class Following:
                         yield from self._advance(self._time + spoken)
                     beginning = event.text[-1:].isspace()
                 elif isinstance(event, Answer):
-                    cache.take([cache.text(turn, words.close())])
+                    with suppress(CapacityError):  # of an answer that filled the cache the end is not written
+                        cache.take([cache.text(turn, words.close())])
                     yield replace(event, time=self._time)
                 yield from self._happened()
                 yield from self._ended()

@@ -44,14 +44,15 @@ class Recorder:
             self.runs[graph] += 1
             number = len(self.frames)
             getattr(self, f"_{graph}")(inputs)
-        if graph == "frame":
-            self.during(number)
-        found = self._stream.run(graph, inputs)
-        with self._lock:
+        try:
+            if graph == "frame":
+                self.during(number)
+            found = self._stream.run(graph, inputs)
+        finally:
             if graph == "frame":
                 self._in_flight = None
-            if graph == "decoder":
-                self.logits.append(found["logits"])
+        if graph == "decoder":
+            self.logits.append(found["logits"])
         return found
 
     def _embed(self, inputs: dict[str, np.ndarray]) -> None:

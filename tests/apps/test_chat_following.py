@@ -1,0 +1,81 @@
+"""`framestep chat`, `bench` and `export` with a model whose answers follow the video."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import dialogue_models
+import pytest
+import streamchat_models
+from typer.testing import CliRunner
+
+import framestep
+from framestep.apps.cli import app
+from framestep.runtime.events import Answer
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("chat")
+    checkpoint = streamchat_models.save(folder)
+    dialogue_models.byte_tokenizer(states=False).save(str(checkpoint / "tokenizer.json"))
+    path = folder / "out.bundle"
+    arguments = ["export", str(checkpoint), "-o", str(path), "--window", "5", "--capacity", "96", "--json"]
+    found = CliRunner().invoke(app, arguments)
+    assert found.exit_code == 0, found.output
+    return path
+
+
+def test_chat_needs_no_option_that_the_user_must_know(bundle, tmp_path):
+    output = tmp_path / "events.jsonl"
+    arguments = ["chat", str(bundle), "--source", "synthetic:frames=60", "--ask", "What is happening?", "--max-tokens", "9",
+                 "--output", str(output)]  # fmt: skip
+    found = CliRunner().invoke(app, arguments)
+    assert found.exit_code == 0, found.output
+    assert "? What is happening?" in found.output
+    events = [json.loads(line) for line in output.read_text("utf-8").splitlines()]
+    kinds = [event["event"] for event in events]
+    assert kinds.count("Asked") == kinds.count("Answer") == 1
+    shown = [event for event in events if event["event"] == "FrameShown"]
+    assert len(shown) > 5
+    assert all(event["frame"] <= shown[-1]["index"] for event in events if event["event"] == "Spoken")
+
+
+def test_converse_follows(bundle):
+    with framestep.load(bundle) as session, framestep.open_source("synthetic:frames=20", rate=session.rate) as source:
+        events = list(framestep.converse(session, source, ["What?"]))
+    assert sum(isinstance(event, Answer) for event in events) == 1
+
+
+def test_bench_measures_tokens_and_frames(bundle, tmp_path, monkeypatch):
+    from framestep.apps.bench import following
+
+    monkeypatch.setattr(following, "SHORTEST_S", 0.1)
+    monkeypatch.setattr(
+        following.bench_following, "__defaults__", (*following.bench_following.__defaults__[:-1], (5.0, 30.0))
+    )
+    arguments = ["bench", str(bundle), "-o", str(tmp_path), "--frames", "1,20", "--samples", "4", "--json"]
+    found = CliRunner().invoke(app, arguments)
+    assert found.exit_code == 0, found.output
+    report = json.loads((tmp_path / "report.json").read_text("utf-8"))
+    assert [row["frames"] for row in report["passed"]] == [1, 20]
+    assert [row["rate"] for row in report["rates"]] == [5.0]
+    assert "30 frames a second was not measured: rate: the bundle keeps 5 frames" in report["notes"][-1]
+    assert report["prompt"]["tokens"] == report["prompt"]["frames"] * 4
+    assert "The other way" in (tmp_path / "report.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--window", "4"], "--window: 4 frames are less than one second of video at 5 a second; expected at least 5"),
+        (["--resize", "crop"], "--resize: only a StreamFormer has it"),
+        (["--frame-size", "56"], "--frame-size: a StreamChat's tower is its own"),
+    ],
+)
+def test_options_of_others_are_refused_in_one_line(bundle, tmp_path, options, message):
+    checkpoint = str(bundle.parent / "streamchat")
+    found = CliRunner().invoke(app, ["export", checkpoint, "-o", str(tmp_path / "b"), *options])
+    assert found.exit_code != 0
+    assert message in str(found.exception)
