@@ -61,9 +61,13 @@ def export(arguments: ExportArguments) -> dict[str, Any]:
     """
     _need_export_packages()
     from ..export.decoder_checkpoint import is_decoder
+    from ..export.streamchat_checkpoint import is_streamchat
 
-    if arguments.checkpoint is not None and arguments.random_init is None and is_decoder(arguments.checkpoint):
-        return _export_decoder(arguments, arguments.checkpoint)
+    if arguments.checkpoint is not None and arguments.random_init is None:
+        if is_decoder(arguments.checkpoint):
+            return _export_decoder(arguments, arguments.checkpoint)
+        if is_streamchat(arguments.checkpoint):
+            return _export_streamchat(arguments, arguments.checkpoint)
     for name in OF_DECODERS:
         if getattr(arguments, name) is not None:
             raise CheckpointError(f"--{name.replace('_', '-')}: only decoders have it, and this is a StreamFormer")
@@ -74,11 +78,7 @@ def _export_decoder(arguments: ExportArguments, source: str) -> dict[str, Any]:
     from ..export.decoder_checkpoint import read_decoder_checkpoint
     from ..export.decoder_export import DecoderOptions, export_decoder
 
-    for name in OF_STREAMFORMER:
-        if getattr(arguments, name) is not None:
-            raise CheckpointError(f"--{name.replace('_', '-')}: only a StreamFormer has it, and this is a decoder")
-    if _label_options(arguments.labelling) is not None:
-        raise CheckpointError("--labels: only a StreamFormer scores labels; ask a decoder with questions")
+    _refuse_streamformer_options(arguments)
     size = parse_size(arguments.frame_size, "--frame-size") if arguments.frame_size else None
     given = {name: getattr(arguments, name) for name in ("precision", "capacity", "chunk", "window", "rate")}
     options = DecoderOptions(frame_size=size, **{name: value for name, value in given.items() if value is not None})
@@ -91,6 +91,34 @@ def _export_decoder(arguments: ExportArguments, source: str) -> dict[str, Any]:
         "difference": report.difference,
         "tokens_replayed": report.tokens,
     }
+
+
+def _export_streamchat(arguments: ExportArguments, source: str) -> dict[str, Any]:
+    from ..export.streamchat_checkpoint import read_streamchat_checkpoint
+    from ..export.streamchat_export import StreamChatOptions, export_streamchat
+
+    _refuse_streamformer_options(arguments)
+    for name in ("frame_size", "vision_tower"):
+        if getattr(arguments, name) is not None:
+            raise CheckpointError(f"--{name.replace('_', '-')}: a StreamChat's tower is its own, of one frame size")
+    given = {name: getattr(arguments, name) for name in ("precision", "window", "capacity", "chunk", "rate")}
+    options = StreamChatOptions(**{name: value for name, value in given.items() if value is not None})
+    report = export_streamchat(read_streamchat_checkpoint(source), arguments.output, options, arguments.force)
+    manifest = Bundle.open(report.path, verify=False).manifest
+    return {
+        "bundle": str(report.path),
+        "bytes": sum(entry.bytes for entry in manifest.files.values()),
+        "difference": report.difference,
+        "tokens_replayed": report.tokens,
+    }
+
+
+def _refuse_streamformer_options(arguments: ExportArguments) -> None:
+    for name in OF_STREAMFORMER:
+        if getattr(arguments, name) is not None:
+            raise CheckpointError(f"--{name.replace('_', '-')}: only a StreamFormer has it, and this is a decoder")
+    if _label_options(arguments.labelling) is not None:
+        raise CheckpointError("--labels: only a StreamFormer scores labels; ask a decoder with questions")
 
 
 def _export_streamformer(arguments: ExportArguments) -> dict[str, Any]:
