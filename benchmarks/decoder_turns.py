@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def small_bundle(folder: Path, capacity: int) -> Path:
     with torch.no_grad():
         for weight in model.parameters():
             if weight.ndim > 1:  # so large that frames make a difference to what is decided
-                weight.copy_(0.1 * torch.randn(weight.shape))
+                weight.copy_(0.2 * torch.randn(weight.shape))
     model.save_pretrained(folder / "checkpoint")
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({letter: index for index, letter in enumerate(alphabet)}, []))
@@ -81,7 +82,10 @@ def small_bundle(folder: Path, capacity: int) -> Path:
 
 def prune_report(bundle: Bundle, similarities: list[float], turns: int) -> str:
     """Tokens saved and decisions changed on moving shapes, against the same dialogue with every token."""
-    lines = ["| pruned from | visual tokens left out | decisions changed |", "| ---: | ---: | ---: |"]
+    lines = [
+        "| pruned from | visual tokens left out | decisions changed | probability to answer moved, mean / max |",
+        "| ---: | ---: | ---: | ---: |",
+    ]
     with Session(bundle) as session, session.open_stream() as stream:
         frames = _shapes(session, turns)
         manifest = session.bundle.manifest
@@ -90,13 +94,24 @@ def prune_report(bundle: Bundle, similarities: list[float], turns: int) -> str:
         visual = [stream.step(frame)[manifest.language.visual] for frame in frames]
         words = Words(manifest.language, bundle.path)
         whole = _decisions(stream, manifest, words, visual, None)
+        states = Counter(decision.state for decision in whole)
         for similarity in similarities:
             pruned = _decisions(stream, manifest, words, visual, similarity)
-            left_out = sum(decision.pruned for decision in pruned)
+            left_out, total = sum(decision.pruned for decision in pruned), sum(map(len, visual))
             changed = sum(a.state != b.state for a, b in zip(whole, pruned, strict=True))
-            total = sum(map(len, visual))
-            lines.append(f"| {similarity:g} | {left_out} of {total} ({left_out / total:.0%}) | {changed} of {turns} |")
-    return "\n".join([f"Pruning over {turns} turns of moving shapes, one frame each:", "", *lines, ""])
+            moved = np.abs([_response(a) - _response(b) for a, b in zip(whole, pruned, strict=True)])
+            lines.append(
+                f"| {similarity:g} | {left_out} of {total} ({left_out / total:.0%}) | {changed} of {turns} |"
+                f" {moved.mean():.3f} / {moved.max():.3f} |"
+            )
+    spread = ", ".join(f"{count} {state}" for state, count in states.items())
+    title = f"Pruning over {turns} turns of moving shapes, one frame each; with every token: {spread}."
+    return "\n".join([title, "", *lines, ""])
+
+
+def _response(decision: Decision) -> float:
+    assert decision.probabilities is not None
+    return decision.probabilities["response"]
 
 
 def _decisions(stream: Any, manifest: Any, words: Words, visual: list[Any], prune: float | None) -> list[Decision]:
