@@ -144,7 +144,7 @@ static void bad_frames_are_refused(fs_session session, fs_stream stream) {
     frame->format = (fs_format)9;
     CHECK(fs_step(session, frame, 1) == FS_ERROR_FRAME);
     frame->format = FS_RGB;
-    frame->stream = stream + 1;
+    frame->stream = stream + ((fs_stream)1 << 32);
     CHECK(fs_step(session, frame, 1) == FS_ERROR_HANDLE);
     frame->stream = stream;
     frame->struct_size = 8;
