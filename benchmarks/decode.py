@@ -178,7 +178,7 @@ class Reference:
                 logits = self.model(self.torch.tensor([[self.token]]), past_key_values=self.cache).logits
                 self.token = int(logits[0, -1].argmax())
                 spent += time.perf_counter() - begin
-                self.cache.crop(CAPACITY - 1)
+                self.cache.crop(-1)
         return spent
 
 
