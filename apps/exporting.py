@@ -89,6 +89,7 @@ def _export_decoder(arguments: ExportArguments, source: str) -> dict[str, Any]:
         "bundle": str(report.path),
         "bytes": sum(entry.bytes for entry in manifest.files.values()),
         "difference": report.difference,
+        **({} if report.quantization is None else {"quantization_error": report.quantization}),
         "tokens_replayed": report.tokens,
     }
 

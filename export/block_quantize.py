@@ -1,4 +1,4 @@
-"""Weight-only quantization: integers in blocks of 32 weights of one output, with a scale for each block.
+"""Weight-only quantization: integers in blocks of 32 to 128 weights of one output, with a scale for each block.
 
 A graph says it in standard ONNX, a blocked `DequantizeLinear` before the `MatMul`. ONNX Runtime makes one `MatMulNBits`
 of the two, which reads the integers and never writes the floats down.
@@ -6,12 +6,18 @@ of the two, which reads the integers and never writes the floats down.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
+import onnx
+import torch
 
 Array = npt.NDArray[np.floating]
-BLOCK = 32
+# weights that share a scale: the first that divides a layer's inputs. Eight bits lose next to nothing in a large block,
+# and their products are then bound by memory, not by scales
+BLOCKS = {8: (128, 64, 32), 4: (32,)}
 LARGEST = {8: 127, 4: 7}  # of the integers that stand for the largest weight of a block
 CANDIDATES = 8  # scales tried for a block of INT4
 ROWS = 4096  # outputs quantized at a time, which bounds the memory
@@ -28,28 +34,79 @@ def quantize_blocks(weight: Array, bits: int) -> tuple[npt.NDArray[np.int8], Arr
         bits: 8 or 4.
 
     Returns:
-        Integers [outputs, inputs] and scales [outputs, inputs / 32].
+        Integers [outputs, inputs] and scales [outputs, inputs / block].
     """
     outputs, inputs = weight.shape
+    block = next(size for size in BLOCKS[bits] if inputs % size == 0)
     integers = np.empty((outputs, inputs), np.int8)
-    scales = np.empty((outputs, inputs // BLOCK), np.float32)
+    scales = np.empty((outputs, inputs // block), np.float32)
     for first in range(0, outputs, ROWS):
-        rows = np.ascontiguousarray(weight[first : first + ROWS], np.float32).reshape(-1, BLOCK)
+        rows = np.ascontiguousarray(weight[first : first + ROWS], np.float32).reshape(-1, block)
         q, scale = _quantize(rows, bits)
         integers[first : first + ROWS] = q.reshape(-1, inputs)
-        scales[first : first + ROWS] = scale.reshape(-1, inputs // BLOCK)
+        scales[first : first + ROWS] = scale.reshape(-1, inputs // block)
     return integers, scales
 
 
 def dequantize_blocks(integers: npt.NDArray[np.int8], scales: Array) -> Array:
-    """The matrix [outputs, inputs] that the integers stand for."""
-    wide: Array = np.repeat(scales, BLOCK, axis=1) * integers.astype(scales.dtype)
-    return wide
+    """The matrix [outputs, inputs] that the integers stand for; or any number of axes before the inputs."""
+    wide: Array = integers.reshape(*scales.shape, -1) * scales[..., None]
+    return wide.reshape(integers.shape)
 
 
 def to_onnx(integers: npt.NDArray[np.int8], bits: int) -> npt.NDArray[np.generic]:
     """In the type in which a graph holds them."""
     return integers if bits == 8 else integers.astype(ml_dtypes.int4)
+
+
+def steps_off(integers: npt.NDArray[np.int8], scales: Array, weight: torch.Tensor, factor: float = 1.0) -> float:
+    """How far integers are from what a weight [outputs, inputs] times a factor is, at most, in steps of their block."""
+    largest = 0.0
+    for first in range(0, len(scales), ROWS):
+        step = scales[first : first + ROWS, :, None]
+        blocks = (*step.shape[:2], -1)
+        wanted = weight[first : first + ROWS].float().numpy() * np.float32(factor)
+        off = wanted.reshape(blocks) / step - integers[first : first + ROWS].reshape(blocks)
+        largest = max(largest, float(np.abs(off).max()))
+    return largest
+
+
+class StoredBlocks:
+    """The matrices that a graph's file holds as integers in blocks, read one at a time.
+
+    Args:
+        path: of the graph.
+    """
+
+    def __init__(self, path: Path) -> None:
+        model = onnx.load(path, load_external_data=False)
+        self._folder = path.parent
+        self._tensors = {item.name: item for item in model.graph.initializer}
+
+    def names(self) -> list[str]:
+        """Of the layers: those with a weight and its scales."""
+        weights = [name.removesuffix(".weight") for name in self._tensors if name.endswith(".weight")]
+        return [name for name in weights if f"{name}.scale" in self._tensors]
+
+    def integers(self, name: str) -> npt.NDArray[np.int8]:
+        """A layer's integers, in the shape that the file has."""
+        return self._read(f"{name}.weight").astype(np.int8, copy=False)
+
+    def scales(self, name: str) -> Array:
+        return self._read(f"{name}.scale").astype(np.float32, copy=False)
+
+    def _read(self, name: str) -> npt.NDArray[np.generic]:
+        tensor = self._tensors[name]
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            return onnx.numpy_helper.to_array(tensor)
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        raw = np.memmap(
+            self._folder / entries["location"], np.int8, "r", int(entries["offset"]), int(entries["length"])
+        )
+        shape = tuple(tensor.dims)
+        if tensor.data_type == onnx.TensorProto.INT4:  # two in a byte, the first one low
+            return np.stack([raw << 4 >> 4, raw >> 4], axis=-1).reshape(-1)[: np.prod(shape)].reshape(shape)
+        return raw.view(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)).reshape(shape)
 
 
 def _quantize(blocks: Array, bits: int) -> tuple[npt.NDArray[np.int8], Array]:

@@ -311,8 +311,11 @@ class Decoder(nn.Module):
         for index, layer in enumerate(self.model.layers):
             x, pair = layer(x, turn, None if cache is None else cache[index], mask)
             present.append(pair)
-        x = self.model.norm(x)
-        return F.linear(x, self.head.to(x.dtype)), present
+        return self.logits(self.model.norm(x)), present
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits [..., V] of what the last layer gave, after its norm."""
+        return F.linear(x, self.head.to(x.dtype))
 
 
 def cosines_and_sines(config: DecoderConfig, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime.bundle import STREAMS, TOKENS, Graph, Port, State, StateUse
-from .block_quantize import BLOCK, quantize_blocks, to_onnx
+from .block_quantize import quantize_blocks, to_onnx
 from .decoder import MLP, Decoder, DecoderConfig, Layer, SelfAttention
 from .graph import GraphBuilder
 
@@ -93,10 +93,10 @@ class Precision:
         return g.node(
             "DequantizeLinear",
             g.weight(f"{name}.weight", packed, f"{stored}.weight"),  # [in, out]
-            g.weight(f"{name}.scale", np.ascontiguousarray(scales.T), f"{stored}.scale"),  # [in / 32, out]
+            g.weight(f"{name}.scale", np.ascontiguousarray(scales.T), f"{stored}.scale"),  # [in / block, out]
             name=f"{name}.DequantizeLinear",
             axis=0,
-            block_size=BLOCK,
+            block_size=weight.shape[1] // scales.shape[1],
         )
 
 
@@ -123,7 +123,7 @@ def write_embed(
         rows = g.node("Gather", g.weight(f"{name}.weight", integers), tokens, axis=0)
         scale = g.node("Gather", g.weight(f"{name}.scale", scales), tokens, axis=0)
         # spelled out: a blocked DequantizeLinear wants as many scales as its shape says before it runs
-        rows = g.node("Reshape", g.node("Cast", rows, to=1), g.constant([0, 0, -1, BLOCK]))
+        rows = g.node("Reshape", g.node("Cast", rows, to=1), g.constant([0, 0, scales.shape[1], -1]))
         x = g.node("Mul", rows, g.node("Unsqueeze", scale, g.constant([3])))
         x = g.node("Reshape", x, g.constant([0, 0, D]))
     g.output(x, "embeddings", "float32", [STREAMS, TOKENS, D])

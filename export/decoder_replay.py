@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,22 +15,28 @@ from torch import Tensor
 from ..runtime.bundle import STREAMS, TOKENS, Bundle, Graph, graphs_for
 from .decoder import Cache
 from .decoder_checkpoint import DecoderCheckpoint
+from .stored_weights import StoredWeights
 from .vision_graph import VISUAL
 
 Array = npt.NDArray[Any]
 STEPS = (7, 1, 4, 1)  # new tokens of each step; after them some are forgotten, the keys re-based, and one more taken
 FORGOTTEN = slice(3, 6)
 SHIFT = 5  # positions
+RUNTIME_LEVEL, EXACT_LEVEL = 4, 1  # integers by integers, as a runtime multiplies them, and in float32
 
 
-def session_options() -> Any:
-    """As a runtime sets them, with two threads."""
+def session_options(level: int = RUNTIME_LEVEL) -> Any:
+    """As a runtime sets them, with two threads.
+
+    Args:
+        level: of integer weights: how accurate their products are.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 2
     options.log_severity_level = 2  # warnings: of a state that had to be copied
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "4")
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(level))
     return options
 
 
@@ -40,10 +47,10 @@ class GraphRun:
         states: by name, the first axis 1; the graphs write into them.
     """
 
-    def __init__(self, bundle: Bundle, names: Iterable[str]) -> None:
+    def __init__(self, bundle: Bundle, names: Iterable[str], level: int = RUNTIME_LEVEL) -> None:
         import onnxruntime
 
-        manifest, options = bundle.manifest, session_options()
+        manifest, options = bundle.manifest, session_options(level)
         self.states = {s.name: np.zeros((1, *map(int, s.shape[1:])), s.dtype) for s in manifest.states}
         self._graphs: dict[str, tuple[Graph, Any]] = {}
         for name in names:
@@ -78,14 +85,14 @@ class DecoderRun(GraphRun):
         capacity: tokens.
     """
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, level: int = RUNTIME_LEVEL) -> None:
         manifest = bundle.manifest
         language = manifest.language
         assert language is not None
         self.capacity = next(state.capacity for state in manifest.states if state.kind == "linear")
         self._roles = {role: getattr(language, role) for role in ("embed", "decoder", "rebase")}
         self._eyes = graphs_for(manifest, [language.visual] if language.visual else [])
-        super().__init__(bundle, (*self._eyes, *self._roles.values()))
+        super().__init__(bundle, (*self._eyes, *self._roles.values()), level)
 
     def see(self, frame: Array) -> Array:
         """Embeddings [1, tokens, D] of the first frame of a stream, uint8 [height, width, 3]."""
@@ -113,18 +120,44 @@ class DecoderRun(GraphRun):
         self.run(self._roles["rebase"], {"slot_positions": slot_positions})
 
 
-def replay(checkpoint: DecoderCheckpoint, bundle: Bundle) -> tuple[float, int]:
+@dataclass(frozen=True)
+class Replay:
+    """What a replay found. Errors are relative, root mean square, where they are largest.
+
+    Attributes:
+        difference: between the bundle and PyTorch in float32 with the same weights: the checkpoint's, or those that the
+            bundle's integers stand for, whose products are then in float32 too.
+        tokens: how many were taken.
+        quantization: of integer weights, between the bundle as a runtime runs it and PyTorch with the checkpoint's.
+        rounding: of integer weights, how far one is from the checkpoint's at most, in steps of its block.
+    """
+
+    difference: float
+    tokens: int
+    quantization: float | None = None
+    rounding: float | None = None
+
+
+def replay(checkpoint: DecoderCheckpoint, bundle: Bundle) -> Replay:
     """Take random tokens, and what the model sees in a random frame, through PyTorch and through the bundle.
 
     Before the last token some are forgotten and all keys of the bundle turned to other positions. PyTorch stays at the
     old ones: only distances count.
-
-    Returns:
-        The relative error (root mean square, of the logits of a step or some embeddings) where it is largest, and the
-        number of tokens.
     """
+    tokens = sum(STEPS) + 1
+    as_run = _replay(checkpoint, DecoderRun(bundle), bundle)
+    if bundle.manifest.precision not in ("w8", "w4"):
+        return Replay(as_run, tokens)
+    stored = StoredWeights(checkpoint.decoder, bundle)
+    with stored.in_use():
+        exact = _replay(checkpoint, DecoderRun(bundle, EXACT_LEVEL), bundle)
+    return Replay(exact, tokens, as_run, stored.rounding())
+
+
+def _replay(checkpoint: DecoderCheckpoint, run: DecoderRun, bundle: Bundle) -> float:
+    """The largest relative error of the logits of a step, or of some embeddings."""
     generator = np.random.default_rng(0)
-    decoder, run = checkpoint.decoder, DecoderRun(bundle)
+    decoder = checkpoint.decoder
     rows, vocabulary = decoder.config.rope.rows, decoder.config.vocab_size
     tokens = generator.integers(0, vocabulary, (1, sum(STEPS) + 1))
     positions = np.arange(tokens.shape[1]) + generator.integers(0, 4, (1, rows, 1))
@@ -152,7 +185,7 @@ def replay(checkpoint: DecoderCheckpoint, bundle: Bundle) -> tuple[float, int]:
             pairs.append((logits, expected[0, -1]))
             mask[at:stop] = True
             at = stop
-    return largest_error(pairs), tokens.shape[1]
+    return largest_error(pairs)
 
 
 def largest_error(pairs: Iterable[tuple[Array, Tensor]]) -> float:

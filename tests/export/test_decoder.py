@@ -17,9 +17,11 @@ from framestep.export import decoder_replay
 from framestep.export.block_quantize import dequantize_blocks, quantize_blocks
 from framestep.export.decoder import Decoder
 from framestep.export.decoder_checkpoint import read_decoder_checkpoint
-from framestep.export.decoder_export import DecoderOptions, export_decoder
-from framestep.export.decoder_replay import DecoderRun
+from framestep.export.decoder_export import ROUNDING, DecoderOptions, export_decoder
+from framestep.export.decoder_graph import Precision
+from framestep.export.decoder_replay import DecoderRun, replay
 from framestep.runtime.bundle import Bundle
+from framestep.runtime.errors import FramestepError
 
 CAPACITY = 64
 TOKENS = 40
@@ -162,10 +164,44 @@ def test_integer_weights_give_the_logits_of_what_they_stand_for(exported, monkey
     integers = run_tokens(DecoderRun(bundle), random_tokens(), [TOKENS])[0]
     plain = onnxruntime.SessionOptions()
     plain.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    monkeypatch.setattr(decoder_replay, "session_options", lambda: plain)
+    monkeypatch.setattr(decoder_replay, "session_options", lambda *level: plain)
     golden.assert_close(run_tokens(DecoderRun(bundle), random_tokens(), [TOKENS])[0], expected)
     # the fused layers round their inputs to eight bits too
     assert np.corrcoef(integers, expected)[0, 1] > 0.999
+
+
+@pytest.mark.parametrize("precision", ["w8", "w4"])
+def test_an_export_compares_with_what_its_integers_stand_for(exported, precision):
+    _, bundle = exported("llama", precision)
+    checkpoint = read_decoder_checkpoint(bundle.manifest.origin.checkpoint)
+    found = replay(checkpoint, bundle)
+    assert found.difference < 1e-5 and 0.45 < found.rounding <= ROUNDING[precision]
+    assert {"w8": 0.01, "w4": 0.1}[precision] < found.quantization < {"w8": 0.1, "w4": 0.6}[precision]
+    assert replay(checkpoint, exported("llama")[1]).difference < 1e-5  # the decoder is as it was
+
+
+@pytest.mark.parametrize("precision", ["w8", "w4"])
+def test_a_slightly_wrong_integer_weight_is_found(tmp_path, monkeypatch, precision):
+    def wrong(weight, bits):
+        integers, scales = quantize_blocks(weight, bits)
+        if weight.shape == (96, 64):
+            integers[5, 7] += 2 if integers[5, 7] < 0 else -2
+        return integers, scales
+
+    monkeypatch.setattr("framestep.export.decoder_graph.quantize_blocks", wrong)
+    with pytest.raises(FramestepError, match=r"not kept, a weight in w\d is [12]\.\d\d steps off"):
+        export(decoder_models.qwen2(), tmp_path, precision=precision)
+
+
+def test_integers_that_are_read_with_another_scale_are_found(tmp_path, monkeypatch):
+    def write(self, g, name, weight, *stored):
+        return original(self, g, name, weight * 1.01 if name == "layer1.down" else weight, *stored)
+
+    original = Precision._weight
+    checkpoint = read_decoder_checkpoint(str(decoder_models.save(decoder_models.qwen2(), tmp_path / "checkpoint")))
+    monkeypatch.setattr(Precision, "_weight", write)
+    with pytest.raises(FramestepError, match=r"not kept, a weight in w8 is .* steps off"):
+        export_decoder(checkpoint, tmp_path / "out.bundle", DecoderOptions("w8", CAPACITY))
 
 
 def torch_logits(decoder: Decoder) -> np.ndarray:
