@@ -42,7 +42,7 @@ class BufferEngine:
         self._times = StepTimes(0.0, 0.0, 0.0)
         self._own_graphs = {name: manifest.graphs[name] for name in own_graphs}
         self._most = _most(manifest)
-        self._capacity = {state.name: state.capacity for state in manifest.states}
+        self._rows = {state.name: int(state.shape[state.axis]) for state in manifest.states}
         self._turn = threading.RLock()
 
     def run_range(self, first: int, stop: int) -> None:
@@ -92,10 +92,9 @@ class BufferEngine:
             if most is not None and (array.min() < 0 or array.max() > most):
                 wrong = array.min() if array.min() < 0 else array.max()
                 raise EngineError(f"graph '{name}': input '{port.name}' has {wrong}, expected 0 to {most}")
+        capacity = min((self._rows[use.state] for use in graph.states if use.output is not None), default=0)
         for port in graph.inputs:
-            capacity = min((self._capacity[use.state] for use in graph.states), default=0)
-            first = int(given[port.name].min()) if port.role == "write_index" else 0
-            if port.role == "write_index" and not 0 <= first <= capacity - tokens:
+            if port.role == "write_index" and not 0 <= (first := int(given[port.name].min())) <= capacity - tokens:
                 raise EngineError(
                     f"graph '{name}': {tokens} tokens from slot {first} on do not fit into the capacity of {capacity}"
                 )

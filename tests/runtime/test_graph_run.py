@@ -206,6 +206,31 @@ def test_graphs_that_were_not_asked_for_are_refused(exported):
         framestep.load(path, graphs=("speak",))
 
 
+def test_tensorrt_launches_a_token_at_once_and_puts_several_on_its_stream(compiled):
+    per_run = ["Context.push", "cuGraphLaunch", "Stream.synchronize", "Context.pop"]
+    tokens = random_tokens()
+    with stand_in(compiled) as machine:
+        with framestep.load(compiled, engine="tensorrt") as session, session.open_stream() as stream:
+            step(stream, tokens[:1], 0)
+            machine.calls.clear()
+            for at in range(1, 4):
+                step(stream, tokens[at : at + 1], at)
+            assert machine.names() == per_run * 2 * 3  # embed and decoder
+            step(stream, tokens[4:9], 4)
+            profiles = [given for name, given in machine.calls if name.endswith(".set_optimization_profile_async")]
+            assert [index for index, _ in profiles] == [1, 1]
+            machine.calls.clear()
+            step(stream, tokens[9:12], 9)  # another number of tokens by the same contexts
+            assert machine.names().count("IExecutionContext.execute_async_v3") == 2
+            assert not {"cuGraphLaunch", "cuStreamBeginCapture", "mem_alloc"} & set(machine.names())
+            assert not any(name.endswith("create_execution_context") for name in machine.names())
+            with pytest.raises(
+                EngineError, match=r"graph 'embed': 49 tokens are more than the 48 that its engine takes"
+            ):
+                stream.run("embed", {"tokens": np.zeros(49, np.int64)})
+        assert (machine.memory, machine.contexts, machine.graphs) == ({}, 0, 0)
+
+
 def test_a_closed_session_runs_nothing(session):
     stream = session.open_stream()
     step(stream, random_tokens()[:2], 0)

@@ -187,6 +187,27 @@ def test_captured_ranges_are_bounded(built, machine, monkeypatch) -> None:
     engine.close()
 
 
+def test_compiled_kernels_are_kept_beside_the_bundle_and_found_again(copied) -> None:
+    kept = copied.parent / "golden.bundle.kernels"
+    with stand_in(copied) as machine:
+        for content in (None, b"kernels", b"of another version"):
+            if content is not None:
+                content = kept.read_bytes() if content == b"kernels" else content
+                kept.write_bytes(content)
+            machine.calls.clear()
+            with load(copied) as session:
+                session.open_stream().step(golden.load()["frames"][0])
+            given = [arguments for name, arguments in machine.calls if name == "IRuntimeCache.deserialize"]
+            assert given == ([] if content is None else [(content,)])
+            contexts = machine.names().count("ICudaEngine.create_execution_context")
+            assert machine.names().count("IRuntimeConfig.set_runtime_cache") == contexts > 0
+            assert kept.read_bytes().startswith(b"kernels")
+        kept.unlink()
+        kept.mkdir()  # where it cannot be written nothing else is lost
+        with load(copied) as session:
+            session.open_stream().step(golden.load()["frames"][0])
+
+
 def test_everything_is_given_back(built, machine) -> None:
     free = machine.free
     with load(built) as session:
@@ -404,6 +425,8 @@ def calls(built) -> dict[str, int]:
     made = {}
     with stand_in(built, copies=("layer0.key.present",)) as machine:
         with load(built) as session:
+            session.warm_up()
+        with load(built) as session:  # which finds what the first one compiled
             session.warm_up()
             stream = session.open_stream()
             stream.step(golden.load()["frames"][0])

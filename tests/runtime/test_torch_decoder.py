@@ -1,0 +1,89 @@
+"""Decoder bundles on the torch engine: what it has beside `test_graph_run.py`, which runs on every engine."""
+
+from __future__ import annotations
+
+import decoder_models
+import golden
+import numpy as np
+import pytest
+import torch
+
+import framestep
+from framestep.export.decoder_checkpoint import read_decoder_checkpoint
+from framestep.export.decoder_export import DecoderOptions, write_bundle
+from framestep.export.stored_weights import StoredWeights
+from framestep.export.streamformer import StreamFormerConfig
+from framestep.runtime.bundle import Bundle, BundleWriter
+
+CAPACITY, TOKENS = 48, 20
+
+
+def write(folder, precision: str = "fp32", **options):
+    checkpoint = read_decoder_checkpoint(str(folder / "checkpoint"))
+    with BundleWriter(folder / "out.bundle") as writer:
+        write_bundle(checkpoint, writer, DecoderOptions(precision, CAPACITY, **options))
+    return checkpoint, Bundle.open(folder / "out.bundle")
+
+
+def random_tokens(count: int = TOKENS) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, decoder_models.VOCABULARY, count)
+
+
+def say(stream, tokens: np.ndarray, at: int, rows: int = 1, seen: np.ndarray | None = None) -> np.ndarray:
+    """Logits after tokens, or what was seen [T, D] in the place of the first of them."""
+    embeddings = stream.run("embed", {"tokens": tokens})["embeddings"]
+    if seen is not None:
+        embeddings[: len(seen)] = seen
+    positions = at + np.arange(len(tokens)) + np.arange(rows)[:, None]
+    inputs = {"embeddings": embeddings, "position_ids": positions, "write_index": np.array(at)}
+    return stream.run("decoder", {**inputs, "slot_mask": np.arange(CAPACITY) < at})["logits"]
+
+
+@pytest.mark.parametrize("precision", ["w8", "w4"])
+def test_integer_weights_give_the_logits_of_what_they_stand_for(tmp_path, precision) -> None:
+    decoder_models.save(decoder_models.llama(), tmp_path / "checkpoint")
+    checkpoint, bundle = write(tmp_path, precision)
+    with framestep.load(bundle.path, engine="torch") as session, session.open_stream() as stream:
+        found = [say(stream, random_tokens()[:12], 0), say(stream, random_tokens()[12:13], 12)]
+    with StoredWeights(checkpoint.decoder, bundle).in_use(), torch.inference_mode():
+        embeddings = checkpoint.decoder.embed(torch.from_numpy(random_tokens()[None, :13]))
+        expected = checkpoint.decoder(embeddings, torch.arange(13)[None, None])[0][0, [11, 12]]
+    golden.assert_close(np.stack(found), expected.numpy())
+
+
+def test_half_precision_is_near_float32(tmp_path) -> None:
+    model = decoder_models.qwen2()
+    decoder_models.save(model, tmp_path / "checkpoint")
+    _, bundle = write(tmp_path, "fp16")
+    with framestep.load(bundle.path, engine="torch", precision="fp16") as session, session.open_stream() as stream:
+        found = np.stack([say(stream, random_tokens()[:19], 0), say(stream, random_tokens()[19:], 19)])
+        assert session._engine.read_state("decoder.layer0.key", 0).dtype == np.float16
+    with torch.inference_mode():
+        expected = model(torch.from_numpy(random_tokens())[None]).logits[0, [18, 19]].numpy()
+    assert np.linalg.norm(found - expected) < 2e-2 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "videoqa, max, frame", "videoqa, average, grid"])
+def test_what_is_seen_and_said_is_as_on_onnx_runtime(tmp_path, kind) -> None:
+    options, rows = {}, 1
+    if kind == "qwen2_5_vl":
+        decoder_models.save(decoder_models.qwen2_5_vl(), tmp_path / "checkpoint")
+        options, rows = {"frame_size": (56, 84)}, 3
+    else:
+        _, pooling, newline = kind.split(", ")
+        tower = StreamFormerConfig((64, 64), 16, 8, 32, 2, 2, 64)
+        keys = {"mm_spatial_pool_mode": pooling, "mm_newline_position": newline}
+        decoder_models.save_streamformer_videoqa(tmp_path, decoder_models.qwen2(), tower, **keys)
+    _, bundle = write(tmp_path, **options)
+    found = {}
+    for engine in ("onnxruntime", "torch"):
+        with framestep.load(bundle.path, engine=engine) as session, session.open_stream() as stream:
+            height, width = session.frame.height, session.frame.width
+            frames = np.random.default_rng(1).integers(0, 256, (3, height, width, 3), np.uint8)
+            results = [stream.step(frame)["visual"] for frame in frames]
+            logits = [say(stream, random_tokens(), 0, rows, results[-1][:TOKENS])]
+            stream.run("rebase", {"slot_positions": np.full((rows, CAPACITY), 7) + np.arange(CAPACITY)})
+            logits.append(say(stream, random_tokens()[:1], TOKENS, rows))
+            found[engine] = np.stack(results), np.stack(logits)
+    for ours, expected in zip(found["torch"], found["onnxruntime"], strict=True):
+        golden.assert_close(ours, expected)
