@@ -25,7 +25,7 @@ unit: $(VENV)/installed
 	$(BIN)/python -m pytest -c pyproject.toml --rootdir=tests tests
 
 # torch first: pinned, it is the build that pip finds for this machine, and nothing later pulls in another
-$(VENV)/installed: pyproject.toml constraints.txt setup.py include/framestep.h $(wildcard runtime/native/*.cpp runtime/native/*.h)
+$(VENV)/installed: pyproject.toml constraints.txt setup.py include/framestep.h $(wildcard runtime/native/*.cpp runtime/native/*.h runtime/native/*.inc)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[cpu,export,bench,triton,dev]"
