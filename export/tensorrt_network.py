@@ -102,11 +102,13 @@ class Target:
     here: str | None
 
 
-def profiles(manifest: Manifest, graph: Graph, streams: int) -> list[dict[str, tuple[int, int, int]]]:
+def profiles(manifest: Manifest, graph: Graph, streams: int, flavour: str) -> list[dict[str, tuple[int, int, int]]]:
     """Least, usual and most of each symbol in the shapes of a graph, for each of its optimisation profiles.
 
-    A graph of tokens has one profile for a token at a time and, where a chunk has more, one for several: kernels that
-    are good at one row are not at many. Empty where the graph does not run on streams.
+    The full package chooses kernels when it builds, and one that is good at one row is not at many: there a graph of
+    tokens has a profile for a token at a time and, where a chunk has more, one for several. TensorRT for RTX chooses
+    when it meets a shape, and would write the weights down for each profile. Empty for a graph that does not run on
+    streams.
     """
     known = {STREAMS: (1, streams, streams), "C": LABELS}
     used = {n for port in (*graph.inputs, *graph.outputs) for n in port.shape if isinstance(n, str)}
@@ -117,7 +119,7 @@ def profiles(manifest: Manifest, graph: Graph, streams: int) -> list[dict[str, t
     if manifest.language is None or not used <= {*known, TOKENS}:
         return []
     chunk = manifest.language.chunk
-    spans = [(1, 1, 1), (2, chunk, chunk)] if chunk > 1 else [(1, 1, 1)]
+    spans = [(1, 1, chunk)] if chunk == 1 or flavour == "tensorrt_rtx" else [(1, 1, 1), (2, chunk, chunk)]
     return [{**known, TOKENS: span} for span in spans]
 
 
@@ -272,7 +274,7 @@ class EngineMaker:
             from .tensorrt_plugin import allow_aliases
 
             allow_aliases(trt, config)
-        for sizes in profiles(self.bundle.manifest, self.graph, options.streams):
+        for sizes in profiles(self.bundle.manifest, self.graph, options.streams, self.flavour):
             profile = self.builder.create_optimization_profile()
             for name, shape in self._input_shapes().items():
                 if any(isinstance(n, str) for n in shape):

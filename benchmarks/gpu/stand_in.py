@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from ...export.tensorrt_network import profiles
 from ...runtime.bundle import Bundle, EngineFile
 
 ALIGNMENT = 256
@@ -316,6 +317,7 @@ class _Engine:
         self.machine, self.trt, self.entry, self.copies = machine, trt, entry, copies
         self.graph = manifest.graphs[entry.graph]
         self.chunk = 0 if manifest.language is None else manifest.language.chunk
+        self.num_optimization_profiles = len(profiles(manifest, self.graph, entry.streams, entry.flavour))
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # here states are copied, and it says so
         options.intra_op_num_threads = 1
@@ -405,12 +407,13 @@ class _Context:
     def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
         self.engine.machine.record("IExecutionContext.set_optimization_profile_async", profile_index, stream_handle)
         self.profile = profile_index
-        return profile_index <= 1
+        return profile_index < self.engine.num_optimization_profiles
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         self.engine.machine.record("IExecutionContext.set_input_shape", name, shape)
         ranges = {"S": range(1, self.engine.entry.streams + 1), "C": range(1, (self.engine.entry.labels or 0) + 1)}
-        ranges["T"] = range(2, self.engine.chunk + 1) if self.profile == 1 else range(1, 2)
+        several, only = self.profile == 1, self.engine.num_optimization_profiles == 1
+        ranges["T"] = range(2 if several else 1, self.engine.chunk + 1 if several or only else 2)
         wanted = self.engine.inputs[name].shape
         self.shapes[name] = shape
         return len(shape) == len(wanted) and all(

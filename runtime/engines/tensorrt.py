@@ -245,8 +245,8 @@ class TensorRtEngine(BufferEngine):
         context = None if captured else item.contexts.get(own.name)
         if context is None:
             context = item.new_context(self._scratch, self._kernels, captured)
-            # the second profile is for several tokens
-            if not captured and not context.set_optimization_profile_async(1, self._driver.stream):
+            several = not captured and item.profiles > 1
+            if several and not context.set_optimization_profile_async(1, self._driver.stream):
                 raise EngineError(f"{item.file}: TensorRT refused the profile for several tokens")
         inputs = {port.name for port in item.graph.inputs}
         bound: list[Binding] = [

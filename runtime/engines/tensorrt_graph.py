@@ -37,6 +37,7 @@ class CompiledGraph:
         labels: the most that it takes; None where it takes none.
         copied: states that it does not update in place.
         scratch: bytes that its activations need while it runs.
+        profiles: optimisation profiles; with two, the second is for several tokens.
         contexts: that the caller keeps, by whatever tells them apart.
 
     Raises:
@@ -70,6 +71,7 @@ class CompiledGraph:
             if use.output is not None and self._engine.get_aliased_input_tensor(use.output) != use.input
         )
         self.scratch = int(self._engine.device_memory_size_v2)
+        self.profiles = int(self._engine.num_optimization_profiles)
 
     def new_context(self, scratch: tuple[int, int], kernels: KernelCache, captured: bool) -> Any:
         """What runs the engine; shapes and addresses are to be set.

@@ -11,6 +11,7 @@ trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed"
 
 from tensorrt_bundles import NoProgress  # noqa: E402
 
+from framestep.benchmarks.gpu.stand_in import stand_in  # noqa: E402
 from framestep.export.decoder_checkpoint import read_decoder_checkpoint  # noqa: E402
 from framestep.export.decoder_export import DecoderOptions, write_bundle  # noqa: E402
 from framestep.export.streamformer import StreamFormerConfig  # noqa: E402
@@ -69,12 +70,15 @@ def plain(tmp_path_factory) -> dict[str, Bundle]:
 
 def test_tokens_have_a_profile_for_one_and_one_for_a_chunk(plain) -> None:
     manifest = plain["fp32"].manifest
-    one, many = profiles(manifest, manifest.graphs["decoder"], 3)
+    one, many = profiles(manifest, manifest.graphs["decoder"], 3, "tensorrt")
     assert one["S"] == many["S"] == (1, 3, 3)
     assert (one["T"], many["T"]) == ((1, 1, 1), (2, CHUNK, CHUNK))
-    assert [sorted(sizes) for sizes in profiles(manifest, manifest.graphs["rebase"], 3)] == [["C", "S"]]
+    (both,) = profiles(manifest, manifest.graphs["decoder"], 3, "tensorrt_rtx")
+    assert both["T"] == (1, 1, CHUNK)
+    assert [sorted(sizes) for sizes in profiles(manifest, manifest.graphs["rebase"], 3, "tensorrt")] == [["C", "S"]]
 
 
+@pytest.mark.filterwarnings("ignore:.*iming cache:DeprecationWarning")
 def test_the_builder_is_given_all_profiles(plain, monkeypatch) -> None:
     given: list[tuple[str, tuple[int, ...], ...]] = []
     add = trt.IBuilderConfig.add_optimization_profile
@@ -85,7 +89,8 @@ def test_the_builder_is_given_all_profiles(plain, monkeypatch) -> None:
 
     monkeypatch.setattr(trt.IBuilderConfig, "add_optimization_profile", note)
     monkeypatch.setattr("framestep.export.tensorrt.profiles", only_decoder)
-    _, report = build(plain["fp32"], BuildOptions("fp32", 2, "tensorrt_rtx", ("8.6",)), NoProgress())
+    with stand_in(plain["fp32"].path, flavour="tensorrt"):
+        _, report = build(plain["fp32"], BuildOptions("fp32", 2, "tensorrt"), NoProgress())
     assert [item.graph for item in report.graphs] == ["decoder"]
     assert [[tuple(shape) for shape in shapes] for shapes in given] == [
         [(1, 1, HIDDEN), (2, 1, HIDDEN), (2, 1, HIDDEN)],
@@ -93,8 +98,8 @@ def test_the_builder_is_given_all_profiles(plain, monkeypatch) -> None:
     ]
 
 
-def only_decoder(manifest, graph, streams):
-    return profiles(manifest, graph, streams) if graph.file == "decoder.onnx" else []
+def only_decoder(manifest, graph, streams, flavour):
+    return profiles(manifest, graph, streams, flavour) if graph.file == "decoder.onnx" else []
 
 
 @pytest.mark.parametrize(
@@ -114,8 +119,6 @@ def test_what_cannot_be_built_is_one_line(plain, precision, options, message) ->
 
 
 def test_our_kernel_is_for_rings(plain) -> None:
-    from framestep.benchmarks.gpu.stand_in import stand_in
-
     options = BuildOptions("fp32", flavour="tensorrt", attention="triton")
     with stand_in(plain["fp32"].path, flavour="tensorrt"):
         with pytest.raises(EngineError, match="has no attention over rings, which is what --attention triton replaces"):
