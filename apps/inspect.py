@@ -74,6 +74,8 @@ def table(bundle: Bundle) -> Table:
     if facts["language"] is not None:
         spoken = facts["language"]
         add("speaks", f"{spoken['capacity']} tokens in the cache, positions up to {spoken['positions']}")
+        if spoken["frames"] is not None:
+            add("", f"attends to the newest {spoken['frames']} frames at every token")
         add("", "decides when to speak" if spoken["decides"] else "answers when asked; it has no tokens to decide when")
     add("state", f"{facts['states']} tensors, {_size(facts['bytes_per_stream'])} per stream")
     for name, graph in facts["graphs"].items():
@@ -107,9 +109,16 @@ def _language(bundle: Bundle) -> dict[str, Any] | None:
     language = bundle.manifest.language
     if language is None:
         return None
-    capacity = max(state.capacity for state in bundle.manifest.states if state.kind == "linear")
-    decides = all(name in language.tokens for name in DECISIONS)
-    return {"capacity": capacity, "positions": language.positions, "chunk": language.chunk, "decides": decides}
+    graphs, cross = bundle.manifest.graphs, language.cross
+    rings = set() if cross is None else {use.state for use in graphs[cross.graph].states}
+    capacity = max(s.capacity for s in bundle.manifest.states if s.kind == "linear" and s.name not in rings)
+    return {
+        "capacity": capacity,
+        "positions": language.positions,
+        "chunk": language.chunk,
+        "decides": all(name in language.tokens for name in DECISIONS),
+        "frames": next((state.capacity - 1 for state in bundle.manifest.states if state.name in rings), None),
+    }
 
 
 def _scores(bundle: Bundle) -> str:

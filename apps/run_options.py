@@ -77,6 +77,8 @@ def plan_run(options: RunOptions, manifest: Manifest) -> Plan:
         for port in graph.outputs
         if labels or "C" not in port.shape
     }
+    if manifest.language is not None and manifest.language.cross is not None:
+        raise FramestepError(f"{options.bundle}: a {manifest.family} is talked with: framestep chat {options.bundle}")
     if not sizes:
         raise FramestepError(f"{options.bundle}: a {manifest.family} sees no frames; there is nothing to run on video")
     EventDetector((), options.on, options.off_threshold)

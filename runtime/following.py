@@ -299,8 +299,6 @@ class Following:
         while not self._stopped:
             yield from self._happened()
             with self.cache.lock:
-                newest = self.cache.ring.newest
-                self._time = self._time if newest is None else newest.timestamp
                 over = self._over
             due = self._due()
             for question in due:
@@ -331,6 +329,7 @@ class Following:
             pieces = [cache.text(turn, self._prompt(question))]
             beginning = True
             for event in speak(cache, words, self._sampler, self._options, seen, pieces, self._clock):
+                yield from self._happened()
                 if isinstance(event, AnswerText):
                     yield self._spoken(event)
                     if not self._source.live:
@@ -341,7 +340,6 @@ class Following:
                     with suppress(CapacityError):  # of an answer that filled the cache the end is not written
                         cache.take([cache.text(turn, words.close())])
                     yield replace(event, time=self._time)
-                yield from self._happened()
                 yield from self._ended()
                 if self._stopped:
                     return
@@ -361,8 +359,7 @@ class Following:
         if newest is None:
             return event
         age = self._clock() - newest.captured if self._source.live else self._time - newest.timestamp
-        now = max(self._time, newest.timestamp) if self._source.live else self._time
-        return Spoken(now, event.turn, event.text, newest.index, age)
+        return Spoken(self._time, event.turn, event.text, newest.index, age)
 
     def _advance(self, until: float) -> Iterator[Event]:
         """Let a file go on to a second of its time."""
@@ -405,6 +402,7 @@ class Following:
             yield self._notices.popleft()
         while cache.shown:
             frame, token = cache.shown.popleft()
+            self._time = max(self._time, frame.timestamp)
             yield FrameShown(frame.timestamp, frame.index, frame.position, token)
         while cache.moves:
             token, shift, gap = cache.moves.popleft()

@@ -42,6 +42,18 @@ def test_chat_needs_no_option_that_the_user_must_know(bundle, tmp_path):
     assert all(event["frame"] <= shown[-1]["index"] for event in events if event["event"] == "Spoken")
 
 
+def test_inspect_tells_how_many_frames_text_attends_to(bundle):
+    found = CliRunner().invoke(app, ["inspect", str(bundle), "--json"])
+    language = json.loads(found.stdout)["language"]
+    assert (language["frames"], language["capacity"], language["decides"]) == (5, 96, False)
+    assert "newest 5 frames at every token" in CliRunner().invoke(app, ["inspect", str(bundle)]).output
+
+
+def test_run_says_how_to_use_it(bundle):
+    found = CliRunner().invoke(app, ["run", str(bundle), "--source", "synthetic"])
+    assert str(found.exception) == f"{bundle}: a streamchat is talked with: framestep chat {bundle}"
+
+
 def test_converse_follows(bundle):
     with framestep.load(bundle) as session, framestep.open_source("synthetic:frames=20", rate=session.rate) as source:
         events = list(framestep.converse(session, source, ["What?"]))

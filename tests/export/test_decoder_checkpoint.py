@@ -198,7 +198,13 @@ def test_other_commands_say_what_a_decoder_bundle_is(checkpoint, pictured, tmp_p
         bundles[name] = export_decoder(read_decoder_checkpoint(str(folder)), tmp_path / name, options).path
     (tmp_path / "labels.txt").write_text("a cat\n", "utf-8")
     seeing, blind = (Bundle.open(bundles[name]) for name in ("seeing", "blind"))
-    assert describe(seeing)["language"] == {"capacity": 64, "positions": 512, "chunk": 64, "decides": True}
+    assert describe(seeing)["language"] == {
+        "capacity": 64,
+        "positions": 512,
+        "chunk": 64,
+        "decides": True,
+        "frames": None,
+    }
     assert describe(blind)["language"]["decides"] is False
     with pytest.raises(FramestepError, match="a qwen2 sees no frames"):
         plan_run(
