@@ -128,7 +128,7 @@ def test_frames_of_any_size_and_format_give_what_python_gives(frames, layout):
     with framestep.load(c_api_page.BUNDLE, engine="onnxruntime", outputs=("pooled",)) as session:
         stream = session.open_stream()
         expected = np.stack([stream.step(frame)["pooled"] for frame in rgb])
-    assert float(np.abs(found - expected).max()) <= RECORDED
+    assert float(np.abs(found - expected).max()) <= SAME
 
 
 def test_a_bundle_without_labels_gives_shapes_and_norms(frames, golden_bundle):
