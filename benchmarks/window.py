@@ -5,8 +5,8 @@
     framestep export --random-init base -o base.bundle
     framestep export --random-init base --window 64 -o base-64.bundle
 
-Both rings are full. Steps alternate, A B A B; the cost is the median of the differences of neighbours. Read bandwidth is
-that of roofline.py, measured before, in the middle and after: the best of the three counts.
+Both rings are full. Steps alternate, A B A B; the cost is the median of the differences of neighbours. Read bandwidth
+is that of roofline.py, measured before, in the middle and after: the best of the three counts.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import argparse
 import time
 from pathlib import Path
 
-import framestep
 import numpy as np
-from framestep.runtime.engines import usable_cores
 from roofline import measure_bandwidth
+
+import framestep
+from framestep.runtime.engines import usable_cores
 
 
 def main() -> None:

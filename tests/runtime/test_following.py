@@ -371,7 +371,8 @@ def test_a_frame_that_is_not_finite_is_told_and_the_stream_goes_on(made):
 def test_a_frame_path_that_gives_infinity_is_noticed_before_text_reads_it(made, tmp_path):
     folder = shutil.copytree(made, tmp_path / "copy")
     streamchat_models.change_weights(
-        folder / "streamchat", lambda name, value: torch.full_like(value, 3e38) if name == "cross_blocks.0.mlp_gate" else value
+        folder / "streamchat",
+        lambda name, value: torch.full_like(value, 3e38) if name == "cross_blocks.0.mlp_gate" else value,
     )
     checkpoint = read_streamchat_checkpoint(str(folder / "streamchat"))
     with BundleWriter(tmp_path / "broken.bundle") as writer:
