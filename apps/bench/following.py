@@ -299,7 +299,7 @@ def _tokens(cache: TextCache, count: int) -> list[float]:
 def _at_rate(session: Session, pictures: Sequence[np.ndarray], rate: float, samples: int) -> RateFigures:
     """Answers while frames arrive, until there are `samples` tokens."""
     ticker = Ticker(pictures, rate)
-    options = DialogueOptions(rate=rate, max_tokens=samples)
+    options = DialogueOptions(rate=rate, max_tokens=samples, temperature=1.0)  # of random weights the likeliest is dull
     ages: list[float] = []
     first: list[float] = []
     asked = text = 0.0

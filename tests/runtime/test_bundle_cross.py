@@ -13,6 +13,7 @@ import streamchat_models
 from framestep.export.streamchat_checkpoint import read_streamchat_checkpoint
 from framestep.export.streamchat_export import StreamChatOptions, write_bundle
 from framestep.runtime.bundle import Bundle, BundleWriter
+from framestep.runtime.engines.onnxruntime import shared_library
 from framestep.runtime.errors import BundleError
 from framestep.runtime.library import library
 
@@ -47,6 +48,8 @@ def open_natively(folder: Path) -> None:
     names = [native.ffi.new("char[]", name.encode()) for name in ("decoder", "frame")]
     graphs = native.ffi.new("char *[]", names)
     options.graphs, options.graph_count = graphs, len(names)
+    shared = native.ffi.new("char[]", shared_library().encode())
+    options.library = shared
     handle = native.ffi.new("fs_session *")
     native.check(native.functions.fs_session_open(os.fsencode(folder), options, handle))
     native.functions.fs_session_close(handle[0])
