@@ -26,7 +26,7 @@ case $kind in
         ;;
     *) echo "sanitize.sh: '$kind' is unknown; expected thread, address or valgrind" >&2; exit 2 ;;
 esac
-export TSAN_OPTIONS="halt_on_error=1 second_deadlock_stack=1 suppressions=$here/thread.supp"
+export TSAN_OPTIONS="halt_on_error=1 second_deadlock_stack=1"
 export ASAN_OPTIONS="detect_leaks=1 detect_stack_use_after_return=1 check_initialization_order=1"
 export LSAN_OPTIONS="suppressions=$here/leak.supp print_suppressions=0"
 export UBSAN_OPTIONS="print_stacktrace=1"
