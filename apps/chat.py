@@ -163,7 +163,8 @@ def chat(options: ChatOptions, write: Callable[[str], None], report: Report, lin
         )
         rate = options.dialogue.frames_a_second(session.bundle.manifest)
         opening = _Opening(options.source, rate, report)
-        conversation = stack.enter_context(open_conversation(session, opening, options.dialogue))
+        conversation = open_conversation(session, opening, options.dialogue)
+        stack.callback(conversation.close)
         for question in options.questions:
             conversation.ask(question)
         session.warm_up(1)

@@ -29,10 +29,17 @@ GLANCE = 0.1  # seconds between looks at whether it is over
 class FrameSource(Protocol):
     """What a conversation needs of a source; see `runtime.sources`."""
 
-    name: str
-    live: bool
-    ended: bool
-    dropped: int
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def live(self) -> bool: ...
+
+    @property
+    def ended(self) -> bool: ...
+
+    @property
+    def dropped(self) -> int: ...
 
     def read(self, timeout: float | None = None) -> Frame | None: ...
 
