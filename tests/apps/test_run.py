@@ -56,7 +56,7 @@ def manifest(labels=LABELS, rate=None) -> Manifest:
 class StandInSession:
     """`scores` say how bright a frame is; a frame of pure white gives NaN."""
 
-    def __init__(self, bundle, engine, device, streams, outputs, threads, precision) -> None:
+    def __init__(self, bundle, engine, device, streams, outputs, threads, precision, graphs) -> None:
         self.labels = bundle.manifest.labels.names if bundle.manifest.labels else ()
         self.outputs = outputs
         self.preprocess = Preprocess(bundle.manifest.frame)
