@@ -75,6 +75,11 @@ class Answering:
         with self._lock:
             self._waiting.append(Question(text, asked.time))
 
+    def unasked(self) -> list[Question]:
+        """What was asked and is not answered yet."""
+        with self._lock:
+            return list(self._waiting)
+
     def take(self, turns: Sequence[Seen]) -> Iterator[Event]:
         """Take turns in, and answer what is asked in them about the frames up to the last."""
         for seen in turns:

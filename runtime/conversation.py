@@ -23,6 +23,7 @@ from .session import NonFiniteOutputError, Session, Stream
 from .sources.frame import Frame
 
 WAITING_TURNS = 8  # that a live source may be ahead
+EARLY = 0.25  # of the time between two frames, by which one may come before its time: clocks jitter
 GLANCE = 0.1  # seconds between looks at whether it is over
 
 
@@ -54,7 +55,7 @@ class Watcher:
         clock: what `Frame.captured` was read from.
 
     Attributes:
-        dropped: turns that a live source lost because nobody took them.
+        dropped: turns that a live source lost because nobody took them, or all of whose frames came too fast to be read.
         encoded: frames so far.
     """
 
@@ -77,20 +78,20 @@ class Watcher:
         self._thread.start()
 
     def take(self) -> tuple[list[Seen], list[Notice]]:
-        """The turns that wait, at least one, or none once the source has ended; and what went wrong meanwhile.
+        """The turns that wait, and what went wrong meanwhile; neither once the source has ended.
 
         Raises:
             FramestepError: what ended the source.
         """
         with self._changed:
-            while not self._turns and not self._over and not self._stopped:
+            while not (self._turns or self._notices or self._over or self._stopped):
                 self._changed.wait(GLANCE)
             turns = [] if self._stopped else list(self._turns)
             self._turns.clear()
             notices = list(self._notices)
             self._notices.clear()
             self._changed.notify_all()
-            if not turns and self._error is not None:
+            if not turns and not notices and self._error is not None:
                 raise self._error
         return turns, notices
 
@@ -117,6 +118,8 @@ class Watcher:
 
     def _read(self) -> None:
         number = last = -1
+        skipped = self._source.dropped
+        early = EARLY * self._turn / self._frames
         seen: list[Array] = []
         frame: Frame | None = None
         while not self._stopped:
@@ -129,8 +132,14 @@ class Watcher:
             if seen and frame is not None and at > number:  # it had fewer frames than it should
                 self._put(number, seen, frame)
                 last, seen = number, []
+            if at == last and read.timestamp + early >= (at + 1) * self._turn:
+                at += 1
             if at <= last:
                 continue  # the turn has all the frames that it takes
+            if not seen and self._source.dropped > skipped:
+                with self._changed:
+                    self.dropped += min(at - last - 1, self._source.dropped - skipped)
+            skipped = self._source.dropped
             encoded = self._encode(read, at)
             if encoded is None:
                 continue
@@ -148,6 +157,7 @@ class Watcher:
         except NonFiniteOutputError as error:
             with self._changed:
                 self._notices.append(Notice((turn + 1) * self._turn, f"frame {frame.index} left out: {error}"))
+                self._changed.notify_all()
             return None
         self.encoded += 1
         return encoded
@@ -225,16 +235,21 @@ class Conversation:
 
     def __iter__(self) -> Iterator[Event]:
         self._watcher = watcher = Watcher(self._stream, self._visual, self._source, self._turn, self._frames)
-        dropped = 0
+        dropped, end = 0, 0.0
         try:
             while not self._stopping:
                 turns, notices = watcher.take()
                 yield from notices
                 if not turns:
+                    if notices:
+                        continue
+                    for question in () if self._stopping else self.dialogue.unasked():
+                        yield Notice(end, f"the source has ended; '{question.text}' was not asked")
                     return
-                if watcher.dropped > dropped:
-                    yield Notice(turns[0].start, f"{watcher.dropped - dropped} turns dropped: answers take too long")
-                    dropped = watcher.dropped
+                end = turns[-1].stop
+                if (lost := watcher.dropped - dropped) > 0:
+                    yield Notice(turns[0].start, f"{lost} turns dropped: the source is faster than the model")
+                    dropped += lost
                 for event in self.dialogue.take(turns):
                     yield event
                     if self._stopping:

@@ -165,6 +165,11 @@ class Dialogue:
             self._standing_tokens += len(head) + len(self._words.user_end())
             self._waiting.append(Question(text, asked.time))
 
+    def unasked(self) -> list[Question]:
+        """What was asked and stands in no turn yet."""
+        with self._lock:
+            return list(self._waiting)
+
     def take(self, turns: Sequence[Seen]) -> Iterator[Event]:
         """Take turns in, all in one go, decide at the last of them, and answer if that is what was decided."""
         try:

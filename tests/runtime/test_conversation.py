@@ -23,6 +23,7 @@ from framestep.runtime.dialogue import DialogueOptions, Question
 from framestep.runtime.errors import EngineError, FramestepError, SourceError
 from framestep.runtime.events import Answer, AnswerText, Asked, Decision, Notice
 from framestep.runtime.sources.frame import Frame
+from framestep.runtime.sources.sampling import Sampler
 
 SYSTEM = "You watch."
 PATIENCE = 20.0  # seconds until a test that waits has failed
@@ -39,7 +40,7 @@ class Clock:
 class Camera:
     """A live source that gives a frame for each that was let go."""
 
-    live = True
+    name, live, dropped = "camera", True, 0
     size = FRAME
 
     def __init__(self, clock: Clock) -> None:
@@ -181,7 +182,7 @@ def test_a_camera_that_is_faster_loses_its_oldest_turns_and_says_so(session):
                 break
         assert conversation.dropped == 12 - WAITING_TURNS
     (notice,) = [event for event in events if isinstance(event, Notice)]
-    assert notice.text == "4 turns dropped: answers take too long"
+    assert notice.text == "4 turns dropped: the source is faster than the model"
     assert [event.turn for event in events if isinstance(event, Decision)] == [0, *range(5, 13)]
 
 
@@ -203,13 +204,50 @@ def test_every_turn_of_a_file_is_decided(session, rate):
 
 def test_turns_have_the_frames_of_their_time(session):
     # the first has one frame too few, the second one too many, the third none, the last is not over
-    film = Film([0.0, 1.0, 1.5, 1.9, 3.0, 3.5, 4.2])
+    film = Film([0.0, 1.0, 1.5, 1.8, 3.0, 3.5, 4.2])
     with Conversation(session, film, DialogueOptions(system=SYSTEM, rate=2.0)) as conversation:
         taken = []
         conversation.dialogue.take = lambda turns: taken.extend(turns) or iter(())
         list(conversation)
     assert [(seen.number, len(seen.visual)) for seen in taken] == [(0, 1), (1, 2), (3, 2), (4, 1)]
     assert [(seen.start, seen.stop) for seen in taken] == [(0.0, 1.0), (1.0, 2.0), (3.0, 4.0), (4.0, 5.0)]
+
+
+@pytest.mark.parametrize("rate, fps", [(1.0, 30.0), (2.0, 29.97), (1.0, 15.0)])
+def test_no_turn_is_lost_where_frames_come_a_little_early(session, rate, fps):
+    sampler, jitter = Sampler(rate, tolerance=0.25 / fps), np.random.default_rng(0).normal(0, 0.002, round(20 * fps))
+    times = [time for time in np.arange(len(jitter)) / fps + jitter - jitter[0] if sampler.due(time)]
+    with Conversation(session, Film(times), DialogueOptions(system=SYSTEM, rate=rate)) as conversation:
+        taken = []
+        conversation.dialogue.take = lambda turns: taken.extend(turns) or iter(())
+        list(conversation)
+    assert min(times[round(rate) :: round(rate)] - np.arange(1, 20)) < -1e-3  # some do
+    assert [seen.number for seen in taken] == list(range(20))
+
+
+def test_turns_whose_frames_came_too_fast_to_be_read_count_as_dropped(session):
+    class Fast(Film):
+        """Two frames in three are replaced before they are read."""
+
+        live = True
+
+        def read(self, timeout=None):
+            frame = super().read(timeout)
+            self.dropped = 2 * len(self.captured) - 2
+            return frame
+
+    with Conversation(session, Fast(range(0, 30, 3)), DialogueOptions(system=SYSTEM)) as conversation:
+        events = list(conversation)
+        decided = [event for event in events if isinstance(event, Decision)]
+        assert conversation.dropped == 28 - len(decided)
+    told = [int(event.text.split()[0]) for event in events if isinstance(event, Notice)]
+    assert sum(told) == conversation.dropped
+
+
+def test_questions_that_came_too_late_are_told(session):
+    options = DialogueOptions(system=SYSTEM)
+    *_, notice = framestep.converse(session, Film(range(2)), [Question("What?", 2.0)], options)
+    assert notice == Notice(2.0, "the source has ended; 'What?' was not asked")
 
 
 def test_converse_asks_at_the_time_of_each_question(session):
@@ -253,6 +291,20 @@ def test_a_frame_without_finite_output_is_left_out(session, monkeypatch):
     assert [event.turn for event in events if isinstance(event, Decision)] == [0, 2]
     (notice,) = [event for event in events if isinstance(event, Notice)]
     assert notice.text.startswith("frame 1 left out: stream 0: the model gave NaN")
+
+
+def test_a_camera_without_any_finite_output_is_told_of_at_once(session, monkeypatch):
+    from framestep.runtime.session import NonFiniteOutputError, Stream
+
+    def broken(stream, rgb):
+        raise NonFiniteOutputError((stream,), ("visual",), {})
+
+    monkeypatch.setattr(Stream, "step", broken)
+    camera = Camera(Clock())
+    camera.let_go(2)
+    with Conversation(session, camera, DialogueOptions(system=SYSTEM)) as conversation:
+        events = iter(conversation)
+        assert [next(events).text[:17] for _ in range(2)] == ["frame 0 left out:", "frame 1 left out:"]
 
 
 def test_it_can_be_stopped_from_another_thread(session):
