@@ -117,6 +117,9 @@ class Words:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             raise BundleError(f"{folder / language.tokenizer}: damaged tokenizer ({reason})") from None
         self._tokenizer.encode_special_tokens = True  # of what a user says none is special
+        # it would remember every text that it saw, up to 10,000: some 800 bytes for the time tag of each turn
+        if resize := getattr(self._tokenizer.model, "_resize_cache", None):  # of BPE and Unigram
+            resize(0)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.language = language

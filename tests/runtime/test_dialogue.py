@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import tracemalloc
 
 import decoder_models
@@ -21,6 +22,7 @@ from framestep.runtime.events import Answer, AnswerText, Asked, Decision
 CAPACITY = 480
 STATES = {"silence": SILENCE, "standby": STANDBY, "response": RESPONSE}
 SYSTEM = "You watch."
+MALLINFO = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
 
 
 @pytest.fixture(scope="module")
@@ -336,6 +338,35 @@ def test_turn_2000_takes_the_work_of_turn_50_and_nothing_has_grown(opened):
     # at most one step more where a turn's slots are in two places, and now and then other positions
     assert recorded.runs["decoder"] - runs["decoder"] <= 2 * 1950
     assert recorded.runs["rebase"] == dialogue.decoder.rebased < 400
+
+
+class MallInfo(ctypes.Structure):
+    """What glibc says of its heap."""
+
+    _fields_ = [(name, ctypes.c_size_t) for name in MALLINFO]
+
+
+def heap_bytes() -> int:
+    """Bytes that any library of this process has allocated and not freed."""
+    libc = ctypes.CDLL("libc.so.6")
+    libc.mallinfo2.restype = MallInfo
+    found = libc.mallinfo2()
+    return found.uordblks + found.hblkhd
+
+
+def test_nothing_is_kept_of_the_time_that_each_turn_has(opened):
+    stream, manifest, words = opened(200)
+    dialogue = Dialogue(Forced(stream, every=SILENCE), manifest, words, DialogueOptions(system=SYSTEM))
+    visual = frames(stream, 1)[0]
+
+    def play_turns(numbers) -> None:
+        for number in numbers:
+            list(dialogue.take([Seen(number, float(number), number + 1.0, (visual,), 0.0)]))
+
+    play_turns(range(10_000, 10_300))  # as many digits as all that follow
+    before = heap_bytes()
+    play_turns(range(10_300, 11_300))
+    assert heap_bytes() - before < 200_000  # a turn's tag and its tokens are some 800 bytes
 
 
 def test_with_cut_every_turn_takes_in_all_that_is_remembered(opened):
