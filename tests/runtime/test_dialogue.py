@@ -22,7 +22,7 @@ from framestep.runtime.events import Answer, AnswerText, Asked, Decision
 CAPACITY = 480
 STATES = {"silence": SILENCE, "standby": STANDBY, "response": RESPONSE}
 SYSTEM = "You watch."
-MALLINFO = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+MALLINFO = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
 
 
 @pytest.fixture(scope="module")
