@@ -10,8 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..runtime.bundle import Bundle
-
-DECISIONS = ("silence", "standby", "response")  # tokens with which a model says whether it speaks
+from .inspect_language import describe_language, language_rows
 
 
 def describe(bundle: Bundle) -> dict[str, Any]:
@@ -35,7 +34,7 @@ def describe(bundle: Bundle) -> dict[str, Any]:
         "frame": f"{manifest.frame.height}x{manifest.frame.width}, {manifest.frame.resize}",
         "rate": manifest.rate,
         "window": _window(bundle),
-        "language": _language(bundle),
+        "language": describe_language(bundle),
         "trained_frames": manifest.origin.trained_frames,
         "graphs": graphs,
         "states": len(manifest.states),
@@ -72,11 +71,8 @@ def table(bundle: Bundle) -> Table:
     if facts["window"]:
         add("remembers", f"{facts['window']} frames, the current one included")
     if facts["language"] is not None:
-        spoken = facts["language"]
-        add("speaks", f"{spoken['capacity']} tokens in the cache, positions up to {spoken['positions']}")
-        if spoken["frames"] is not None:
-            add("", f"attends to the newest {spoken['frames']} frames at every token")
-        add("", "decides when to speak" if spoken["decides"] else "answers when asked; it has no tokens to decide when")
+        for name, told in language_rows(facts["language"]):
+            add(name, told)
     add("state", f"{facts['states']} tensors, {_size(facts['bytes_per_stream'])} per stream")
     for name, graph in facts["graphs"].items():
         add(f"graph {name}", graph["file"])
@@ -102,23 +98,6 @@ def table(bundle: Bundle) -> Table:
 def _window(bundle: Bundle) -> int:
     """Frames that a stream remembers, the current one included; 0 without memory of frames."""
     return max((state.capacity for state in bundle.manifest.states if state.kind == "ring"), default=0)
-
-
-def _language(bundle: Bundle) -> dict[str, Any] | None:
-    """What a decoder holds and knows."""
-    language = bundle.manifest.language
-    if language is None:
-        return None
-    graphs, cross = bundle.manifest.graphs, language.cross
-    rings = set() if cross is None else {use.state for use in graphs[cross.graph].states}
-    capacity = max(s.capacity for s in bundle.manifest.states if s.kind == "linear" and s.name not in rings)
-    return {
-        "capacity": capacity,
-        "positions": language.positions,
-        "chunk": language.chunk,
-        "decides": all(name in language.tokens for name in DECISIONS),
-        "frames": next((state.capacity - 1 for state in bundle.manifest.states if state.name in rings), None),
-    }
 
 
 def _scores(bundle: Bundle) -> str:

@@ -125,19 +125,18 @@ class Words:
         self.language = language
         self.template = TEMPLATES[language.chat]
         self.decides = all(state in language.tokens for state in STATES)
-        ends = {*language.stop, *(language.tokens[name] for name in ("turn_end",) if name in language.tokens)}
-        self.stop = frozenset(ends)
+        self.stop = stop_tokens(language)
 
     def state(self, name: str) -> int:
         """The token of one of `STATES`."""
         return self.language.tokens[name]
 
     def opening(self, system: str) -> list[int]:
-        return self.tokens(self._fill(self.template.opening, system))
+        return self.tokens(fill(self.template.opening, system, self.language))
 
     def user(self, text: str, split: int = 0) -> tuple[list[int], list[int]]:
         """What opens a user's turn that begins with `text`, cut behind its first `split` characters."""
-        parts = self._fill(self.template.user, text)
+        parts = fill(self.template.user, text, self.language)
         last = parts[-1]
         assert isinstance(last, str)
         before = self.tokens(parts[:-1])
@@ -148,13 +147,13 @@ class Words:
         return before + ids[:cut], ids[cut:]
 
     def user_end(self) -> list[int]:
-        return self.tokens(self._fill(self.template.user_end, ""))
+        return self.tokens(fill(self.template.user_end, "", self.language))
 
     def assistant(self) -> list[int]:
-        return self.tokens(self._fill(self.template.assistant, ""))
+        return self.tokens(fill(self.template.assistant, "", self.language))
 
     def close(self) -> list[int]:
-        return self.tokens(self._fill(self.template.close, ""))
+        return self.tokens(fill(self.template.close, "", self.language))
 
     def tokens(self, parts: Sequence[Part]) -> list[int]:
         """Ids of text and special tokens."""
@@ -171,19 +170,26 @@ class Words:
             found = "\ufffd"
         return found
 
-    def _fill(self, pattern: Sequence[str], text: str) -> list[Part]:
-        parts: list[Part] = []
-        for piece in pattern:
-            if piece == "<stop>":
-                parts += self.language.stop[:1]
-            elif piece.startswith("<") and piece.endswith(">"):
-                if piece[1:-1] in self.language.tokens:
-                    parts.append(self.language.tokens[piece[1:-1]])
-            elif written := piece.replace("{}", text):
-                parts.append(written)
-            elif piece == "{}":
-                parts.append("")
-        return parts
+
+def stop_tokens(language: Language) -> frozenset[int]:
+    """Tokens that end an answer."""
+    return frozenset({*language.stop, *(language.tokens[name] for name in ("turn_end",) if name in language.tokens)})
+
+
+def fill(pattern: Sequence[str], text: str, language: Language) -> list[Part]:
+    """One of a template's patterns about `text`, with the tokens that `language` has."""
+    parts: list[Part] = []
+    for piece in pattern:
+        if piece == "<stop>":
+            parts += language.stop[:1]
+        elif piece.startswith("<") and piece.endswith(">"):
+            if piece[1:-1] in language.tokens:
+                parts.append(language.tokens[piece[1:-1]])
+        elif written := piece.replace("{}", text):
+            parts.append(written)
+        elif piece == "{}":
+            parts.append("")
+    return parts
 
 
 class TextStream:

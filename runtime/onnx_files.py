@@ -1,6 +1,6 @@
-"""Which files an ONNX graph reads besides itself, found without the `onnx` package.
+"""What is read of an ONNX graph without the `onnx` package: its external files, and in what blocks its weights lie.
 
-Only the few protobuf fields that can hold a tensor are followed; the wire format is that of
+Only the few protobuf fields that say so are followed; the wire format is that of
 https://protobuf.dev/programming-guides/encoding and the field numbers are those of `onnx.proto`.
 """
 
@@ -38,6 +38,37 @@ def external_files(path: Path) -> set[str]:
         raise BundleError(f"{path}: damaged, or not an ONNX graph") from None
 
 
+def weight_blocks(path: Path) -> dict[int, int]:
+    """Of the graph in `path`: how many weights lie in blocks of integers with a scale for each, by the block's size.
+
+    Raises:
+        BundleError: the file is not an ONNX graph.
+    """
+    found: dict[int, int] = {}
+    try:
+        for graph in _all(memoryview(path.read_bytes()), 7):
+            for node in _all(graph, 1):
+                if b"DequantizeLinear" in map(bytes, _all(node, 4)):
+                    for size in filter(None, map(_block_size, _all(node, 5))):
+                        found[size] = found.get(size, 0) + 1
+    except OSError as error:
+        raise BundleError(f"{path}: cannot be read: {error.strerror}") from None
+    except (IndexError, ValueError):
+        raise BundleError(f"{path}: damaged, or not an ONNX graph") from None
+    return found
+
+
+def _block_size(attribute: memoryview) -> int:
+    """Of an attribute of `DequantizeLinear`; 0 for another one."""
+    if b"block_size" not in map(bytes, _all(attribute, 1)):
+        return 0
+    return next((value for number, value in _fields(attribute) if number == 3 and isinstance(value, int)), 0)
+
+
+def _all(message: memoryview, number: int) -> Iterator[memoryview]:
+    return (value for found, value in _parts(message) if found == number)
+
+
 def _locations(message: memoryview, kind: str) -> Iterator[str]:
     if kind == "Entry":
         pair = {number: bytes(value).decode() for number, value in _parts(message)}
@@ -51,12 +82,18 @@ def _locations(message: memoryview, kind: str) -> Iterator[str]:
 
 def _parts(message: memoryview) -> Iterator[tuple[int, memoryview]]:
     """The length-delimited fields of a message: number and content."""
+    return ((number, value) for number, value in _fields(message) if isinstance(value, memoryview))
+
+
+def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
+    """The fields of a message, but for those of a fixed size: number, and an integer or content."""
     at = 0
     while at < len(message):
         key, at = _varint(message, at)
         wire = key & 7
         if wire == 0:
-            _, at = _varint(message, at)
+            value, at = _varint(message, at)
+            yield key >> 3, value
         elif wire in (1, 5):
             at += 8 if wire == 1 else 4
         elif wire == 2:

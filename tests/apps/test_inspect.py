@@ -9,13 +9,22 @@ from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
+import decoder_models
+import dialogue_models
 import numpy as np
 import pytest
 from rich.console import Console
 
 from framestep.apps import cli
 from framestep.apps.inspect import describe, table
+from framestep.apps.inspect_language import describe_language
+from framestep.export.decoder_checkpoint import read_decoder_checkpoint
+from framestep.export.decoder_export import DecoderOptions, export_decoder
+from framestep.runtime.answering import Answering
 from framestep.runtime.bundle import Bundle
+from framestep.runtime.chat_format import Words
+from framestep.runtime.dialogue import Dialogue, DialogueOptions, Seen
+from framestep.runtime.errors import BundleError
 
 LABELS = ("[person]", "a [/b] cat", "[bold]", "Größe 猫", "background")
 
@@ -112,3 +121,79 @@ def test_what_is_no_bundle_is_one_line(
     assert main(monkeypatch, "inspect", str(tmp_path / "no.bundle")) == 2
     error = capsys.readouterr().err
     assert error.startswith("framestep: ") and "no.bundle" in error and error.count("\n") == 1
+
+
+class Written:
+    """A stream whose decoder says what it is told; it notes which tokens went in, with -1 for those of frames."""
+
+    def __init__(self, told: list[int]) -> None:
+        self.told, self.tokens = told, []
+
+    def run(self, graph: str, inputs: dict) -> dict:
+        if graph == "embed":
+            return {"embeddings": np.tile(inputs["tokens"][:, None].astype(np.float32), (1, 64))}
+        self.tokens += inputs["embeddings"][:, 0].astype(int).tolist()
+        logits = np.zeros(decoder_models.VOCABULARY, np.float32)
+        logits[self.told.pop(0)] = 1.0
+        return {"logits": logits}
+
+
+@pytest.mark.parametrize("decides", [True, False])
+def test_the_turn_shown_is_what_a_dialogue_writes(tmp_path: Path, decides: bool) -> None:
+    bundle = dialogue_models.export(decoder_models.qwen2_5_vl(), tmp_path, states=decides, capacity=160)
+    tokenizer = dialogue_models.byte_tokenizer(states=decides)
+    words = Words(bundle.manifest.language, bundle.path)
+    said = [dialogue_models.RESPONSE] if decides else []
+    said += tokenizer.encode(" ANSWER" if decides else "ANSWER", add_special_tokens=False).ids
+    stream = Written([*said, dialogue_models.END, dialogue_models.SILENCE])
+    options = DialogueOptions(system="You watch.")
+    dialogue = (Dialogue if decides else Answering)(stream, bundle.manifest, words, options)
+    dialogue.ask("QUESTION")
+    for number in (7, 8):  # what ends a turn is taken in with the next one
+        list(dialogue.take([Seen(number, float(number), number + 1.0, (np.full((2, 64), -1, np.float32),), 0.0)]))
+    opening = words.opening("You watch.")
+    assert stream.tokens[: len(opening)] == opening
+    texts = {decoder_models.VISION_START: "<vision_start>", decoder_models.VISION_END: "<vision_end>", -1: "*"}
+    written = "".join(
+        texts.get(token) or tokenizer.decode([token], skip_special_tokens=False)
+        for token in stream.tokens[len(opening) :]
+    )
+    told = describe(bundle)["language"]
+    shown = told["turn"].replace("[2 tokens of a frame]", "**")
+    assert (told["decides"], told["chat"]) == ((True, "streamo") if decides else (False, "chatml"))
+    if decides:
+        assert written.startswith(shown)
+    else:
+        assert written == shown.removesuffix("<|im_end|>\n")
+
+
+def test_a_decoder_tells_its_memory_and_its_tokens(tmp_path: Path) -> None:
+    bundle = dialogue_models.export(
+        decoder_models.qwen2_5_vl(), tmp_path, capacity=96, chunk=40, positions=300, precision="w4"
+    )
+    lines = printed(bundle.path)
+    assert "96 tokens in the cache, positions up to 300, at most 40 tokens a step" in lines
+    assert "decides when to speak" in lines
+    # two layers of seven products and the head, but for those whose inputs no block of 32 divides
+    assert "INT4: 15 in blocks of 32" in lines
+    assert "silence </Silence> (258), standby </Standby> (259), response </Response> (260)" in lines
+    assert "<|im_end|> (257)" in lines
+    assert "system prompt of 845 characters: You are a helpful assistant" in lines
+    turn = lines.splitlines()
+    first = next(at for at, line in enumerate(turn) if line.startswith("turn"))
+    assert [line.split()[-1] for line in turn[first + 1 : first + 3]] == ["QUESTION", "<7s-8s>"]
+
+
+def test_a_decoder_without_tokenizer_says_that_it_cannot_speak(tmp_path: Path) -> None:
+    checkpoint = read_decoder_checkpoint(str(decoder_models.save(decoder_models.qwen2(), tmp_path / "checkpoint")))
+    path = export_decoder(checkpoint, tmp_path / "out.bundle", DecoderOptions(capacity=64)).path
+    assert "none: this bundle has no tokenizer, so it can neither read nor write" in printed(path)
+    assert "float32" in printed(path)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"added_tokens": [{}]}'])
+def test_a_damaged_tokenizer_is_one_line(tmp_path: Path, content: str) -> None:
+    bundle = dialogue_models.export(decoder_models.qwen2(), tmp_path, capacity=64)
+    (bundle.path / "tokenizer.json").write_text(content, "utf-8")
+    with pytest.raises(BundleError, match=r"tokenizer\.json: damaged tokenizer$"):
+        describe_language(bundle)
