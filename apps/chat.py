@@ -163,12 +163,12 @@ def chat(options: ChatOptions, write: Callable[[str], None], report: Report, lin
         )
         rate = options.dialogue.frames_a_second(session.bundle.manifest)
         opening = _Opening(options.source, rate, report)
+        stack.callback(opening.close)  # after the conversation, whose thread reads it
         conversation = open_conversation(session, opening, options.dialogue)
         stack.callback(conversation.close)
         for question in options.questions:
             conversation.ask(question)
         session.warm_up(1)
-        stack.callback(opening.close)
         opening.open()
         stopping = stack.enter_context(stop_on_signals(conversation.ask_to_stop))
         events = None if options.output is None else JsonLines(options.output)

@@ -6,6 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from .bundle import Manifest
 from .chat_format import Words, check_question
@@ -48,6 +49,7 @@ class Answering:
         self._sampler = Sampler(options.temperature, options.top_p, options.seed)
         self._lock = threading.Lock()
         self._waiting: list[Question] = []
+        self._stopped = False
         self._opening = words.opening(words.template.system if options.system is None else options.system)
         self._around = len(self._opening) + len(words.user_end()) + len(words.assistant()) + 1
         visual = visual_tokens(manifest)
@@ -75,6 +77,10 @@ class Answering:
         with self._lock:
             self._waiting.append(Question(text, asked.time))
 
+    def ask_to_stop(self) -> None:
+        """See `Dialogue.ask_to_stop`."""
+        self._stopped = True
+
     def unasked(self) -> list[Question]:
         """What was asked and is not answered yet."""
         with self._lock:
@@ -89,13 +95,21 @@ class Answering:
             due = [question.text for question in self._waiting if question.time < seen.stop]
             self._waiting = [question for question in self._waiting if question.time >= seen.stop]
         for text in due:
+            if self._stopped:
+                return
+            begun = self._clock()
             yield Asked(seen.stop, text)
             self.decoder.reset()
             try:
                 pieces = self._prompt(text)
-                yield from speak(self.decoder, self._words, self._sampler, self._options, seen, pieces, self._clock)
+                yield from self._speak(seen, pieces, begun)
             except NonFiniteOutputError as error:
                 yield Notice(seen.stop, str(error))
+
+    def _speak(self, seen: Seen, start: Sequence[Piece], begun: float) -> Iterator[Event]:
+        seen = seen if seen.live else replace(seen, captured=begun)
+        words, options = self._words, self._options
+        return speak(self.decoder, words, self._sampler, options, seen, start, self._clock, lambda: self._stopped)
 
     def _prompt(self, question: str) -> list[Piece]:
         """System prompt, frames, question: one turn, so that nothing of it is forgotten for an answer."""

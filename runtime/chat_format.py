@@ -16,6 +16,7 @@ from .errors import BundleError, EngineError, FramestepError
 
 STATES = ("silence", "standby", "response")
 HELD = 8  # tokens that may wait for the rest of a character
+CHARACTER = 4  # bytes that a character has at most
 
 # The system prompt that Streamo was trained with (maifoundations/Streamo, inference.py): its words are the model's.
 STREAMO_SYSTEM = """
@@ -159,7 +160,11 @@ class Words:
         """Ids of text and special tokens."""
         ids: list[int] = []
         for part in parts:
-            ids += [part] if isinstance(part, int) else self._tokenizer.encode(part, add_special_tokens=False).ids
+            ids += (
+                [part]
+                if isinstance(part, int)
+                else self._tokenizer.encode(well_formed(part), add_special_tokens=False).ids
+            )
         return ids
 
     def text(self, ids: Sequence[int]) -> str:
@@ -201,35 +206,43 @@ class TextStream:
 
     def __init__(self, words: Words) -> None:
         self._words = words
-        self._ids: list[int] = []  # from `_shown` on their text is not given out yet
-        self._shown = 0
+        self._ids: list[int] = []
+        self._given = 0  # characters of their text that were given out
+        self._held = 0  # tokens since then
 
     def push(self, token: int) -> str:
         """The text that is certain with this token; "" where more is needed."""
         self._ids.append(token)
-        before = self._words.text(self._ids[: self._shown])
+        self._held += 1
         text = self._words.text(self._ids)
-        held = len(self._ids) - self._shown
-        if text.endswith("\ufffd") and held < HELD:
+        unfinished = text.endswith("\ufffd")  # perhaps: its last character
+        if unfinished and self._held < HELD:
             return ""
-        # some tokenizers treat what begins a text in another way: the tokens shown last are decoded along
-        self._ids, self._shown = self._ids[self._shown :], held
-        return text[len(before) :] if text.startswith(before) else text[min(len(before), len(text)) :]
+        part = text[self._given : len(text) - unfinished]
+        # some tokenizers treat what begins a text in another way: the tokens given out last are decoded along
+        self._ids, self._held = self._ids[-(max(self._held, CHARACTER) if unfinished else self._held) :], 0
+        self._given = len(self._words.text(self._ids)) - unfinished
+        return part
 
     def flush(self) -> str:
         """What was held."""
-        before, text = self._words.text(self._ids[: self._shown]), self._words.text(self._ids)
-        self._ids, self._shown = [], 0
-        return text[len(before) :]
+        text = self._words.text(self._ids)[self._given :]
+        self._ids, self._given, self._held = [], 0, 0
+        return text
+
+
+def well_formed(text: str) -> str:
+    """Text with U+FFFD for surrogates, as which Python has what was no UTF-8 on a command line."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def check_question(text: str) -> str:
-    """A question without white space around it.
+    """A question without white space around it and without what is no character.
 
     Raises:
         FramestepError: it is empty.
     """
-    stripped = text.strip()
+    stripped = well_formed(text).strip()
     if not stripped:
         raise FramestepError("a question is empty")
     return stripped

@@ -55,7 +55,7 @@ class Watcher:
         clock: what `Frame.captured` was read from.
 
     Attributes:
-        dropped: turns that a live source lost because nobody took them, or all of whose frames came too fast to be read.
+        dropped: turns that a live source lost because nobody took them, or whose frames came too fast to be read.
         encoded: frames so far.
     """
 
@@ -202,7 +202,9 @@ class Conversation:
         if language is None or language.visual is None:
             what = "no language decoder" if language is None else "a decoder without eyes"
             raise EngineError(f"{session.bundle.path}: has {what}, so nobody can talk about a video with it")
-        if language.visual not in session.outputs or not {language.embed, language.decoder} <= set(session.graphs):
+        if language.visual not in session.outputs or not {language.embed, language.decoder, language.rebase} <= set(
+            session.graphs
+        ):
             raise EngineError("this session was loaded without the decoder; load(path) without outputs and graphs does")
         self._source = source
         self._turn, self._frames = options.turn, options.frames_a_turn(manifest)
@@ -250,16 +252,14 @@ class Conversation:
                 if (lost := watcher.dropped - dropped) > 0:
                     yield Notice(turns[0].start, f"{lost} turns dropped: the source is faster than the model")
                     dropped += lost
-                for event in self.dialogue.take(turns):
-                    yield event
-                    if self._stopping:
-                        return
+                yield from self.dialogue.take(turns)
         finally:
             watcher.stop()
 
     def ask_to_stop(self) -> None:
-        """Let the events end soon; from any thread or a signal handler."""
+        """Let the events end soon, an answer with its next token; from any thread or a signal handler."""
         self._stopping = True
+        self.dialogue.ask_to_stop()
         if self._watcher is not None:
             self._watcher.ask_to_stop()
 

@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from .session import NonFiniteOutputError
 
 Array = npt.NDArray[Any]
 Clock = Callable[[], float]
+LONG_AGO = 1e8  # seconds that a stream may have gone on; a turn's longest tag counts for its room
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,7 @@ class Dialogue:
         self._lock = threading.Lock()
         self._waiting: list[Question] = []  # asked, and in no turn yet
         self._standing: list[str] = []
+        self._stopped = False
         self._numbers: deque[tuple[int, Turn]] = deque()  # of turns that are remembered
         self._opening = words.opening(words.template.system if options.system is None else options.system)
         self._turn_tokens = self._count_turn(manifest)
@@ -164,6 +166,10 @@ class Dialogue:
             self._check_room(len(head) + len(self._words.user_end()), f"the question '{_short(text)}' ")
             self._standing_tokens += len(head) + len(self._words.user_end())
             self._waiting.append(Question(text, asked.time))
+
+    def ask_to_stop(self) -> None:
+        """End the answer that is being given, with its next token; from any thread or a signal handler."""
+        self._stopped = True
 
     def unasked(self) -> list[Question]:
         """What was asked and stands in no turn yet."""
@@ -191,12 +197,12 @@ class Dialogue:
 
     def _take(self, turns: Sequence[Seen]) -> Iterator[Event]:
         begun, pruned = self._clock(), []
+        events: list[Event] = []  # given out when all is noted down: whoever listens may leave at any of them
         pieces, self._pending = self._pending, []
         needed = sum(len(piece.embeddings) for piece in pieces) + self._turn_tokens * len(turns)
         for seen in turns:
             asked = self._due(seen)
-            for question in asked:
-                yield Asked(seen.stop, question)
+            events += [Asked(seen.stop, question) for question in asked]
             turn = Turn()
             left_out = 0 if self._pruner is None else self._pruner.left_out
             pieces += self._user(turn, seen, asked, needed)
@@ -207,20 +213,26 @@ class Dialogue:
         logits = self.decoder.take(pieces)
         tokens, decided = self.decoder.taken - before, self._clock()
         for seen, count in zip(turns[:-1], pruned, strict=False):
-            yield Decision(seen.stop, seen.number, "silence", None, decided - begun, _lag(seen, decided), 0, count)
+            lag = _lag(seen, decided)
+            events.append(Decision(seen.stop, seen.number, "silence", None, decided - begun, lag, 0, count))
         state, probabilities = "silence", None
         if self._standing:
             probabilities = self._probabilities(logits)
             state = choose_state(probabilities, self._options.response_from, self._options.standby_from)
         seen = turns[-1]
         lag = _lag(seen, decided)
-        yield Decision(seen.stop, seen.number, state, probabilities, decided - begun, lag, tokens, pruned[-1])
+        decision = Decision(seen.stop, seen.number, state, probabilities, decided - begun, lag, tokens, pruned[-1])
+        self._pending = self._said(turn, state)
+        yield from (*events, decision)
         if state == "response":
             start = [self.decoder.text(turn, [self._words.state(state)])]
-            yield from speak(self.decoder, self._words, self._sampler, self._options, seen, start, self._clock)
             self._pending = [self.decoder.text(turn, self._words.close())]
-        else:
-            self._pending = self._said(turn, state)
+            yield from self._speak(seen, start, begun)
+
+    def _speak(self, seen: Seen, start: Sequence[Piece], begun: float) -> Iterator[Event]:
+        seen = seen if seen.live else replace(seen, captured=begun)
+        words, options = self._words, self._options
+        return speak(self.decoder, words, self._sampler, options, seen, start, self._clock, lambda: self._stopped)
 
     def _due(self, seen: Seen) -> list[str]:
         with self._lock:
@@ -233,7 +245,7 @@ class Dialogue:
         """The user's part of a turn. When the turn is forgotten, what was asked stays as a message of its own."""
         decoder, tokens = self.decoder, self._words.language.tokens
         head = "".join(f"{question}\n" for question in questions)
-        asked, rest = self._words.user(f"{head}<{seen.start:g}s-{seen.stop:g}s>\n", len(head))
+        asked, rest = self._words.user(f"{head}{time_tag(seen.start, seen.stop)}\n", len(head))
         if not questions:
             asked, rest = [], asked + rest
         pieces = [decoder.text(turn, asked, kept=True)] if asked else []
@@ -278,7 +290,7 @@ class Dialogue:
     def _count_turn(self, manifest: Manifest) -> int:
         """Tokens of a turn at the longest, without an answer."""
         visual = visual_tokens(manifest)
-        first, rest = self._words.user("<1000000.25s-1000001.25s>\n")
+        first, rest = self._words.user(f"{time_tag(LONG_AGO + 0.125, LONG_AGO + 1.125)}\n")
         text = len(first) + len(rest) + len(self._words.user_end()) + len(self._words.assistant())
         return self._options.frames_a_turn(manifest) * (visual + 2) + text + 1 + len(self._words.close())
 
@@ -318,8 +330,9 @@ def speak(
     seen: Seen,
     start: Sequence[Piece],
     clock: Clock,
+    stopped: Callable[[], bool],
 ) -> Iterator[Event]:
-    """Take `start` in, then generate tokens until one ends the answer."""
+    """Take `start` in, then generate tokens until one ends the answer, or it is stopped."""
     begun, turn, stream = clock(), start[-1].turn, TextStream(words)
     pieces, text, count, first_token, reason = start, "", 0, None, "stop"
     while True:
@@ -330,8 +343,8 @@ def speak(
             break
         if token in words.stop:
             break
-        if count == options.max_tokens:
-            reason = "length"
+        if count == options.max_tokens or stopped():
+            reason = "length" if count == options.max_tokens else "interrupted"
             break
         count += 1
         if first_token is None:
@@ -344,6 +357,12 @@ def speak(
         text += part
         yield AnswerText(seen.stop, seen.number, part)
     yield Answer(seen.stop, seen.number, text.strip(), reason, count, first_token, clock() - begun)
+
+
+def time_tag(start: float, stop: float) -> str:
+    """A turn's seconds, as `<7s-8s>`."""
+    first, last = (f"{time:.3f}".rstrip("0").rstrip(".") for time in (start, stop))
+    return f"<{first}s-{last}s>"
 
 
 def visual_tokens(manifest: Manifest) -> int:

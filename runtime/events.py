@@ -60,9 +60,11 @@ class Answer(Event):
     """An answer is complete.
 
     Attributes:
-        reason: "stop", "length" (the longest that was asked for) or "capacity" (the cache holds no more).
+        reason: "stop", "length" (the longest that was asked for), "capacity" (the cache holds no more) or "interrupted"
+            (by `ask_to_stop`).
         tokens: how many it has.
-        first_token: seconds from the capture of the last frame to the first token of text; None where it has none.
+        first_token: seconds from the capture of the last frame to the first token of text, or of files, which wait,
+            from when the turn was taken; None where it has none.
         seconds: from the decision to the end.
     """
 

@@ -328,7 +328,8 @@ class Following:
         try:
             pieces = [cache.text(turn, self._prompt(question))]
             beginning = True
-            for event in speak(cache, words, self._sampler, self._options, seen, pieces, self._clock):
+            sampler, options, clock = self._sampler, self._options, self._clock
+            for event in speak(cache, words, sampler, options, seen, pieces, clock, lambda: self._stopped):
                 yield from self._happened()
                 if isinstance(event, AnswerText):
                     yield self._spoken(event)
@@ -341,8 +342,6 @@ class Following:
                         cache.take([cache.text(turn, words.close())])
                     yield replace(event, time=self._time)
                 yield from self._ended()
-                if self._stopped:
-                    return
         except CapacityError as error:
             yield Notice(self._time, str(error))
         except NonFiniteOutputError as error:

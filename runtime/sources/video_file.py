@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +28,7 @@ class VideoFile(Source):
 
     Frames that cannot be decoded are skipped and counted in `bad_frames`, and take their place in the index.
     Damage that the decoder conceals passes for a frame. Timestamps are the file's presentation times where
-    they increase, otherwise they continue at the nominal rate.
+    they increase, otherwise they continue at the nominal rate. May be closed while another thread reads.
     """
 
     live = False
@@ -35,6 +36,7 @@ class VideoFile(Source):
     def __init__(self, path: Path, *, rate: float | None, on_report: Callable[[str], None]) -> None:
         super().__init__(str(path), on_report)
         self._cv2 = require_cv2()
+        self._reading = threading.RLock()  # to release a capture at work ends the process
         self._capture = _open(self._cv2, path)
         fps = float(self._capture.get(self._cv2.CAP_PROP_FPS))
         self.fps = fps if 0 < fps <= MAX_PLAUSIBLE_FPS else None
@@ -50,6 +52,15 @@ class VideoFile(Source):
         self._report_rate_above_fps(rate)
 
     def read(self, timeout: float | None = None) -> Frame | None:
+        with self._reading:
+            return self._read()
+
+    def close(self) -> None:
+        self.ended = True
+        with self._reading:
+            self._capture.release()
+
+    def _read(self) -> Frame | None:
         while not self.ended:
             if not self._first_is_grabbed and not self._grab():
                 self._finish()
@@ -64,10 +75,6 @@ class VideoFile(Source):
             self._count_bad(1, self._next_index - 1)
             self._sampler.restart()
         return None
-
-    def close(self) -> None:
-        self.ended = True
-        self._capture.release()
 
     def _grab(self) -> bool:
         """Move to the next frame that can be decoded, and date it. False at the end."""

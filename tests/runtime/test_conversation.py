@@ -202,6 +202,23 @@ def test_every_turn_of_a_file_is_decided(session, rate):
     assert sizes == [round(rate)] * 6
 
 
+def test_of_a_file_the_first_token_counts_from_when_the_turn_was_taken(session):
+    clock = Clock()
+    conversation = Conversation(session, Film(range(2), clock), DialogueOptions(system=SYSTEM), clock)
+
+    def meanwhile() -> None:
+        clock.now += 1.0
+        wait_for(lambda: conversation._watcher.encoded == 2)  # the second frame waits
+
+    tokens = [RESPONSE, *letters("abc"), dialogue_models.END]
+    told = Told(conversation.dialogue.decoder._stream, tokens * 2, SILENCE, meanwhile)
+    conversation.dialogue.decoder._stream = told
+    with conversation:
+        conversation.ask("What?")
+        answers = [event for event in conversation if isinstance(event, Answer)]
+    assert [answer.first_token for answer in answers] == [1.0, 1.0]
+
+
 def test_turns_have_the_frames_of_their_time(session):
     # the first has one frame too few, the second one too many, the third none, the last is not over
     film = Film([0.0, 1.0, 1.5, 1.8, 3.0, 3.5, 4.2])
@@ -310,11 +327,12 @@ def test_a_camera_without_any_finite_output_is_told_of_at_once(session, monkeypa
 def test_it_can_be_stopped_from_another_thread(session):
     camera = Camera(Clock())
     with Conversation(session, camera, DialogueOptions(system=SYSTEM)) as conversation:
-        camera.let_go(2)
+        camera.let_go()
         events = []
         for event in conversation:
             events.append(event)
             conversation.ask_to_stop()
+            camera.let_go(5)
         assert len(events) == 1
 
 

@@ -14,8 +14,8 @@ import torch
 from dialogue_models import END, FRAME, RESPONSE, SILENCE, STANDBY, START, Oracle, Recorded
 
 import framestep
-from framestep.runtime.chat_format import Words
-from framestep.runtime.dialogue import Dialogue, DialogueOptions, Question, Seen, choose_state
+from framestep.runtime.chat_format import TextStream, Words
+from framestep.runtime.dialogue import Dialogue, DialogueOptions, Question, Seen, choose_state, time_tag
 from framestep.runtime.errors import FramestepError
 from framestep.runtime.events import Answer, AnswerText, Asked, Decision
 
@@ -277,6 +277,64 @@ def test_characters_in_several_tokens_come_whole_and_malformed_ones_do_no_harm(o
     assert "a" in "".join(pieces[3:])
     assert "\ufffd" in "".join(pieces[3:])
     assert "".join(pieces).strip() == events[-1].text
+
+
+def test_no_character_is_lost_behind_malformed_ones(opened):
+    _, _, words = opened()
+    accent, euro, face = (
+        dialogue_models.byte_tokenizer().encode(text, add_special_tokens=False).ids for text in "é€😀"
+    )
+    for ids, text in (
+        ([*accent[1:] * 9, *accent], "\ufffd" * 9 + "é"),
+        ([*face[:3] * 4, *face, *euro], "\ufffd" * 4 + "😀€"),
+        ([*accent[1:] * 20, *euro[:2]], "\ufffd" * 21),
+    ):
+        stream = TextStream(words)
+        pieces = [*map(stream.push, ids), stream.flush()]
+        assert "".join(pieces) == text
+        assert max(map(len, pieces)) < 10  # given out as it goes
+
+
+def test_what_is_no_text_at_all_can_be_asked(opened):
+    stream, manifest, words = opened()
+    dialogue = Dialogue(stream, manifest, words, DialogueOptions(system="\udcff"))
+    dialogue.ask("\udcc3What?")
+    assert Asked(1.0, "\ufffdWhat?") in play(dialogue, seen(frames(stream, 1)))
+
+
+def test_an_interrupted_answer_is_told_and_closed(opened):
+    stream, manifest, words = opened()
+    letter = dialogue_models.byte_tokenizer().token_to_id("x")
+    recorded = Recorded(Forced(stream, {0: RESPONSE, 3: SILENCE}, every=letter))
+    dialogue = Dialogue(recorded, manifest, words, DialogueOptions(system=SYSTEM))
+    dialogue.ask("What?")
+    turns, events = seen(frames(stream, 2)), []
+    for event in dialogue.take(turns[:1]):
+        events.append(event)
+        if isinstance(event, AnswerText):
+            dialogue.ask_to_stop()
+    assert (events[-1].text, events[-1].reason) == ("x", "interrupted")
+
+
+@pytest.mark.parametrize("state", [SILENCE, RESPONSE])
+def test_a_turn_that_nobody_listens_to_is_closed_all_the_same(opened, model, state):
+    stream, manifest, words = opened()
+    recorded = Recorded(Forced(stream, {0: state}))
+    dialogue = Dialogue(recorded, manifest, words, DialogueOptions(system=SYSTEM))
+    dialogue.ask("What?")
+    turns = seen(frames(stream, 2))
+    listening = dialogue.take(turns[:1])
+    assert isinstance(next(listening), Asked)
+    listening.close()
+    next(dialogue.take(turns[1:]))
+    embeddings, positions = prompt_of(turns, [[state]], {0: ["What?"]}, table_of(model))
+    golden.assert_close(recorded.logits[-1], logits_of(model, embeddings, positions))
+
+
+def test_time_tags_go_on_for_ever():
+    assert time_tag(7.0, 8.0) == "<7s-8s>"
+    assert time_tag(0.1 * 3, 0.1 * 4) == "<0.3s-0.4s>"
+    assert time_tag(1234567.5, 1234568.0) == "<1234567.5s-1234568s>"
 
 
 def test_thresholds_trade_eagerness_for_silence():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from itertools import pairwise
@@ -282,3 +283,33 @@ def test_images_are_taken_to_be_at_the_rate_unless_their_fps_is_given(tmp_path: 
     sampled = list(open_source(folder, rate=4, camera_fps=8, on_report=reports.append))
     assert [frame.index for frame in sampled] == list(range(0, 20, 2))
     assert len(reports) == 1
+
+
+def test_a_video_is_released_only_between_two_reads(tmp_path: Path) -> None:
+    class Slow:
+        def __init__(self, capture: Any) -> None:
+            self.capture, self.grabbing, self.torn = capture, threading.Event(), False
+
+        def grab(self) -> bool:
+            self.grabbing.set()
+            time.sleep(0.05)
+            self.grabbing.clear()
+            return True
+
+        def release(self) -> None:
+            self.torn = self.grabbing.is_set()
+            self.capture.release()
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.capture, name)
+
+    source: Any = open_source(write_video(tmp_path / "clip.mp4"))
+    source.read()
+    slow = source._capture = Slow(source._capture)
+    reader = threading.Thread(target=source.read)
+    reader.start()
+    slow.grabbing.wait(20)
+    source.close()
+    reader.join(20)
+    assert not slow.torn
+    assert source.read() is None
