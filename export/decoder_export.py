@@ -22,7 +22,7 @@ from ..runtime.errors import CheckpointError, FramestepError
 from .decoder import DecoderConfig
 from .decoder_checkpoint import DecoderCheckpoint
 from .decoder_graph import PRECISIONS, Precision, write_decoder, write_embed, write_rebase
-from .decoder_replay import replay
+from .decoder_replay import STEPS, replay
 from .graph import GraphBuilder, WeightFile
 from .projector import write_projector
 from .streamformer_graph import write_backbone
@@ -211,9 +211,10 @@ def _check_options(checkpoint: DecoderCheckpoint, options: DecoderOptions) -> No
     if options.precision not in PRECISIONS:
         raise CheckpointError(f"--precision: expected {', '.join(PRECISIONS)}, found '{options.precision}'")
     positions, capacity = _sizes(config, options)
-    if not 1 <= capacity <= positions:
+    least = sum(STEPS) + 1  # what is replayed
+    if not least <= capacity <= positions:
         raise CheckpointError(
-            f"--capacity: expected 1 to {positions} tokens, as many as there are positions, found {capacity}"
+            f"--capacity: expected {least} to {positions} tokens, as many as there are positions, found {capacity}"
         )
     if options.chunk < 1:
         raise CheckpointError(f"--chunk: expected at least 1 token, found {options.chunk}")

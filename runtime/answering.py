@@ -11,13 +11,15 @@ from dataclasses import replace
 from .bundle import Manifest
 from .chat_format import Words, check_question
 from .decoding import CapacityError, Decoder, GraphRunner, Piece, Turn
-from .dialogue import Array, Clock, DialogueOptions, Question, Seen, speak, visual_tokens
+from .dialogue import Array, Clock, DialogueOptions, Seen, speak, visual_tokens
 from .errors import FramestepError
 from .events import Asked, Event, Notice
+from .questions import Question, Questions
 from .sampling import Sampler
 from .session import NonFiniteOutputError
 
 FRAMES = 8  # of models that were not trained with a fixed number
+ANSWER = 0.25  # of the cache that is left to an answer where nobody says how many frames a question is about
 
 
 class Answering:
@@ -48,14 +50,16 @@ class Answering:
         self.decoder = Decoder(stream, manifest, options.eviction)
         self._sampler = Sampler(options.temperature, options.top_p, options.seed)
         self._lock = threading.Lock()
-        self._waiting: list[Question] = []
+        self._questions = Questions()
         self._stopped = False
         self._opening = words.opening(words.template.system if options.system is None else options.system)
         self._around = len(self._opening) + len(words.user_end()) + len(words.assistant()) + 1
         visual = visual_tokens(manifest)
         fitting = (self.decoder.capacity - self._around) // (visual + 2)
         wanted = options.frames or manifest.origin.trained_frames or FRAMES
-        self.frames = min(wanted, fitting) if visual else 0
+        answer = min(options.max_tokens, int(ANSWER * self.decoder.capacity))
+        comfortable = max(1, (self.decoder.capacity - self._around - answer) // (visual + 2))
+        self.frames = min(wanted, fitting, fitting if options.frames else comfortable) if visual else 0
         if (visual and self.frames < 1) or (options.frames or 0) > fitting:
             raise CapacityError(
                 f"{options.frames or 1} frames of {visual} tokens and a question do not fit: the cache holds"
@@ -63,7 +67,7 @@ class Answering:
             )
         self._newest: deque[Array] = deque(maxlen=self.frames)
 
-    def ask(self, question: str | Question) -> None:
+    def ask(self, question: str | Question) -> int:
         """Ask at the next turn that does not end before the question's time; see `Dialogue.ask`."""
         asked = question if isinstance(question, Question) else Question(question)
         text = check_question(asked.text)
@@ -75,7 +79,21 @@ class Answering:
                 f"the question of {len(head) + len(rest)} tokens does not fit: the cache holds {self.decoder.capacity}"
             )
         with self._lock:
-            self._waiting.append(Question(text, asked.time))
+            return self._questions.add(Question(text, asked.time))
+
+    def questions(self) -> dict[int, str]:
+        """What waits for its time, by number."""
+        with self._lock:
+            return {number: question.text for number, question in self._questions.waiting().items()}
+
+    def withdraw(self, number: int) -> None:
+        """Do not ask what waits.
+
+        Raises:
+            FramestepError: there is no such question, or it is asked already.
+        """
+        with self._lock:
+            self._questions.withdraw(number)
 
     def ask_to_stop(self) -> None:
         """See `Dialogue.ask_to_stop`."""
@@ -84,7 +102,7 @@ class Answering:
     def unasked(self) -> list[Question]:
         """What was asked and is not answered yet."""
         with self._lock:
-            return list(self._waiting)
+            return list(self._questions.waiting().values())
 
     def take(self, turns: Sequence[Seen]) -> Iterator[Event]:
         """Take turns in, and answer what is asked in them about the frames up to the last."""
@@ -92,16 +110,19 @@ class Answering:
             self._newest.extend(seen.visual)
         seen = turns[-1]
         with self._lock:
-            due = [question.text for question in self._waiting if question.time < seen.stop]
-            self._waiting = [question for question in self._waiting if question.time >= seen.stop]
-        for text in due:
+            due = self._questions.due(seen.stop)
+        for text in due.values():
             if self._stopped:
                 return
             begun = self._clock()
             yield Asked(seen.stop, text)
             self.decoder.reset()
             try:
-                pieces = self._prompt(text)
+                count, pieces = self._prompt(text)
+                if count < len(self._newest):
+                    yield Notice(
+                        seen.stop, f"asked about {count} frames, not {len(self._newest)}: the cache holds no more"
+                    )
                 yield from self._speak(seen, pieces, begun)
             except NonFiniteOutputError as error:
                 yield Notice(seen.stop, str(error))
@@ -111,13 +132,15 @@ class Answering:
         words, options = self._words, self._options
         return speak(self.decoder, words, self._sampler, options, seen, start, self._clock, lambda: self._stopped)
 
-    def _prompt(self, question: str) -> list[Piece]:
-        """System prompt, frames, question: one turn, so that nothing of it is forgotten for an answer."""
+    def _prompt(self, question: str) -> tuple[int, list[Piece]]:
+        """System prompt, frames, question: one turn, so that nothing of it is forgotten for an answer; and how many
+        frames these are.
+        """
         turn, decoder, words = Turn(), self.decoder, self._words
         tokens = words.language.tokens
         frames = list(self._newest)
         text = f"\n{question}" if frames else question
-        before, after = words.user(text, 0)
+        before, after = words.user(text)
         room = decoder.capacity - self._around - len(before) - len(after)
         frames = frames[len(frames) - min(len(frames), room // (visual_tokens(self._manifest) + 2)) :]
         opening = [*self._opening, *before]
@@ -130,4 +153,4 @@ class Answering:
         if frames and "newline" in tokens:
             opening = [*opening, tokens["newline"]]
         pieces.append(decoder.text(turn, [*opening, *after, *words.user_end(), *words.assistant()]))
-        return pieces
+        return len(frames), pieces

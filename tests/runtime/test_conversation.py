@@ -380,6 +380,25 @@ def test_a_model_without_the_states_answers_when_it_is_asked(tmp_path):
             Conversation(session, Film([]), DialogueOptions(prune=0.9))
 
 
+def test_a_question_that_leaves_no_room_for_all_frames_says_so(tmp_path):
+    plain = dialogue_models.export(decoder_models.qwen2_5_vl(), tmp_path, states=False, capacity=160)
+    options = DialogueOptions(system="", max_tokens=5)
+    with framestep.load(plain.path) as session:
+        questions = [Question("What?", 7.0), Question("What? " * 20, 9.0)]
+        with Conversation(session, Film(range(10)), options) as conversation:
+            for question in questions:
+                conversation.ask(question)
+            events = list(conversation)
+        assert next(event.reason for event in events if isinstance(event, Answer)) != "capacity"
+        (notice,) = [event for event in events if isinstance(event, Notice)]
+        assert notice.text == "asked about 2 frames, not 8: the cache holds no more"
+        # where nobody says how many, a quarter of the cache is left to an answer
+        with Conversation(session, Film([]), DialogueOptions(system="x" * 80)) as conversation:
+            assert conversation.dialogue.frames == 4
+        with Conversation(session, Film([]), DialogueOptions(system="x" * 80, frames=8)) as conversation:
+            assert conversation.dialogue.frames == 8
+
+
 VICUNA = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed,"
     " and polite answers to the user's questions. "
