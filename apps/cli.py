@@ -192,7 +192,7 @@ def chat(
         list[str] | None,
         typer.Option(
             help="A question that stands from the beginning; repeat it for several. More may come as lines of"
-            " standard input."
+            " standard input, where /questions lists them and /forget N withdraws one."
         ),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="What happens, one JSON object each (.jsonl).")] = None,
@@ -287,6 +287,51 @@ def chat(
     print(json.dumps(summary.as_dict(), ensure_ascii=False) if as_json else summary.as_text())
     if summary.errors:
         raise typer.Exit(2)
+
+
+@app.command()
+def recall(
+    bundle: BundleArgument,
+    source: Annotated[str, typer.Option("--source", "-s", help="clip.mp4, a folder of images or synthetic.")],
+    ask: Annotated[list[str], typer.Option(help="A question that stands from the beginning; repeat it for several.")],
+    against: Annotated[
+        Path | None, typer.Option(help="Bundle of the reference, such as one in fp32. Default: the same bundle.")
+    ] = None,
+    prune: Annotated[
+        float | None, typer.Option(help="Prune the bundle's visual tokens, as in chat; not the reference's.")
+    ] = None,
+    turn: Annotated[float, typer.Option(help="Seconds of video in a turn.")] = 1.0,
+    rate: Annotated[
+        float | None, typer.Option(help="Frames a second that the model is shown. Default: the bundle's rate, or 1.")
+    ] = None,
+    system: Annotated[
+        str | None, typer.Option(help="System prompt. Default: that of the bundle's chat format.")
+    ] = None,
+    max_turns: Annotated[int | None, typer.Option(min=1, help="Stop after this many turns.")] = None,
+    engine: Annotated[str, typer.Option(help="Engine; auto takes the fastest that runs here.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the engine; default: all cores.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare when a model speaks with other weights or fewer tokens: the recall of each state over a video."""
+    from ..runtime.dialogue import DialogueOptions
+    from .recall import RecallOptions
+    from .recall import recall as compare
+
+    report = compare(
+        RecallOptions(
+            bundle=bundle,
+            source=source,
+            questions=tuple(ask),
+            against=against,
+            max_turns=max_turns,
+            dialogue=DialogueOptions(turn, rate, system, prune=prune),
+            engine=engine,
+            device=device,
+            threads=threads,
+        )
+    )
+    _print_facts(report.as_dict(), as_json, report.as_text())
 
 
 @app.command()
@@ -590,6 +635,11 @@ def bench(
     )
     opened = Bundle.open(bundle)
     if opened.manifest.language is not None:
+        if options.compare or checkpoint is not None:
+            raise FramestepError(
+                "--compare and --checkpoint: baselines are of models without a decoder; 'framestep recall' compares"
+                " the decisions of two bundles"
+            )
         from .bench.dialogue import DialogueReport, bench_dialogue
         from .bench.following import FollowingReport, bench_following
 
