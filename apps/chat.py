@@ -1,6 +1,7 @@
 """`framestep chat`: a conversation about what a camera or a video shows, as a transcript.
 
-Questions stand from the beginning (`--ask`) or come as lines of standard input while it goes on.
+Questions stand from the beginning (`--ask`) or come as lines of standard input while it goes on; lines that begin with
+`/` list them and withdraw them.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import os
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ from ..runtime.conversation import Conversation
 from ..runtime.converse import ASKED, open_conversation
 from ..runtime.dialogue import DialogueOptions
 from ..runtime.errors import FramestepError, OutputError
-from ..runtime.events import Answer, AnswerText, Asked, Decision, Event, Notice
+from ..runtime.events import Answer, AnswerText, Asked, Decision, Event, Notice, Withdrawn
 from ..runtime.following import Following
 from ..runtime.session import Session
 from ..runtime.sources import open_source
@@ -29,6 +30,10 @@ from .record import JsonLines, check_writable
 from .stopping import Stopping, stop_on_signals
 
 Report = Callable[[str], None]
+COMMANDS = (
+    "/questions lists what was asked, /forget N withdraws question N;"
+    " a question that begins with / needs a space before it"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,14 +112,28 @@ class ChatSummary:
 
 
 class Transcript:
-    """A readable transcript: a line when the state changes, answers as they grow."""
+    """A readable transcript: a line when the state changes, answers as they grow. Any thread may write."""
 
     def __init__(self, write: Callable[[str], None]) -> None:
         self._write = write
         self._state = ""
         self._open = False  # a line is not ended yet
+        self._lock = threading.RLock()
+
+    def list_questions(self, questions: Mapping[int, str]) -> None:
+        """Show what was asked, by number."""
+        with self._lock:
+            self.end_line()
+            for number, text in questions.items():
+                self._write(f"{'':10}  {number}: {text}\n")
+            if not questions:
+                self._write(f"{'':10}  there are no questions\n")
 
     def show(self, event: Event) -> None:
+        with self._lock:
+            self._show(event)
+
+    def _show(self, event: Event) -> None:
         if isinstance(event, AnswerText):
             if not self._open:
                 self._write(f"{event.time:8.1f} s  ")
@@ -124,6 +143,8 @@ class Transcript:
         self.end_line()
         if isinstance(event, Asked):
             self._line(event, f"? {event.text}")
+        elif isinstance(event, Withdrawn):
+            self._line(event, f"? withdrawn: {event.text}")
         elif isinstance(event, Notice):
             self._line(event, f"! {event.text}")
         elif isinstance(event, Decision):
@@ -135,9 +156,10 @@ class Transcript:
             self._line(event, f"! the answer was cut off: {event.reason}")
 
     def end_line(self) -> None:
-        if self._open:
-            self._write("\n")
-            self._open = False
+        with self._lock:
+            if self._open:
+                self._write("\n")
+                self._open = False
 
     def _line(self, event: Event, text: str) -> None:
         self._write(f"{event.time:8.1f} s  {text}\n")
@@ -149,7 +171,7 @@ def chat(options: ChatOptions, write: Callable[[str], None], report: Report, lin
     Args:
         write: takes pieces of the transcript.
         report: takes a line about what went wrong and was survived.
-        lines: questions that come meanwhile; read in a thread of their own.
+        lines: questions and commands that come meanwhile; read in a thread of their own.
 
     Raises:
         FramestepError: an option, a question, a file or the source is unusable.
@@ -237,14 +259,26 @@ class _Talk:
         self._turns = self._answers = self._answer_tokens = self._pruned = 0
 
     def listen(self, lines: Iterator[str]) -> None:
-        """Ask every line."""
+        """Ask every line, or do what it says."""
         for line in lines:
             if not line.strip():
                 continue
             try:
-                self._conversation.ask(line)
+                if line.startswith("/"):
+                    self._obey(line)
+                else:
+                    self._conversation.ask(line)
             except FramestepError as error:
                 self._report(str(error))
+
+    def _obey(self, line: str) -> None:
+        command, *rest = line.split()
+        if command == "/questions" and not rest:
+            self._transcript.list_questions(self._conversation.questions())
+        elif command == "/forget" and len(rest) == 1 and rest[0].isdecimal():
+            self._conversation.withdraw(int(rest[0]))
+        else:
+            raise FramestepError(f"'{line.strip()}' is no command: {COMMANDS}")
 
     def to_end(self, stopping: Stopping) -> ChatSummary:
         stopped = "the source ended"

@@ -135,17 +135,18 @@ class Words:
     def opening(self, system: str) -> list[int]:
         return self.tokens(fill(self.template.opening, system, self.language))
 
-    def user(self, text: str, split: int = 0) -> tuple[list[int], list[int]]:
-        """What opens a user's turn that begins with `text`, cut behind its first `split` characters."""
+    def user(self, text: str, *splits: int) -> tuple[list[int], ...]:
+        """What opens a user's turn that begins with `text`, cut before it and behind so many of its characters each."""
         parts = fill(self.template.user, text, self.language)
         last = parts[-1]
         assert isinstance(last, str)
         before = self.tokens(parts[:-1])
         encoding = self._tokenizer.encode(last, add_special_tokens=False)
-        border = len(last) - len(text) + split
-        ids = list(encoding.ids)
-        cut = next((at for at, (start, _) in enumerate(encoding.offsets) if start >= border), len(ids))
-        return before + ids[:cut], ids[cut:]
+        ids, cuts = list(encoding.ids), [0]
+        for border in (len(last) - len(text) + split for split in (0, *splits)):
+            cuts.append(next((at for at, (start, _) in enumerate(encoding.offsets) if start >= border), len(ids)))
+        first, *others = (ids[cut:stop] for cut, stop in zip(cuts, [*cuts[1:], len(ids)], strict=True))
+        return before + first, *others
 
     def user_end(self) -> list[int]:
         return self.tokens(fill(self.template.user_end, "", self.language))

@@ -16,9 +16,10 @@ from typing import Protocol
 from .answering import Answering
 from .chat_format import Words
 from .decoding import Decoder
-from .dialogue import Array, Clock, Dialogue, DialogueOptions, Question, Seen
+from .dialogue import Array, Clock, Dialogue, DialogueOptions, Seen
 from .errors import EngineError
 from .events import Event, Notice
+from .questions import Question
 from .session import NonFiniteOutputError, Session, Stream
 from .sources.frame import Frame
 
@@ -231,9 +232,17 @@ class Conversation:
         """Turns of a live source that nobody saw."""
         return 0 if self._watcher is None else self._watcher.dropped
 
-    def ask(self, question: str | Question) -> None:
+    def ask(self, question: str | Question) -> int:
         """Let a question stand; see `Dialogue.ask`."""
-        self.dialogue.ask(question)
+        return self.dialogue.ask(question)
+
+    def questions(self) -> dict[int, str]:
+        """What stands and what waits for its time, by number."""
+        return self.dialogue.questions()
+
+    def withdraw(self, number: int) -> None:
+        """Let a question stand no longer; see `Dialogue.withdraw`."""
+        self.dialogue.withdraw(number)
 
     def __iter__(self) -> Iterator[Event]:
         self._watcher = watcher = Watcher(self._stream, self._visual, self._source, self._turn, self._frames)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from .conversation import Conversation, FrameSource
-from .dialogue import DialogueOptions, Question
+from .dialogue import DialogueOptions
 from .events import Event, Notice
 from .following import Following
+from .questions import Question
 from .session import Session
 
 ASKED = "this model does not decide when to speak: it answers questions as they are asked"

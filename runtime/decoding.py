@@ -11,7 +11,7 @@ Sizes in shape comments: T new tokens, C slots, D hidden, R rows of position ids
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -43,6 +43,7 @@ class Turn:
         remnant: it was forgotten but for what is kept of it.
         slots: where its tokens are, in the order in which they were written.
         kept: for each of them, whether it stays when the turn is forgotten.
+        parts: for each of them, the part of the turn that it belongs to; see `Decoder.forget_part`.
         first, stop: its positions.
         pieces: what it is made of, where a cut will need that again.
     """
@@ -51,6 +52,7 @@ class Turn:
     remnant: bool = False
     slots: list[int] = field(default_factory=list)
     kept: list[bool] = field(default_factory=list)
+    parts: list[int] = field(default_factory=list)
     first: int = 0
     stop: int = 0
     pieces: list[Piece] = field(default_factory=list)
@@ -66,6 +68,7 @@ class Piece:
         offsets: int64 [R, T], their positions behind where the piece begins.
         span: positions that the piece takes.
         kept: whether they stay when their turn is forgotten; only of text.
+        part: number of a part that can be forgotten by itself; 0 is what cannot.
     """
 
     turn: Turn
@@ -73,6 +76,7 @@ class Piece:
     offsets: Array
     span: int
     kept: bool = False
+    part: int = 0
 
 
 class Decoder:
@@ -118,11 +122,11 @@ class Decoder:
         """Slots that hold something."""
         return int(self._visible.sum())
 
-    def text(self, turn: Turn, tokens: Sequence[int], kept: bool = False) -> Piece:
+    def text(self, turn: Turn, tokens: Sequence[int], kept: bool = False, part: int = 0) -> Piece:
         """Tokens of text, at least one."""
         ids = np.array(tokens, np.int64)
         embeddings = self._stream.run(self._language.embed, {self._names["tokens"]: ids})["embeddings"]
-        return Piece(turn, embeddings, np.tile(np.arange(len(ids)), (self._rows, 1)), len(ids), kept)
+        return Piece(turn, embeddings, np.tile(np.arange(len(ids)), (self._rows, 1)), len(ids), kept, part)
 
     def picture(self, turn: Turn, visual: Array, shown: Array | None = None) -> Piece:
         """What the model sees of a frame.
@@ -169,10 +173,22 @@ class Decoder:
 
     def forget(self, turn: Turn) -> None:
         """Forget a turn, and what is kept of it. One that is forgotten already is no error."""
-        self._visible[turn.slots] = False
-        turn.slots, turn.kept, turn.pieces = [], [], []
+        self._drop(turn, [True] * len(turn.slots))
+        turn.pieces = []
         if turn in self.turns:
             self.turns.remove(turn)
+
+    def forget_part(self, turn: Turn, part: int) -> None:
+        """Forget one part of a turn at once, even if it is kept or pinned. The rest stays, where it is."""
+        self._drop(turn, [one == part for one in turn.parts])
+        turn.pieces = [piece for piece in turn.pieces if piece.part != part]
+
+    def let_go(self, turn: Turn) -> None:
+        """Keep nothing of a turn when it is forgotten; what was kept of a forgotten one is forgotten now."""
+        if turn.remnant:
+            self.forget(turn)
+        turn.kept = [False] * len(turn.slots)
+        turn.pieces = [replace(piece, kept=False) for piece in turn.pieces]
 
     def reset(self) -> None:
         """Forget everything."""
@@ -239,7 +255,7 @@ class Decoder:
             if not oldest.pieces:
                 self.turns.remove(oldest)
         for turn in self.turns:
-            turn.slots, turn.kept, turn.first, turn.stop = [], [], 0, 0
+            turn.slots, turn.kept, turn.parts, turn.first, turn.stop = [], [], [], 0, 0
         self._visible[:] = False
         self._cursor = self.position = 0
         return pieces
@@ -254,14 +270,19 @@ class Decoder:
                 f"a turn does not fit: the cache holds {self.capacity} tokens and {self._language.positions} positions;"
                 " export the bundle with a larger --capacity"
             )
-        gone = [slot for slot, kept in zip(turn.slots, turn.kept, strict=True) if not kept]
-        self._visible[gone] = False
-        turn.slots = [slot for slot, kept in zip(turn.slots, turn.kept, strict=True) if kept]
-        turn.kept = [True] * len(turn.slots)
+        self._drop(turn, [not kept for kept in turn.kept])
         turn.pieces = [piece for piece in turn.pieces if piece.kept]
         turn.remnant = True
         self.forgotten += 1
         return turn
+
+    def _drop(self, turn: Turn, gone: Sequence[bool]) -> None:
+        """Clear the bits of some of a turn's slots."""
+        self._visible[[slot for slot, out in zip(turn.slots, gone, strict=True) if out]] = False
+        left = [at for at, out in enumerate(gone) if not out]
+        turn.slots = [turn.slots[at] for at in left]
+        turn.kept = [turn.kept[at] for at in left]
+        turn.parts = [turn.parts[at] for at in left]
 
     def _write(self, pieces: Sequence[Piece]) -> Array:
         """Take pieces that fit, in as few steps as free slots and `chunk` allow."""
@@ -273,7 +294,7 @@ class Decoder:
             positions.append(piece.offsets + self.position)
             self.position += piece.span
             turn.stop = self.position
-            owners += [(turn, piece.kept)] * len(piece.embeddings)
+            owners += [piece] * len(piece.embeddings)
         embeddings = np.concatenate([piece.embeddings for piece in pieces])  # [T, D]
         position_ids = np.concatenate(positions, axis=1)  # [R, T]
         at, logits = 0, None
@@ -289,9 +310,10 @@ class Decoder:
             logits = self._stream.run(self._language.decoder, inputs)["logits"]
             self._visible[first:stop] = True
             self._positions[:, first:stop] = position_ids[:, new]
-            for slot, (turn, kept) in zip(range(first, stop), owners[new], strict=True):
-                turn.slots.append(slot)
-                turn.kept.append(kept)
+            for slot, piece in zip(range(first, stop), owners[new], strict=True):
+                piece.turn.slots.append(slot)
+                piece.turn.kept.append(piece.kept)
+                piece.turn.parts.append(piece.part)
             self._cursor = stop
             at = new.stop
             self.steps += 1

@@ -10,8 +10,9 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,9 @@ from .bundle import Manifest
 from .chat_format import STATES, TextStream, Words, check_question
 from .decoding import CapacityError, Decoder, GraphRunner, Piece, Turn
 from .errors import FramestepError
-from .events import Answer, AnswerText, Asked, Decision, Event, Notice
+from .events import Answer, AnswerText, Asked, Decision, Event, Notice, Withdrawn
 from .pruning import Pruner
+from .questions import Question, Questions
 from .sampling import Sampler, softmax
 from .session import NonFiniteOutputError
 
@@ -106,16 +108,16 @@ class Seen:
     live: bool = False
 
 
-@dataclass(frozen=True)
-class Question:
-    """A question, and the second of the stream from which it stands."""
+@dataclass(frozen=True, eq=False)
+class _Standing:
+    """A question that stands, and the turn in which it was asked."""
 
     text: str
-    time: float = 0.0
+    turn: Turn
 
 
 class Dialogue:
-    """Turns in, events out. `ask` may be called from other threads.
+    """Turns in, events out. What concerns questions may be called from other threads.
 
     Args:
         stream: of a session that has loaded the bundle's decoder.
@@ -142,8 +144,9 @@ class Dialogue:
         self._sampler = Sampler(options.temperature, options.top_p, options.seed)
         self._pruner = None if options.prune is None else Pruner(options.prune)
         self._lock = threading.Lock()
-        self._waiting: list[Question] = []  # asked, and in no turn yet
-        self._standing: list[str] = []
+        self._questions = Questions()  # asked, and in no turn yet
+        self._standing: dict[int, _Standing] = {}  # by number
+        self._withdrawn: list[tuple[int, _Standing]] = []  # since the last turn
         self._stopped = False
         self._numbers: deque[tuple[int, Turn]] = deque()  # of turns that are remembered
         self._opening = words.opening(words.template.system if options.system is None else options.system)
@@ -152,8 +155,11 @@ class Dialogue:
         self._begin()
         self._check_room(0, "")
 
-    def ask(self, question: str | Question) -> None:
+    def ask(self, question: str | Question) -> int:
         """Let a question stand from the next turn on that does not end before its time.
+
+        Returns:
+            Its number, for `withdraw`.
 
         Raises:
             FramestepError: it is empty.
@@ -161,11 +167,35 @@ class Dialogue:
         """
         asked = question if isinstance(question, Question) else Question(question)
         text = check_question(asked.text)
-        head, _ = self._words.user(f"{text}\n", len(text) + 1)
+        tokens = self._question_tokens(text)
         with self._lock:
-            self._check_room(len(head) + len(self._words.user_end()), f"the question '{_short(text)}' ")
-            self._standing_tokens += len(head) + len(self._words.user_end())
-            self._waiting.append(Question(text, asked.time))
+            self._check_room(tokens, f"the question '{_short(text)}' ")
+            self._standing_tokens += tokens
+            return self._questions.add(Question(text, asked.time))
+
+    def questions(self) -> dict[int, str]:
+        """What stands and what waits for its time, by number."""
+        with self._lock:
+            standing = {number: question.text for number, question in self._standing.items()}
+            waiting = {number: question.text for number, question in self._questions.waiting().items()}
+        return dict(sorted({**standing, **waiting}.items()))
+
+    def withdraw(self, number: int) -> None:
+        """Let a question stand no longer, from the next turn on: no token sees any of it.
+
+        What was taken in while it stood stays as it was then understood.
+
+        Raises:
+            FramestepError: there is no such question.
+        """
+        with self._lock:
+            if number in self._standing:
+                question = self._standing.pop(number)
+                self._withdrawn.append((number, question))
+                text = question.text
+            else:
+                text = self._questions.withdraw(number, self._standing)
+            self._standing_tokens -= self._question_tokens(text)
 
     def ask_to_stop(self) -> None:
         """End the answer that is being given, with its next token; from any thread or a signal handler."""
@@ -174,17 +204,18 @@ class Dialogue:
     def unasked(self) -> list[Question]:
         """What was asked and stands in no turn yet."""
         with self._lock:
-            return list(self._waiting)
+            return list(self._questions.waiting().values())
 
     def take(self, turns: Sequence[Seen]) -> Iterator[Event]:
         """Take turns in, all in one go, decide at the last of them, and answer if that is what was decided."""
+        yield from self._forget_withdrawn(turns[0].stop)
         try:
             yield from self._take(turns)
         except NonFiniteOutputError as error:
             yield Notice(turns[-1].stop, f"{error}; the dialogue begins again with its questions")
             with self._lock:
-                self._waiting = [*map(Question, self._standing), *self._waiting]
-                self._standing = []
+                self._questions.put_back({number: question.text for number, question in self._standing.items()})
+                self._standing = {}
             self._begin()
 
     def _begin(self) -> None:
@@ -195,15 +226,25 @@ class Dialogue:
             self._pruner.reset()
         self._pending = [self.decoder.text(Turn(pinned=True), self._opening)] if self._opening else []
 
+    def _forget_withdrawn(self, time: float) -> list[Event]:
+        with self._lock:
+            withdrawn, self._withdrawn = self._withdrawn, []
+            standing = [question.turn for question in self._standing.values()]
+        for number, question in withdrawn:
+            self.decoder.forget_part(question.turn, number)
+            if question.turn not in standing:  # the message around them
+                self.decoder.let_go(question.turn)
+        return [Withdrawn(time, question.text) for _, question in withdrawn]
+
     def _take(self, turns: Sequence[Seen]) -> Iterator[Event]:
         begun, pruned = self._clock(), []
         events: list[Event] = []  # given out when all is noted down: whoever listens may leave at any of them
         pieces, self._pending = self._pending, []
         needed = sum(len(piece.embeddings) for piece in pieces) + self._turn_tokens * len(turns)
         for seen in turns:
-            asked = self._due(seen)
-            events += [Asked(seen.stop, question) for question in asked]
             turn = Turn()
+            asked = self._due(seen, turn)
+            events += [Asked(seen.stop, question) for question in asked.values()]
             left_out = 0 if self._pruner is None else self._pruner.left_out
             pieces += self._user(turn, seen, asked, needed)
             pruned.append(0 if self._pruner is None else self._pruner.left_out - left_out)
@@ -234,21 +275,24 @@ class Dialogue:
         words, options = self._words, self._options
         return speak(self.decoder, words, self._sampler, options, seen, start, self._clock, lambda: self._stopped)
 
-    def _due(self, seen: Seen) -> list[str]:
+    def _due(self, seen: Seen, turn: Turn) -> dict[int, str]:
         with self._lock:
-            due = [question.text for question in self._waiting if question.time < seen.stop]
-            self._waiting = [question for question in self._waiting if question.time >= seen.stop]
-        self._standing += due
+            due = self._questions.due(seen.stop)
+            self._standing |= {number: _Standing(text, turn) for number, text in due.items()}
         return due
 
-    def _user(self, turn: Turn, seen: Seen, questions: Sequence[str], needed: int) -> list[Piece]:
+    def _user(self, turn: Turn, seen: Seen, questions: Mapping[int, str], needed: int) -> list[Piece]:
         """The user's part of a turn. When the turn is forgotten, what was asked stays as a message of its own."""
         decoder, tokens = self.decoder, self._words.language.tokens
-        head = "".join(f"{question}\n" for question in questions)
-        asked, rest = self._words.user(f"{head}{time_tag(seen.start, seen.stop)}\n", len(head))
-        if not questions:
-            asked, rest = [], asked + rest
-        pieces = [decoder.text(turn, asked, kept=True)] if asked else []
+        heads = [f"{question}\n" for question in questions.values()]
+        text = "".join([*heads, f"{time_tag(seen.start, seen.stop)}\n"])
+        opening, *asked, rest = self._words.user(text, *accumulate(map(len, heads)))
+        pieces = []
+        if questions:
+            parts = [(0, opening), *zip(questions, asked, strict=True)]
+            pieces = [decoder.text(turn, ids, kept=True, part=number) for number, ids in parts if ids]
+        else:
+            rest = opening + rest
         for visual in seen.visual:
             rest += [tokens["vision_start"]] if "vision_start" in tokens else []
             pieces += [decoder.text(turn, rest)] if rest else []
@@ -286,6 +330,11 @@ class Dialogue:
     def _probabilities(self, logits: Array) -> dict[str, float]:
         found = softmax(logits[[self._words.state(state) for state in STATES]].astype(np.float64))
         return dict(zip(STATES, map(float, found), strict=True))
+
+    def _question_tokens(self, text: str) -> int:
+        """Of a question that stands as a message of its own."""
+        opening, asked, _ = self._words.user(f"{text}\n", len(text) + 1)
+        return len(opening) + len(asked) + len(self._words.user_end())
 
     def _count_turn(self, manifest: Manifest) -> int:
         """Tokens of a turn at the longest, without an answer."""

@@ -24,6 +24,13 @@ class Asked(Event):
 
 
 @dataclass(frozen=True)
+class Withdrawn(Event):
+    """A question stands no longer, from this turn on."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class Decision(Event):
     """What the model makes of a turn.
 

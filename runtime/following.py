@@ -23,10 +23,11 @@ from .bundle import Manifest, Port
 from .chat_format import Words, check_question
 from .conversation import GLANCE, FrameSource
 from .decoding import Array, CapacityError, Decoder, GraphRunner, Piece, Turn
-from .dialogue import Clock, DialogueOptions, Question, Seen, speak
+from .dialogue import Clock, DialogueOptions, Seen, speak
 from .errors import EngineError, FramestepError, SourceError
 from .events import Answer, AnswerText, Asked, Event, Notice
 from .frame_ring import EncodedFrame, FrameRing
+from .questions import Question, Questions
 from .sampling import Sampler
 from .session import NonFiniteOutputError, Session
 from .sources.frame import Frame
@@ -235,7 +236,7 @@ class Following:
         except BaseException:
             self._stream.close()
             raise
-        self._waiting: list[Question] = []
+        self._questions = Questions()
         self._count = 0  # questions asked
         self._time = 0.0  # of the stream, in seconds
         self._next: Frame | None = None  # of a file
@@ -254,7 +255,7 @@ class Following:
         """Frames of a live source that were not encoded, because newer ones came."""
         return self._source.dropped
 
-    def ask(self, question: str | Question) -> None:
+    def ask(self, question: str | Question) -> int:
         """Ask as soon as the stream has come to the question's time and a frame is seen.
 
         Raises:
@@ -270,8 +271,23 @@ class Following:
                 " export the bundle with a larger --capacity"
             )
         with self.cache.lock:
-            self._waiting.append(Question(text, asked.time))
+            number = self._questions.add(Question(text, asked.time))
             self.cache.lock.notify_all()
+        return number
+
+    def questions(self) -> dict[int, str]:
+        """What waits for its time, by number."""
+        with self.cache.lock:
+            return {number: question.text for number, question in self._questions.waiting().items()}
+
+    def withdraw(self, number: int) -> None:
+        """Do not ask what waits.
+
+        Raises:
+            FramestepError: there is no such question, or it is asked already.
+        """
+        with self.cache.lock:
+            self._questions.withdraw(number)
 
     def __iter__(self) -> Iterator[Event]:
         try:
@@ -420,12 +436,10 @@ class Following:
         with self.cache.lock:
             if self.cache.ring.newest is None:
                 return []
-            due = [question.text for question in self._waiting if question.time <= self._time + 1e-6]
-            self._waiting = [question for question in self._waiting if question.time > self._time + 1e-6]
-        return due
+            return list(self._questions.due(self._time + 1e-6).values())
 
     def _unasked(self) -> Iterator[Event]:
-        for question in self._waiting:
+        for question in self._questions.waiting().values():
             yield Notice(self._time, f"the source has ended before {question.time:g} s, when '{question.text}' was due")
 
     def _begin(self) -> None:

@@ -16,7 +16,7 @@ from framestep.apps.chat import ChatOptions, Transcript, chat
 from framestep.apps.cli import app
 from framestep.runtime.dialogue import DialogueOptions
 from framestep.runtime.errors import FramestepError
-from framestep.runtime.events import Answer, AnswerText, Asked, Decision, Notice
+from framestep.runtime.events import Answer, AnswerText, Asked, Decision, Notice, Withdrawn
 from framestep.runtime.sources import open_source
 
 SOURCE = "synthetic:frames=12,fps=2,width=56,height=28"
@@ -105,6 +105,39 @@ def test_lines_of_standard_input_are_questions_while_it_goes_on(bundle, monkeypa
     assert "does not fit: the cache holds 256 tokens" in report
 
 
+def test_commands_list_and_withdraw_questions(bundle, monkeypatch):
+    begun, done, written, reports = threading.Event(), threading.Event(), [], []
+
+    def lines():
+        yield "Where?"
+        begun.set()
+        while "? Where?" not in "".join(written):
+            done.wait(0.01)
+        yield from ("/questions", "/forget 1", "/forget 7", "/forget me", "/what now", " /usr", "/questions")
+        done.set()
+
+    def open_when_asked(*arguments, **options):
+        source = open_source(*arguments, **options)
+        read, count = source.read, iter(range(100))
+        source.read = lambda timeout: read(timeout) if (done if next(count) > 1 else begun).wait(20) else None
+        return source
+
+    monkeypatch.setattr(chat_module, "open_source", open_when_asked)
+    dialogue = DialogueOptions(system="You watch.", max_tokens=2, response_from=1.0)
+    options = ChatOptions(bundle=bundle, source=SOURCE, questions=("What?",), dialogue=dialogue)
+    chat(options, written.append, reports.append, lines())
+    text = "".join(written)
+    assert "            1: What?\n            2: Where?\n" in text
+    assert "            2: Where?\n            3: /usr\n" in text
+    assert text.count("s  ? withdrawn: What?\n") == 1
+    assert text.count("s  ? /usr\n") == 1
+    assert reports[0] == "there is no question 7; expected 2"
+    assert [report.split(":")[0] for report in reports[1:]] == [
+        "'/forget me' is no command",
+        "'/what now' is no command",
+    ]
+
+
 def test_the_transcript_tells_changes_of_state_and_answers_as_they_grow():
     written = []
     transcript = Transcript(written.append)
@@ -119,6 +152,11 @@ def test_the_transcript_tells_changes_of_state_and_answers_as_they_grow():
     transcript.show(AnswerText(4.0, 3, "ball"))
     transcript.show(Answer(4.0, 3, "A red ball", "length", 3, 0.3, 0.5))
     transcript.show(Notice(5.0, "2 turns dropped"))
+    transcript.show(AnswerText(6.0, 5, "Blue"))
+    transcript.list_questions({2: "What?"})
+    transcript.show(AnswerText(6.0, 5, " now"))
+    transcript.show(Withdrawn(7.0, "What?"))
+    transcript.list_questions({})
     assert "".join(written).splitlines() == [
         "     1.0 s  ? What?",
         "     1.0 s  [silence]",
@@ -127,6 +165,11 @@ def test_the_transcript_tells_changes_of_state_and_answers_as_they_grow():
         "     4.0 s  A red ball",
         "     4.0 s  ! the answer was cut off: length",
         "     5.0 s  ! 2 turns dropped",
+        "     6.0 s  Blue",
+        "            2: What?",
+        "     6.0 s   now",
+        "     7.0 s  ? withdrawn: What?",
+        "            there are no questions",
     ]
 
 

@@ -1,0 +1,62 @@
+"""What was asked: numbered, so that it can be withdrawn, and waiting for its time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from .errors import FramestepError
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question, and the second of the stream from which it stands."""
+
+    text: str
+    time: float = 0.0
+
+
+class Questions:
+    """Questions that wait for their time, by their numbers. Whoever uses them from several threads holds a lock."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._waiting: dict[int, Question] = {}
+
+    def add(self, question: Question) -> int:
+        """Its number; the first is 1."""
+        self._count += 1
+        self._waiting[self._count] = question
+        return self._count
+
+    def due(self, before: float) -> dict[int, str]:
+        """Take out those whose time is before a second of the stream, in the order of their numbers."""
+        due = {number: question.text for number, question in self._waiting.items() if question.time < before}
+        for number in due:
+            del self._waiting[number]
+        return due
+
+    def put_back(self, due: dict[int, str]) -> None:
+        """Let them wait again, for what comes next."""
+        waiting = {**{number: Question(text) for number, text in due.items()}, **self._waiting}
+        self._waiting = dict(sorted(waiting.items()))
+
+    def waiting(self) -> dict[int, Question]:
+        return dict(self._waiting)
+
+    def withdraw(self, number: int, others: Iterable[int] = ()) -> str:
+        """The text of a question that no longer waits.
+
+        Args:
+            others: numbers that there are beside.
+
+        Raises:
+            FramestepError: no such question waits.
+        """
+        question = self._waiting.pop(number, None)
+        if question is None:
+            numbers = ", ".join(map(str, sorted([*self._waiting, *others])))
+            raise FramestepError(
+                f"there is no question {number}; " + (f"expected {numbers}" if numbers else "there is none at all")
+            )
+        return question.text
