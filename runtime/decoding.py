@@ -86,7 +86,8 @@ class Decoder:
         stream: runs the bundle's graphs; its decoder states are this decoder's alone.
         manifest: of the bundle, in one precision; it has `language`.
         eviction: "slots" clears the oldest turn's bits and moves nothing; "cut" drops the oldest turns and takes all
-            others in again from position 0 on, as those do who resend a dialogue.
+            others in again behind what is pinned at the beginning, as those do who resend a dialogue to a server that
+            caches prefixes.
 
     Attributes:
         capacity: slots.
@@ -244,20 +245,22 @@ class Decoder:
         return pieces
 
     def _cut(self, current: Turn) -> list[Piece]:
-        """Forget turns until all others fit, from an empty cache on; the pieces of all others."""
-        last = self._language.positions
+        """Forget turns until all others fit, empty the cache but for what is pinned at the beginning; the others' pieces."""
+        prefix = self.turns[:1] if self.turns[0].pinned and self.turns[0].slots else []
+        start, room = sum(turn.stop for turn in prefix), self.capacity - sum(len(turn.slots) for turn in prefix)
         while True:
-            pieces = [piece for turn in self.turns for piece in turn.pieces]
+            pieces = [piece for turn in self.turns if turn not in prefix for piece in turn.pieces]
             tokens, span = sum(len(p.embeddings) for p in pieces), sum(p.span for p in pieces)
-            if tokens <= self.capacity and span <= last:
+            if tokens <= room and start + span <= self._language.positions:
                 break
             oldest = self._evict(current)
             if not oldest.pieces:
                 self.turns.remove(oldest)
         for turn in self.turns:
-            turn.slots, turn.kept, turn.parts, turn.first, turn.stop = [], [], [], 0, 0
-        self._visible[:] = False
-        self._cursor = self.position = 0
+            if turn not in prefix:
+                self._visible[turn.slots] = False
+                turn.slots, turn.kept, turn.parts, turn.first, turn.stop = [], [], [], 0, 0
+        self._cursor, self.position = self.capacity - room, start
         return pieces
 
     def _evict(self, current: Turn) -> Turn:

@@ -171,7 +171,8 @@ def test_cutting_takes_everything_that_is_left_in_again(stream, bundle, model):
     before = decoder.taken
     logits = decoder.take([decoder.text(Turn(), tokens(7, 3))])
     assert decoder.turns[:3] == [system, *turns[1:]]
-    assert decoder.taken - before == decoder.used == decoder.position == 5 + 9 + 9 + 7
+    assert decoder.taken - before == 9 + 9 + 7  # the system prompt stays where it is
+    assert decoder.used == decoder.position == 5 + 9 + 9 + 7
     left = [*tokens(5), *tokens(9, 1), *tokens(9, 2), *tokens(7, 3)]
     with torch.inference_mode():
         golden.assert_close(logits, model(torch.tensor([left])).logits[0, -1].numpy())
