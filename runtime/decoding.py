@@ -245,7 +245,7 @@ class Decoder:
         return pieces
 
     def _cut(self, current: Turn) -> list[Piece]:
-        """Forget turns until all others fit, empty the cache but for what is pinned at the beginning; the others' pieces."""
+        """Forget turns until all others fit, and empty the cache behind what is pinned first; the pieces for it."""
         prefix = self.turns[:1] if self.turns[0].pinned and self.turns[0].slots else []
         start, room = sum(turn.stop for turn in prefix), self.capacity - sum(len(turn.slots) for turn in prefix)
         while True:
