@@ -227,6 +227,7 @@ def chat(
     top_p: Annotated[
         float, typer.Option(help="Draw among the fewest tokens that have this probability together.")
     ] = 1.0,
+    top_k: Annotated[int | None, typer.Option(help="Draw among so many of the likeliest tokens.")] = None,
     seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
     frames: Annotated[
         int | None,
@@ -269,6 +270,7 @@ def chat(
             top_p,
             seed,
             frames,
+            top_k=top_k,
         ),
         engine=engine,
         device=device,
@@ -401,6 +403,7 @@ def export(
             precision, capacity, chunk, frame_size, vision_tower,
         )
     )  # fmt: skip
+    notes = "".join(f"\nnote: {note}" for note in facts.get("notes", ()))
     replayed = (
         f"{facts['tokens_replayed']} tokens" if "tokens_replayed" in facts else f"{facts['frames_replayed']} frames"
     )
@@ -408,7 +411,7 @@ def export(
         facts,
         as_json,
         f"{facts['bundle']}: {facts['bytes'] / 1e6:.1f} MB, agrees with PyTorch within {facts['difference']:.1e}"
-        f" over {replayed}",
+        f" over {replayed}{notes}",
     )
 
 

@@ -48,7 +48,7 @@ class Answering:
         self._clock = clock
         self._manifest = manifest
         self.decoder = Decoder(stream, manifest, options.eviction)
-        self._sampler = Sampler(options.temperature, options.top_p, options.seed)
+        self._sampler = Sampler(options.temperature, options.top_p, options.seed, options.top_k)
         self._lock = threading.Lock()
         self._questions = Questions()
         self._stopped = False

@@ -46,7 +46,7 @@ class DialogueOptions:
         response_from, standby_from: probability from which the model answers or stands by, of the three states; None
             for whatever is likeliest.
         max_tokens: of an answer.
-        temperature, top_p, seed: see `Sampler`.
+        temperature, top_p, seed, top_k: see `Sampler`.
         frames: newest frames that a question is about, where a model answers when asked; None for as many as it was
             trained with, or eight, and as fit.
         words_per_second: words of an answer for each second of a file, where an answer follows the video while it is
@@ -66,6 +66,7 @@ class DialogueOptions:
     seed: int = 0
     frames: int | None = None
     words_per_second: float = 1.0
+    top_k: int | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("turn", self.turn), ("rate", self.rate), ("words_per_second", self.words_per_second)):
@@ -141,7 +142,7 @@ class Dialogue:
         self._options = options
         self._clock = clock
         self.decoder = Decoder(stream, manifest, options.eviction)
-        self._sampler = Sampler(options.temperature, options.top_p, options.seed)
+        self._sampler = Sampler(options.temperature, options.top_p, options.seed, options.top_k)
         self._pruner = None if options.prune is None else Pruner(options.prune)
         self._lock = threading.Lock()
         self._questions = Questions()  # asked, and in no turn yet
@@ -150,7 +151,7 @@ class Dialogue:
         self._stopped = False
         self._numbers: deque[tuple[int, Turn]] = deque()  # of turns that are remembered
         self._opening = words.opening(words.template.system if options.system is None else options.system)
-        self._turn_tokens = self._count_turn(manifest)
+        self._turn_tokens = turn_tokens(manifest, words, options)
         self._standing_tokens = 0
         self._begin()
         self._check_room(0, "")
@@ -336,13 +337,6 @@ class Dialogue:
         opening, asked, _ = self._words.user(f"{text}\n", len(text) + 1)
         return len(opening) + len(asked) + len(self._words.user_end())
 
-    def _count_turn(self, manifest: Manifest) -> int:
-        """Tokens of a turn at the longest, without an answer."""
-        visual = visual_tokens(manifest)
-        first, rest = self._words.user(f"{time_tag(LONG_AGO + 0.125, LONG_AGO + 1.125)}\n")
-        text = len(first) + len(rest) + len(self._words.user_end()) + len(self._words.assistant())
-        return self._options.frames_a_turn(manifest) * (visual + 2) + text + 1 + len(self._words.close())
-
     def _check_room(self, more: int, what: str) -> None:
         stays = len(self._opening) + self._standing_tokens
         if stays + more + self._turn_tokens > self.decoder.capacity:
@@ -412,6 +406,13 @@ def time_tag(start: float, stop: float) -> str:
     """A turn's seconds, as `<7s-8s>`."""
     first, last = (f"{time:.3f}".rstrip("0").rstrip(".") for time in (start, stop))
     return f"<{first}s-{last}s>"
+
+
+def turn_tokens(manifest: Manifest, words: Words, options: DialogueOptions) -> int:
+    """Tokens of a turn at the longest, without an answer."""
+    first, rest = words.user(f"{time_tag(LONG_AGO + 0.125, LONG_AGO + 1.125)}\n")
+    text = len(first) + len(rest) + len(words.user_end()) + len(words.assistant())
+    return options.frames_a_turn(manifest) * (visual_tokens(manifest) + 2) + text + 1 + len(words.close())
 
 
 def visual_tokens(manifest: Manifest) -> int:

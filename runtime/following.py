@@ -221,7 +221,7 @@ class Following:
                 raise FramestepError(f"{name}: frames are no tokens of this model's dialogue; leave the option out")
         self._source, self._options, self._clock = source, options, clock
         self._words = Words(language, session.bundle.path)
-        self._sampler = Sampler(options.temperature, options.top_p, options.seed)
+        self._sampler = Sampler(options.temperature, options.top_p, options.seed, options.top_k)
         self._opening = self._words.opening(self._words.template.system if options.system is None else options.system)
         self._stream = session.open_stream()
         try:

@@ -17,16 +17,20 @@ class Sampler:
 
     Args:
         temperature: logits are divided by it before the softmax; 0 takes the likeliest token.
-        top_p: draws among the fewest tokens that have this probability together.
+        top_p: draws among the fewest tokens that have this probability together, of those that `top_k` leaves.
         seed: of the draws.
+        top_k: draws among so many of the likeliest tokens; None for all.
     """
 
-    def __init__(self, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0) -> None:
+    def __init__(self, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, top_k: int | None = None) -> None:
         if not 0 <= temperature < np.inf:
             raise FramestepError(f"temperature: expected 0 or more, found {temperature}")
         if not 0 < top_p <= 1:
             raise FramestepError(f"top_p: expected more than 0 and at most 1, found {top_p}")
+        if top_k is not None and top_k < 1:
+            raise FramestepError(f"top_k: expected at least 1, found {top_k}")
         self._temperature = temperature
+        self._top_k = top_k
         self._top_p = top_p
         self._generator = np.random.default_rng(seed)
 
@@ -35,11 +39,10 @@ class Sampler:
         if self._temperature == 0:
             return int(logits.argmax())
         probabilities = softmax(logits.astype(np.float64) / self._temperature)
-        order = np.argsort(-probabilities, kind="stable")
-        before = np.cumsum(probabilities[order]) - probabilities[order]
-        kept = order[before < self._top_p]  # the likeliest always
-        share = probabilities[kept] / probabilities[kept].sum()
-        return int(self._generator.choice(kept, p=share))
+        order = np.argsort(-probabilities, kind="stable")[: self._top_k]
+        share = probabilities[order] / probabilities[order].sum()
+        count = np.count_nonzero(np.cumsum(share) - share < self._top_p)  # the likeliest always
+        return int(self._generator.choice(order[:count], p=share[:count] / share[:count].sum()))
 
 
 def softmax(logits: Array) -> Array:

@@ -468,6 +468,7 @@ def test_impossible_options_are_refused(values, message):
     [
         ({"temperature": -1.0}, "temperature: expected 0 or more"),
         ({"top_p": 0.0}, "top_p: expected more than 0"),
+        ({"top_k": 0}, "top_k: expected at least 1"),
         ({"prune": 2.0}, "prune: expected a cosine similarity"),
         ({"eviction": "lru"}, "eviction: expected slots or cut"),
         ({"rate": 400.0}, r"a dialogue does not fit: the cache holds 480 tokens; the system prompt .* a turn 16\d\d"),
@@ -504,6 +505,32 @@ def test_sampling_is_repeatable_and_takes_the_likeliest_only_at_temperature_0():
     shares = np.bincount(drawn, minlength=4) / 4000
     expected = np.exp(logits) / np.exp(logits).sum()
     assert np.abs(shares - expected).max() < 0.03
+
+
+@pytest.mark.parametrize(
+    "temperature, top_k, top_p", [(0.7, 20, 0.8), (1.5, 300, 0.9), (1.0, 1, 1.0), (0.3, None, 0.5)]
+)
+def test_what_is_drawn_from_is_what_transformers_draws_from(temperature, top_k, top_p):
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    from framestep.runtime.sampling import Sampler
+
+    logits = np.random.default_rng(0).normal(0, 3, 256).astype(np.float32)
+    warped = TemperatureLogitsWarper(temperature)(None, torch.from_numpy(logits)[None])
+    warped = warped if top_k is None else TopKLogitsWarper(top_k)(None, warped)
+    expected = TopPLogitsWarper(top_p)(None, warped).double().softmax(-1)[0].numpy()
+
+    class Noted:
+        def choice(self, tokens, p):
+            self.shares = np.zeros(256)
+            self.shares[tokens] = p
+            return tokens[0]
+
+    sampler, noted = Sampler(temperature, top_p, 0, top_k), Noted()
+    sampler._generator = noted
+    assert sampler(logits) == logits.argmax()
+    assert np.array_equal(noted.shares > 0, expected > 0)
+    np.testing.assert_allclose(noted.shares, expected, atol=1e-6)
 
 
 def test_pruned_tokens_are_those_that_show_the_same_again(opened):
