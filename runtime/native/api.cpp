@@ -56,6 +56,12 @@ void need(const void* pointer, const char* name) {
     if (pointer == nullptr) throw Error(FS_ERROR_ARGUMENT, std::string(name) + ": is null");
 }
 
+// The size that a struct had when it was first given out; it may have grown since.
+template <class Struct>
+constexpr size_t FIRST_SIZE = sizeof(Struct);
+template <>
+constexpr size_t FIRST_SIZE<fs_graph_info> = offsetof(fs_graph_info, own_operators);
+
 void check_size(size_t size, size_t expected, const char* name) {
     if (size < expected) {
         throw Error(FS_ERROR_ARGUMENT, std::string(name) + ": struct_size is " + std::to_string(size) + ", expected " +
@@ -69,16 +75,17 @@ Struct read_struct(const void* given, const char* name) {
     need(given, name);
     size_t size;
     std::memcpy(&size, given, sizeof size);
-    check_size(size, sizeof(Struct), name);
+    check_size(size, FIRST_SIZE<Struct>, name);
     const auto* bytes = static_cast<const unsigned char*>(given);
     constexpr size_t MAX_SIZE = 4096;
-    if (size > MAX_SIZE || std::any_of(bytes + sizeof(Struct), bytes + size, [](unsigned char byte) { return byte != 0; })) {
+    const size_t known = std::min(size, sizeof(Struct));
+    if (size > MAX_SIZE || std::any_of(bytes + known, bytes + size, [](unsigned char byte) { return byte != 0; })) {
         throw Error(FS_ERROR_ARGUMENT, std::string(name) + ": struct_size is " + std::to_string(size) +
                                            ", and it has members that this library of version " FRAMESTEP_VERSION
                                            " does not know");
     }
-    Struct value;
-    std::memcpy(&value, given, sizeof value);
+    Struct value{};
+    std::memcpy(&value, given, known);
     return value;
 }
 
@@ -86,13 +93,13 @@ Struct read_struct(const void* given, const char* name) {
 template <class Struct>
 void check_out(const Struct* out, const char* name) {
     need(out, name);
-    check_size(out->struct_size, sizeof(Struct), name);
+    check_size(out->struct_size, FIRST_SIZE<Struct>, name);
 }
 
 template <class Struct>
 void write_struct(Struct* out, Struct value) {
     value.struct_size = out->struct_size;
-    *out = value;
+    std::memcpy(out, &value, std::min(value.struct_size, sizeof value));
 }
 
 // Which numbers are sessions and streams. A number has the place in the table, a count of how often that place was
@@ -469,6 +476,7 @@ fs_status fs_graph_describe(fs_session session, size_t index, fs_graph_info* inf
         value.inputs = graph.inputs.size();
         value.outputs = graph.outputs.size();
         value.states = graph.states.size();
+        value.own_operators = open->engine().own_operators(index);
         write_struct(info, value);
         return FS_OK;
     });

@@ -85,6 +85,12 @@ public:
     virtual void zero_state(size_t index, int slot) = 0;
     virtual uintptr_t state_address(size_t index) const = 0;
 
+    // Parts of graph `index` of the plan that operators of ours run in the place of the engine's.
+    virtual size_t own_operators(size_t index) const {
+        (void)index;
+        return 0;
+    }
+
     // Whether the graphs that are not of a step can be run.
     virtual bool runs_graphs() const { return false; }
 

@@ -1,6 +1,7 @@
 #include "file_io.h"
 
 #include <fcntl.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -86,6 +87,29 @@ std::string InputFile::read_all() {
     while ((done += read(content.data() + done, content.size() - done)) == content.size()) content.resize(2 * done);
     content.resize(done);
     return content;
+}
+
+MappedFile::MappedFile(const std::filesystem::path& path, fs_status code) : path_(path), code_(code) {
+    const int descriptor = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+    struct stat status {};
+    if (descriptor >= 0 && fstat(descriptor, &status) == 0 && status.st_size > 0) {
+        size_ = static_cast<size_t>(status.st_size);
+        data_ = mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, descriptor, 0);
+    }
+    const int number = errno;
+    if (descriptor >= 0) close(descriptor);
+    if (descriptor < 0 || data_ == MAP_FAILED) throw Error(code, path.string() + ": cannot be read: " + reason(number));
+}
+
+MappedFile::~MappedFile() {
+    if (data_ != nullptr) munmap(data_, size_);
+}
+
+std::string_view MappedFile::bytes(uint64_t offset, uint64_t length) const {
+    if (offset > size_ || length > size_ - offset) {
+        throw Error(code_, path_.string() + ": ends at byte " + std::to_string(size_) + " inside a tensor; it is cut short");
+    }
+    return {static_cast<const char*>(data_) + offset, length};
 }
 
 void write_file(const std::filesystem::path& path, const std::vector<std::string_view>& pieces) {

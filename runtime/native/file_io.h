@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <filesystem>
 #include <string>
 #include <string_view>
@@ -27,6 +28,23 @@ private:
     std::filesystem::path path_;
     fs_status code_;
     int descriptor_;
+};
+
+// A file in memory, read as it is looked at. Every failure throws Error(code), also in `bytes`, as InputFile's.
+class MappedFile {
+public:
+    MappedFile(const std::filesystem::path& path, fs_status code);
+    ~MappedFile();
+    MappedFile(const MappedFile&) = delete;
+    MappedFile& operator=(const MappedFile&) = delete;
+
+    std::string_view bytes(uint64_t offset, uint64_t length) const;
+
+private:
+    std::filesystem::path path_;
+    fs_status code_;
+    void* data_ = nullptr;
+    size_t size_ = 0;
 };
 
 // Writes a file in one step: a reader sees the whole file or the one before. Throws Error (FS_ERROR_OUTPUT).

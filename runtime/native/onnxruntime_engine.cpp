@@ -10,10 +10,8 @@
 #include <utility>
 
 #include "engine.h"
-#include "file_io.h"
 #include "ort_api.h"
-#include "ring_graph.h"
-#include "ring_operator.h"
+#include "own_operators.h"
 
 namespace framestep {
 namespace {
@@ -169,7 +167,7 @@ class OnnxRuntimeEngine : public Engine {
 public:
     OnnxRuntimeEngine(const Bundle& bundle, const Manifest& manifest, const Plan& plan, const EngineOptions& options)
         : ort_(load_ort(options.library)), options_(options), plan_(plan), memory_info_(ort_.ReleaseMemoryInfo),
-          device_info_(ort_.ReleaseMemoryInfo), ring_domain_(ort_.ReleaseCustomOpDomain), device_allocator_(ort_.ReleaseAllocator), streams_(options.streams) {
+          device_info_(ort_.ReleaseMemoryInfo), device_allocator_(ort_.ReleaseAllocator), streams_(options.streams) {
         const bool cuda = options.device == "cuda";
         ort_.check(ort_.CreateMemoryInfo("Cpu", ORT_DEVICE_ALLOCATOR, 0, ORT_MEMORY_DEFAULT, memory_info_.into()), "host");
         const bool integer = manifest.precision.find("int8") != std::string::npos;
@@ -177,19 +175,19 @@ public:
         const bool ours = !cuda && options.engine != PLAIN;
         if (ours) {
             const std::string what = "ONNX Runtime could not take an operator";
-            ort_.check(ort_.CreateCustomOpDomain(RING_DOMAIN, ring_domain_.into()), what);
-            ort_.check(ort_.CustomOpDomain_Add(ring_domain_.get(), ring_operator(ort_)), what);
-            ort_.check(ort_.AddCustomOpDomain(session.get(), ring_domain_.get()), what);
+            operators_ = std::make_unique<OwnOperators>(ort_);
+            ort_.check(ort_.AddCustomOpDomain(session.get(), operators_->domain()), what);
             ort_.check(ort_.AddSessionConfigEntry(session.get(), "session.model_external_initializers_file_folder_path",
                                                   bundle.path.c_str()), what);
         }
         for (const Graph* graph : plan.graphs) {
             const std::string path = (bundle.path / graph->file).string();
             sessions_.emplace_back(ort_.ReleaseSession);
-            const std::string derived = ours ? with_rings(path, *graph, manifest) : "";
-            ort_.check(derived.empty()
+            const DerivedGraph derived = ours ? operators_->derive(bundle, manifest, *graph) : DerivedGraph();
+            own_operators_.push_back(derived.operators);
+            ort_.check(derived.model.empty()
                            ? ort_.CreateSession(ort_.env, path.c_str(), session.get(), sessions_.back().into())
-                           : ort_.CreateSessionFromArray(ort_.env, derived.data(), derived.size(), session.get(),
+                           : ort_.CreateSessionFromArray(ort_.env, derived.model.data(), derived.model.size(), session.get(),
                                                          sessions_.back().into()),
                        path + ": ONNX Runtime " + ort_.version + " cannot load it");
             check_ports(path, *graph, manifest, sessions_.back().get());
@@ -294,6 +292,7 @@ public:
         }
     }
 
+    size_t own_operators(size_t graph) const override { return own_operators_[graph]; }
     bool runs_graphs() const override { return true; }
 
     void run_graph(size_t index, int slot, const std::vector<HostTensor>& inputs,
@@ -327,20 +326,6 @@ private:
         Owned<OrtIoBinding> binding;
         std::vector<HostInput> copied;  // inputs that lie on the host while the graph runs on a device
     };
-
-    // The graph to run on a CPU in the place of a step graph over rings; "" for another, which is run as it is.
-    static std::string with_rings(const std::string& path, const Graph& graph, const Manifest& manifest) {
-        std::set<std::string> rings;
-        for (const StateUse& use : graph.states) {
-            const auto state = std::find_if(manifest.states.begin(), manifest.states.end(),
-                                            [&](const State& one) { return one.name == use.state; });
-            if (state->kind == "ring" && state->rows_per_slot == 1 && state->dtype == FS_FLOAT32) rings.insert(use.input);
-        }
-        const bool steps = std::any_of(graph.inputs.begin(), graph.inputs.end(),
-                                       [](const Port& port) { return port.role == "position"; });
-        if (rings.empty() || !steps) return "";
-        return with_ring_attention(InputFile(path, FS_ERROR_BUNDLE).read_all(), rings);
-    }
 
     static size_t bytes_of_tensor(const std::vector<int64_t>& shape, fs_dtype dtype) {
         size_t bytes = bytes_of(dtype);
@@ -624,8 +609,9 @@ private:
     const Plan plan_;
     Owned<OrtMemoryInfo> memory_info_;
     Owned<OrtMemoryInfo> device_info_;
-    Owned<OrtCustomOpDomain> ring_domain_;           // outlives the sessions
+    std::unique_ptr<OwnOperators> operators_;        // outlives the sessions
     std::vector<Owned<OrtNativeSession>> sessions_;  // as in the plan
+    std::vector<size_t> own_operators_;              // as in the plan
     Owned<OrtAllocator> device_allocator_;           // of the first session: freed before it
     int64_t streams_;
     Buffer frames_;

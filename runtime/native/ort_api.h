@@ -87,6 +87,7 @@ constexpr int ORT_MEMORY_DEFAULT = 0;    // memory type
     X(76, AllocatorFree, OrtAllocator*, void*)                                                                       \
     X(78, GetAllocatorWithDefaultOptions, OrtAllocator**)                                                            \
     X(85, KernelInfoGetAttribute_float, const OrtKernelInfo*, const char* name, float*)                              \
+    X(86, KernelInfoGetAttribute_int64, const OrtKernelInfo*, const char* name, int64_t*)                            \
     X(90, KernelContext_GetInput, const OrtKernelContext*, size_t index, const OrtValue**)                           \
     X(91, KernelContext_GetOutput, OrtKernelContext*, size_t index, const int64_t*, size_t rank, OrtValue**)         \
     X(125, GetAvailableProviders, char***, int*)                                                                     \

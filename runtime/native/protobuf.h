@@ -9,6 +9,20 @@ namespace framestep {
 
 struct ProtobufDamaged {};
 
+// Takes an integer off the front of a text. Throws ProtobufDamaged.
+inline uint64_t take_varint(std::string_view& left) {
+    uint64_t value = 0;
+    for (int shift = 0; shift < 64; shift += 7) {
+        if (left.empty()) break;
+        const auto byte = static_cast<uint8_t>(left[0]);
+        left.remove_prefix(1);
+        if (shift == 63 && byte > 1) break;
+        value |= uint64_t{byte & 0x7Fu} << shift;
+        if (byte < 0x80) return value;
+    }
+    throw ProtobufDamaged();
+}
+
 struct ProtobufField {
     uint64_t number = 0;
     bool is_message = false;   // or text, or bytes: it has `content`
@@ -25,15 +39,15 @@ public:
     bool next(ProtobufField& field) {
         if (left_.empty()) return false;
         const std::string_view from = left_;
-        const uint64_t key = varint();
+        const uint64_t key = take_varint(left_);
         field = {};
         field.number = key >> 3;
         switch (key & 7) {
-            case 0: field.integer = varint(); break;
+            case 0: field.integer = take_varint(left_); break;
             case 1: take(8); break;
             case 2:
                 field.is_message = true;
-                field.content = take(varint());
+                field.content = take(take_varint(left_));
                 break;
             case 5: take(4); break;
             default: throw ProtobufDamaged();
@@ -48,17 +62,6 @@ private:
         const std::string_view taken = left_.substr(0, size);
         left_.remove_prefix(size);
         return taken;
-    }
-
-    uint64_t varint() {
-        uint64_t value = 0;
-        for (int shift = 0; shift < 64; shift += 7) {
-            const auto byte = static_cast<uint8_t>(take(1)[0]);
-            if (shift == 63 && byte > 1) break;
-            value |= uint64_t{byte & 0x7Fu} << shift;
-            if (byte < 0x80) return value;
-        }
-        throw ProtobufDamaged();
     }
 
     std::string_view left_;

@@ -17,7 +17,8 @@ from framestep.benchmarks.gpu.stand_in import stand_in
 from framestep.export.decoder_checkpoint import read_decoder_checkpoint
 from framestep.export.decoder_export import DecoderOptions, export_decoder
 from framestep.runtime.bundle import Bundle
-from framestep.runtime.errors import EngineError
+from framestep.runtime.errors import EngineError, FramestepError
+from framestep.runtime.library import library
 from framestep.runtime.session import NonFiniteOutputError
 
 CAPACITY = 48
@@ -91,6 +92,73 @@ def test_streams_have_caches_of_their_own(session):
         step(first, tokens[:5], 0)
         step(second, tokens[10:20], 0)
         assert np.array_equal(step(first, tokens[5:6], 5), alone[1])
+
+
+def own_operators(session) -> dict[str, int]:
+    native, info = library(), library().new("fs_graph_info")
+    found = {}
+    for index in range(3):
+        native.check(native.functions.fs_graph_describe(session._engine._session, index, info))
+        found[native.text(info.name)] = info.own_operators
+    return found
+
+
+def test_caches_are_run_by_operators_of_ours_unless_the_plain_engine_is_asked_for(exported):
+    with framestep.load(exported[1].path, engine="onnxruntime:plain") as opened:
+        assert own_operators(opened) == {"embed": 0, "decoder": 0, "rebase": 0}
+    with framestep.load(exported[1].path, engine="onnxruntime") as opened:
+        assert own_operators(opened) == {"embed": 0, "decoder": 2, "rebase": 0}
+
+
+def test_rebased_keys_are_bit_for_bit_those_of_a_step_at_the_new_positions(exported):
+    """The step rotates in an operator of ours, the rebasing in ONNX Runtime's."""
+    tokens = random_tokens()
+    with framestep.load(exported[1].path, engine="onnxruntime", streams=2) as opened:
+        with opened.open_stream() as moved, opened.open_stream() as stepped:
+            for stream, first in ((moved, 0), (stepped, 17)):
+                inputs = {
+                    "embeddings": stream.run("embed", {"tokens": tokens})["embeddings"],
+                    "position_ids": np.arange(first, first + TOKENS)[None],
+                    "write_index": np.array(0),
+                    "slot_mask": np.zeros(CAPACITY, bool),
+                }
+                stream.run("decoder", inputs)
+            moved.run("rebase", {"slot_positions": 17 + np.arange(CAPACITY)[None]})
+            found, expected = (
+                opened._engine.read_state("decoder.layer0.key", stream.slot) for stream in (moved, stepped)
+            )
+    np.testing.assert_array_equal(found[:, :TOKENS], expected[:, :TOKENS])
+    assert np.abs(found[:, :TOKENS]).min(axis=-1).max() > 0
+
+
+@pytest.fixture(scope="module", params=["w8", "w4"])
+def integers(request, exported, tmp_path_factory):
+    checkpoint = read_decoder_checkpoint(str(decoder_models.save(exported[0], tmp_path_factory.mktemp("checkpoint"))))
+    folder = tmp_path_factory.mktemp("integers") / "out.bundle"
+    return export_decoder(checkpoint, folder, DecoderOptions(request.param, CAPACITY)).path
+
+
+def test_products_of_integers_are_those_of_what_the_integers_stand_for(integers):
+    tokens, found = random_tokens(), {}
+    for engine in ("onnxruntime", "onnxruntime:plain", "torch"):
+        with framestep.load(integers, engine=engine) as opened, opened.open_stream() as stream:
+            lengths = (7, 1, 1, 16, 5)
+            at = np.cumsum((0, *lengths))
+            found[engine] = np.stack([step(stream, tokens[a : a + n], a) for a, n in zip(at, lengths, strict=False)])
+            if engine == "onnxruntime":
+                assert own_operators(opened)["decoder"] in (2, 2 + 2 * 7 + 1)  # with AVX-512 VNNI
+    exact = found.pop("torch")  # multiplies floats
+    errors = {engine: np.square(logits - exact).mean() ** 0.5 for engine, logits in found.items()}
+    assert errors["onnxruntime"] < 1.5 * errors["onnxruntime:plain"] < 0.1 * exact.std()
+
+
+def test_weights_that_are_cut_short_are_told(integers, tmp_path):
+    path = shutil.copytree(integers, tmp_path / "out.bundle")
+    opened = Bundle.open(path)  # and then the file changes
+    with (path / "decoder.bin").open("r+b") as file:
+        file.truncate(file.seek(-100, 2))
+    with pytest.raises(FramestepError, match=r"decoder\.bin: ends at byte \d+ inside a tensor; it is cut short$"):
+        framestep.Session(opened, engine="onnxruntime")
 
 
 def test_rebasing_changes_nothing(session):

@@ -8,13 +8,17 @@
 #include <new>
 #include <string>
 
+#include "attention.h"
+#include "block_products.h"
+#include "cache_graph.h"
 #include "engine_files.h"
 #include "error.h"
 #include "file_io.h"
 #include "json.h"
 #include "onnx_files.h"
 #include "preprocess.h"
-#include "ring_attention.h"
+#include "product_graph.h"
+#include "protobuf.h"
 #include "ring_graph.h"
 #include "sha256.h"
 #include "state_file.h"
@@ -153,23 +157,59 @@ void parts_ring_attention(int simd, const float* query, const float* new_key, co
                           int64_t slot, float scale) {
     std::vector<float> scratch(ring_attention_scratch(window));
     const RingAttention ring = {query, new_key, new_value, key, value, result, visible, window, width, slot, scale};
-    ring_attention_with(static_cast<Simd>(simd))(ring, 0, rows / 2, scratch.data());
-    ring_attention_with(static_cast<Simd>(simd))(ring, rows / 2, rows, scratch.data());
+    attention_with(static_cast<Simd>(simd)).ring(ring, 0, rows / 2, scratch.data());
+    attention_with(static_cast<Simd>(simd)).ring(ring, rows / 2, rows, scratch.data());
 }
 
-// Writes the derived graph to `out`; the text is "none" where there is none. `rings` are separated by commas.
-int parts_ring_graph(const char* path, const char* rings, const char* out, char** text) {
-    return call(text, [&]() -> std::string {
-        std::set<std::string> names;
-        for (std::string left = rings, name; !left.empty();) {
+void parts_cached_attention(int simd, const float* query, const float* cosines, const float* sines, const float* key,
+                            const float* value, float* result, const bool* visible, int64_t heads, int64_t slots,
+                            int64_t width, float scale) {
+    std::vector<float> scratch(cached_attention_scratch(slots, width));
+    attention_with(static_cast<Simd>(simd)).cached({query, cosines, sines, key, value, result, visible, heads, slots, width, scale},
+                                                   scratch.data());
+}
+
+int parts_multiplies_blocks() { return multiplies_blocks(); }
+
+// y = x matrix + bias, in parts of so many groups.
+void parts_multiply(int bits, int64_t inputs, int64_t outputs, int64_t block, const uint8_t* integers, const float* scales,
+                    const float* bias, const float* x, int64_t rows, int64_t part, int8_t* x_integers, float* y) {
+    const PackedMatrix matrix({bits, inputs, outputs, block, integers, scales, bias});
+    std::vector<float> row_scales(static_cast<size_t>(rows * inputs / block));
+    std::vector<int32_t> sums(row_scales.size());
+    const IntegerRows quantized = {x_integers, row_scales.data(), sums.data()};
+    quantize_rows(x, inputs, block, 0, rows / 2, quantized);
+    quantize_rows(x, inputs, block, rows / 2, rows, quantized);
+    for (int64_t first = 0; first < matrix.groups(); first += part) {
+        multiply(matrix, quantized, rows, first, std::min(first + part, matrix.groups()), y);
+    }
+}
+
+// Writes the derived graph to `out`; the text is "none" where there is none. `rings` and `caches` are separated by commas.
+int parts_derived_graph(const char* path, const char* rings, const char* caches, const char* out, char** text) {
+    const auto names = [](const std::string& all) {
+        std::set<std::string> found;
+        for (std::string left = all; !left.empty();) {
             const size_t comma = left.find(',');
-            names.insert(left.substr(0, comma));
+            found.insert(left.substr(0, comma));
             left = comma == std::string::npos ? "" : left.substr(comma + 1);
         }
-        const std::string derived = with_ring_attention(InputFile(path, FS_ERROR_BUNDLE).read_all(), names);
-        if (derived.empty()) return "none";
-        write_file(out, {derived});
-        return "";
+        return found;
+    };
+    return call(text, [&]() -> std::string {
+        const std::string model = InputFile(path, FS_ERROR_BUNDLE).read_all();
+        try {
+            OnnxGraph graph(model);
+            replace_ring_attention(graph, names(rings));
+            replace_cached_attention(graph, names(caches));
+            replace_block_products(graph, 0);
+            const std::string derived = graph.write();
+            if (derived.empty()) return "none";
+            write_file(out, {derived});
+            return "";
+        } catch (const ProtobufDamaged&) {
+            return "none";
+        }
     });
 }
 

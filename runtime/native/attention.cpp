@@ -1,4 +1,4 @@
-#include "ring_attention.h"
+#include "attention.h"
 
 #include <algorithm>
 #include <cstring>
@@ -8,13 +8,16 @@
 #endif
 
 namespace framestep {
+
 namespace {
+
+using Four = float __attribute__((vector_size(16)));
 
 namespace baseline {
 constexpr int LANES = 4;
-using Four = float __attribute__((vector_size(16)));
 inline float sum(Four numbers) { return (numbers[0] + numbers[2]) + (numbers[1] + numbers[3]); }
-#include "ring_attention_rows.inc"
+inline Four sum_of_each(Four a, Four b, Four c, Four d) { return Four{sum(a), sum(b), sum(c), sum(d)}; }
+#include "attention_rows.inc"
 }  // namespace baseline
 
 #if defined(__x86_64__)
@@ -32,7 +35,11 @@ inline float sum(__m256 numbers) {
     four = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
 }
-#include "ring_attention_rows.inc"
+inline Four sum_of_each(__m256 a, __m256 b, __m256 c, __m256 d) {
+    const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+    return _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1));
+}
+#include "attention_rows.inc"
 }  // namespace avx2
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -44,14 +51,21 @@ inline float sum(__m256 numbers) {
 #endif
 namespace avx512 {
 constexpr int LANES = 16;
-inline float sum(__m512 numbers) {
+inline __m256 halves(__m512 numbers) {
     const __m256 low = _mm512_maskz_extractf32x8_ps(0xFF, numbers, 0);
-    const __m256 eight = _mm256_add_ps(low, _mm512_maskz_extractf32x8_ps(0xFF, numbers, 1));
+    return _mm256_add_ps(low, _mm512_maskz_extractf32x8_ps(0xFF, numbers, 1));
+}
+inline float sum(__m512 numbers) {
+    const __m256 eight = halves(numbers);
     __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
     four = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
 }
-#include "ring_attention_rows.inc"
+inline Four sum_of_each(__m512 a, __m512 b, __m512 c, __m512 d) {
+    const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(halves(a), halves(b)), _mm256_hadd_ps(halves(c), halves(d)));
+    return _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1));
+}
+#include "attention_rows.inc"
 }  // namespace avx512
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -62,14 +76,14 @@ inline float sum(__m512 numbers) {
 
 }  // namespace
 
-RingAttentionRows ring_attention_with(Simd simd) {
+const AttentionKernels& attention_with(Simd simd) {
 #if defined(__x86_64__)
-    if (simd == Simd::avx512) return avx512::rows;
-    if (simd == Simd::avx2) return avx2::rows;
+    if (simd == Simd::avx512) return avx512::kernels;
+    if (simd == Simd::avx2) return avx2::kernels;
 #else
     (void)simd;
 #endif
-    return baseline::rows;
+    return baseline::kernels;
 }
 
 }  // namespace framestep

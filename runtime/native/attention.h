@@ -1,0 +1,61 @@
+// Attention over a cache that a step writes a part of: what `TensorScatter` and `Attention` of a step graph do over time,
+// in one pass over the memory, which bounds it. Numbers are float32, rows follow each other without gaps; sums are taken in
+// another order than a product of matrices would take them.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "preprocess.h"
+
+namespace framestep {
+
+// One query for each row over a ring of keys and values; one stream's part.
+struct RingAttention {
+    const float* query;      // [rows, width]
+    const float* new_key;    // [rows, width]
+    const float* new_value;  // [rows, width]
+    float* key;              // [rows, window, width], written in slot `slot`
+    float* value;            // [rows, window, width]
+    float* result;           // [rows, width]
+    const bool* visible;     // [window]: the slots that the query attends to; none: the result is zero
+    int64_t window;
+    int64_t width;
+    int64_t slot;
+    float scale;
+};
+
+inline size_t ring_attention_scratch(int64_t window) { return 2 * static_cast<size_t>((window + 15) / 16 * 16); }
+
+// Several query heads of one new token over the one head of keys and values that they share.
+struct CachedAttention {
+    static constexpr int64_t MOST_HEADS = 4;
+
+    const float* query;      // [heads, width], before rotation
+    const float* cosines;    // [width / 2]
+    const float* sines;      // [width / 2]
+    const float* key;        // [slots, width]
+    const float* value;      // [slots, width]
+    float* result;           // [heads, width]
+    const bool* visible;     // [slots]: the slots that the queries attend to; none: the result is zero
+    int64_t heads;           // at most MOST_HEADS
+    int64_t slots;
+    int64_t width;           // even
+    float scale;
+};
+
+inline size_t cached_attention_scratch(int64_t slots, int64_t width) {
+    constexpr size_t MOST = CachedAttention::MOST_HEADS;
+    return (MOST + 1) * static_cast<size_t>((slots + 15) / 16 * 16) + MOST * static_cast<size_t>(width);
+}
+
+// The kernels for one instruction set. `scratch` has room for as many floats as the function above says.
+struct AttentionKernels {
+    void (*ring)(const RingAttention&, int64_t first, int64_t stop, float* scratch);  // rows first..stop
+    void (*cached)(const CachedAttention&, float* scratch);
+    // Rotary position embedding of one row, whose halves are real and imaginary parts; rounded as ONNX Runtime does it.
+    void (*rotate)(const float* row, const float* cosines, const float* sines, int64_t width, float* out);
+};
+const AttentionKernels& attention_with(Simd simd);
+
+}  // namespace framestep

@@ -1,0 +1,32 @@
+// A derived graph is whole.
+#include <cstdlib>
+
+#include "cache_graph.h"
+#include "product_graph.h"
+#include "protobuf.h"
+#include "ring_graph.h"
+
+using namespace framestep;
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+    const std::set<std::string> rings = {"layer0.key.past", "layer0.value.past", "k", "v"};
+    const std::set<std::string> caches = {"decoder.layer0.key.past", "decoder.layer0.raw_key.past",
+                                          "decoder.layer0.value.past", "k", "r", "v"};
+    std::string derived;
+    try {
+        OnnxGraph graph({reinterpret_cast<const char*>(data), size});
+        replace_ring_attention(graph, rings);
+        replace_cached_attention(graph, caches);
+        replace_block_products(graph, 0);
+        derived = graph.write();
+    } catch (const ProtobufDamaged&) {
+        return 0;
+    }
+    if (derived.empty()) return 0;
+    try {
+        OnnxGraph again(derived);
+    } catch (const ProtobufDamaged&) {
+        std::abort();  // it was not damaged before
+    }
+    return 0;
+}

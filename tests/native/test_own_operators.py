@@ -1,0 +1,401 @@
+"""The operators of ours that stand in derived graphs: their kernels against float64, and which nodes they replace."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import decoder_models
+import ml_dtypes
+import numpy as np
+import onnx
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from native_parts import ROOT, Parts, build_parts
+
+from framestep.export.block_quantize import dequantize_blocks, quantize_blocks, to_onnx
+from framestep.export.decoder_checkpoint import read_decoder_checkpoint
+from framestep.export.decoder_export import DecoderOptions, export_decoder
+
+STEPS = ROOT / "tests" / "data" / "steps.bundle"
+SIMD = ["baseline", "avx2", "avx512"]
+
+hypothesis_settings = settings(
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@pytest.fixture(scope="module")
+def parts() -> Parts:
+    return build_parts()
+
+
+def simd_of(parts: Parts, name: str) -> int:
+    if SIMD.index(name) > parts.library.parts_fastest_simd():
+        pytest.skip("this processor has no such instructions")
+    return SIMD.index(name)
+
+
+def pointers(*arrays: np.ndarray | None) -> list[ctypes.c_void_p]:
+    return [ctypes.c_void_p(None if array is None else array.ctypes.data) for array in arrays]
+
+
+def sizes(*numbers: int) -> list[ctypes.c_int64]:
+    return [ctypes.c_int64(number) for number in numbers]
+
+
+def softmax(scores: np.ndarray) -> np.ndarray:
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return weights / weights.sum(axis=-1, keepdims=True)
+
+
+# Attention over a ring
+
+
+def ring_inputs(seed: int, rows: int, window: int, width: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    shapes = {"query": (rows, width), "new_key": (rows, width), "new_value": (rows, width)}
+    shapes |= {"key": (rows, window, width), "value": (rows, window, width)}
+    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def ring_attention(
+    parts: Parts, simd: int, arrays: dict[str, np.ndarray], visible: np.ndarray, slot: int, scale: float
+) -> np.ndarray:
+    result = np.full_like(arrays["query"], np.nan)
+    rows, window, width = arrays["key"].shape
+    names = ("query", "new_key", "new_value", "key", "value")
+    given_arrays = pointers(*(arrays[name] for name in names), result, visible)
+    parts.library.parts_ring_attention(simd, *given_arrays, *sizes(rows, window, width, slot), ctypes.c_float(scale))
+    return result
+
+
+@pytest.mark.parametrize("simd", SIMD)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    rows=st.integers(1, 5),
+    window=st.integers(1, 70),
+    width=st.integers(1, 140),
+    scale=st.floats(0.01, 3),
+)
+@hypothesis_settings
+def test_ring_attention_is_that_of_float64_and_writes_one_slot(
+    parts: Parts, simd: str, seed: int, rows: int, window: int, width: int, scale: float
+) -> None:
+    arrays = ring_inputs(seed, rows, window, width)
+    rng = np.random.default_rng(seed + 1)
+    visible = rng.random(window) < 0.7
+    slot = int(rng.integers(window))
+    visible[slot] = True
+    hidden = ~visible
+    arrays["key"][:, hidden], arrays["value"][:, hidden] = np.nan, np.inf  # never read
+    key, value = arrays["key"].copy(), arrays["value"].copy()
+    key[:, slot], value[:, slot] = arrays["new_key"], arrays["new_value"]
+
+    result = ring_attention(parts, simd_of(parts, simd), arrays, visible, slot, scale)
+
+    scores = scale * np.einsum("rd,rwd->rw", arrays["query"], key[:, visible], dtype=np.float64)
+    expected = np.einsum("rw,rwd->rd", softmax(scores), value[:, visible], dtype=np.float64)
+    largest = np.abs(scores).max()
+    np.testing.assert_allclose(result, expected, rtol=0, atol=2e-6 * (5 + largest))
+    np.testing.assert_array_equal(arrays["key"], key)
+    np.testing.assert_array_equal(arrays["value"], value)
+
+
+def test_ring_attention_without_a_visible_slot_is_zero(parts: Parts) -> None:
+    arrays = ring_inputs(0, 3, 4, 8)
+    result = ring_attention(parts, parts.library.parts_fastest_simd(), arrays, np.zeros(4, bool), 1, 1.0)
+    np.testing.assert_array_equal(result, 0)
+
+
+# Attention over a linear cache
+
+
+@pytest.mark.parametrize("simd", SIMD)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    heads=st.integers(1, 4),
+    slots=st.integers(1, 90),
+    half=st.integers(1, 70),
+    scale=st.floats(0.01, 1),
+    share=st.sampled_from([0.0, 0.1, 0.7, 1.0]),
+)
+@hypothesis_settings
+def test_cached_attention_rotates_its_queries_and_is_that_of_float64(
+    parts: Parts, simd: str, seed: int, heads: int, slots: int, half: int, scale: float, share: float
+) -> None:
+    rng = np.random.default_rng(seed)
+    query, key, value = (rng.standard_normal((rows, 2 * half)).astype(np.float32) for rows in (heads, slots, slots))
+    angles = rng.random(half) * 7
+    cosines, sines = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    visible = rng.random(slots) < share
+    key[~visible], value[~visible] = np.nan, np.inf  # never read
+    result = np.full_like(query, np.nan)
+    arrays = pointers(query, cosines, sines, key, value, result, visible)
+    numbers = (*sizes(heads, slots, 2 * half), ctypes.c_float(scale))
+    parts.library.parts_cached_attention(simd_of(parts, simd), *arrays, *numbers)
+
+    if not visible.any():
+        return np.testing.assert_array_equal(result, 0)
+    turned = (query[:, :half] + 1j * query[:, half:]) * np.exp(1j * angles)
+    scores = scale * np.concatenate([turned.real, turned.imag], axis=1) @ key[visible].astype(np.float64).T
+    expected = softmax(scores) @ value[visible].astype(np.float64)
+    np.testing.assert_allclose(result, expected, rtol=0, atol=3e-6 * (5 + np.abs(scores).max()))
+
+
+# Products with integers in blocks
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    bits=st.sampled_from([8, 4]),
+    blocks=st.integers(1, 5),
+    block=st.sampled_from([32, 64, 128]),
+    outputs=st.integers(1, 70),
+    rows=st.integers(1, 21),
+    part=st.integers(1, 5),
+    biased=st.booleans(),
+)
+@hypothesis_settings
+def test_products_are_those_of_float64_with_rows_rounded_to_integers(
+    parts: Parts, seed: int, bits: int, blocks: int, block: int, outputs: int, rows: int, part: int, biased: bool
+) -> None:
+    if not parts.library.parts_multiplies_blocks():
+        pytest.skip("this processor has no AVX-512 VNNI")
+    rng = np.random.default_rng(seed)
+    inputs = blocks * block
+    lowest = {8: -128, 4: -8}[bits]
+    integers = rng.integers(lowest, -lowest, (inputs, outputs)).astype(np.int8)
+    scales = rng.standard_normal((blocks, outputs)).astype(np.float32)
+    bias = rng.standard_normal(outputs).astype(np.float32) if biased else None
+    x = (rng.standard_normal((rows, inputs)) * np.exp(rng.normal(0, 3, (rows, 1)))).astype(np.float32)
+    x[rng.random(rows) < 0.1] = 0
+    tensor = onnx.numpy_helper.from_array(to_onnx(integers, bits))
+    stored = np.frombuffer(tensor.raw_data, np.uint8).copy()
+    rounded, y = np.full((rows, inputs), 99, np.int8), np.full((rows, outputs), np.nan, np.float32)
+    parts.library.parts_multiply(
+        bits, *sizes(inputs, outputs, block), *pointers(stored, scales, bias, x), *sizes(rows, part),
+        *pointers(rounded, y),
+    )  # fmt: skip
+
+    of_blocks = x.reshape(rows, blocks, block)
+    steps = np.abs(of_blocks).max(axis=2, keepdims=True) / 127
+    whole = rounded.reshape(rows, blocks, block)
+    assert np.abs(whole.astype(int)).max() <= 127
+    assert (np.abs(whole * steps - of_blocks) <= 0.501 * steps).all()
+    weights = integers.reshape(blocks, block, outputs) * scales[:, None].astype(np.float64)
+    products = np.einsum("rbi,bio->rbo", whole * steps.astype(np.float64), weights)
+    expected = products.sum(axis=1) + (0 if bias is None else bias)
+    largest = np.abs(products).sum(axis=1) + (0 if bias is None else np.abs(bias))
+    assert (np.abs(y - expected) <= 1e-6 * largest + 1e-30).all()
+
+
+# Derived graphs
+
+
+def derive(parts: Parts, model: onnx.ModelProto, folder: Path, rings: set[str] | None = None) -> onnx.ModelProto | None:
+    """What the library makes of a graph; None where it leaves it as it is."""
+    past = {port.name for port in model.graph.input if port.name.endswith(".past")}
+    path, out = folder / "graph.onnx", folder / "derived.onnx"
+    path.write_bytes(model.SerializeToString())
+    of_rings, caches = (",".join(sorted(names)).encode() for names in (past if rings is None else rings, past))
+    text = parts("derived_graph", os.fsencode(path), of_rings, caches, os.fsencode(out))
+    return None if text == b"none" else onnx.load(out, load_external_data=False)
+
+
+def operators(model: onnx.ModelProto) -> Counter[str]:
+    return Counter(node.op_type for node in model.graph.node)
+
+
+@pytest.fixture
+def backbone() -> onnx.ModelProto:
+    return onnx.load(STEPS / "backbone.onnx", load_external_data=False)
+
+
+@pytest.mark.parametrize("file", ["backbone.onnx", "backbone.int8.onnx"])
+def test_the_derived_graph_has_one_node_for_each_pair_of_rings(parts: Parts, tmp_path: Path, file: str) -> None:
+    model = onnx.load(STEPS / file, load_external_data=False)
+    layers = operators(model)["TensorScatter"] // 2
+    spatial = operators(model)["Attention"] - layers
+    derived = derive(parts, model, tmp_path)
+    assert derived is not None
+    found = operators(derived)
+    assert found["RingAttention"] == layers > 0
+    assert found["Attention"] == spatial and "TensorScatter" not in found
+    kept = [node for node in model.graph.node if node.op_type != "TensorScatter"]
+    ours = [node for node in derived.graph.node if node.op_type != "RingAttention"]
+    temporal = [node for node in kept if node.op_type == "Attention" and "temporal" in node.name]
+    assert ours == [node for node in kept if node not in temporal]
+    assert derived.graph.initializer == model.graph.initializer
+    assert derived.graph.input == model.graph.input and derived.graph.output == model.graph.output
+    assert {(one.domain, one.version) for one in derived.opset_import} == {("", 24), ("framestep", 1)}
+
+
+def first(model: onnx.ModelProto, operator: str) -> onnx.NodeProto:
+    return next(node for node in model.graph.node if node.op_type == operator)
+
+
+def set_attribute(node: onnx.NodeProto, name: str, value: Any) -> None:
+    kept = [attribute for attribute in node.attribute if attribute.name != name]
+    del node.attribute[:]
+    node.attribute.extend([*kept, onnx.helper.make_attribute(name, value)])
+
+
+def read_elsewhere(model: onnx.ModelProto, value: str) -> None:
+    model.graph.node.append(onnx.helper.make_node("Identity", [value], ["seen_elsewhere"]))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: set_attribute(first(model, "TensorScatter"), "axis", 1),
+        lambda model: set_attribute(first(model, "TensorScatter"), "mode", "circular"),
+        lambda model: set_attribute(first(model, "Attention"), "is_causal", 1),
+        lambda model: read_elsewhere(model, first(model, "TensorScatter").output[0]),
+    ],
+    ids=["another axis", "another mode", "a causal mask", "a ring with another reader"],
+)
+def test_a_ring_that_is_used_otherwise_keeps_its_nodes(
+    parts: Parts, tmp_path: Path, backbone: onnx.ModelProto, change: Any
+) -> None:
+    before = operators(backbone)["TensorScatter"] // 2
+    change(backbone)
+    derived = derive(parts, backbone, tmp_path)
+    assert derived is not None and operators(derived)["RingAttention"] == before - 1
+
+
+def test_a_graph_without_rings_is_left_as_it_is(parts: Parts, tmp_path: Path, backbone: onnx.ModelProto) -> None:
+    assert derive(parts, backbone, tmp_path, rings=set()) is None
+
+
+@pytest.fixture(scope="module")
+def decoder_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("decoder")
+    checkpoint = read_decoder_checkpoint(str(decoder_models.save(decoder_models.qwen2(), folder / "checkpoint")))
+    export_decoder(checkpoint, folder / "out.bundle", DecoderOptions("w4", 64))
+    return folder / "out.bundle" / "decoder.onnx"
+
+
+@pytest.fixture
+def decoder(decoder_file: Path) -> onnx.ModelProto:
+    return onnx.load(decoder_file, load_external_data=False)
+
+
+LAYERS = decoder_models.SIZES["num_hidden_layers"]
+
+
+def test_a_decoders_caches_and_products_become_nodes_of_ours(
+    parts: Parts, tmp_path: Path, decoder: onnx.ModelProto
+) -> None:
+    derived = derive(parts, decoder, tmp_path)
+    assert derived is not None
+    found = operators(derived)
+    assert found["CachedAttention"] == LAYERS
+    assert found["BlockProducts"] == 4 * LAYERS + 1  # queries, keys and values; output; gate and up; down; the head
+    for gone in ("Attention", "TensorScatter", "RotaryEmbedding", "Transpose", "MatMul", "DequantizeLinear", "Reshape"):
+        assert gone not in found
+    together = first(derived, "BlockProducts")
+    assert list(together.output) == [f"layer0/layer0.{name}.Add" for name in ("query", "key", "value")]
+    numbers = [
+        onnx.helper.get_attribute_value(n.attribute[0]) for n in derived.graph.node if n.op_type == "BlockProducts"
+    ]
+    assert numbers == list(range(4 * LAYERS + 1))
+    assert {port.name for port in derived.graph.output} == {port.name for port in decoder.graph.output}
+    left = {item.name for item in derived.graph.initializer}
+    assert not [name for name in left if name.endswith((".scale", ".bias")) or "query.weight" in name]
+    used = {name for node in derived.graph.node for name in node.input}
+    made = {name for node in derived.graph.node for name in node.output}
+    assert left <= used
+    assert used <= made | left | {port.name for port in derived.graph.input}
+
+
+def bias_of_two_axes(model: onnx.ModelProto) -> None:
+    tensor = next(item for item in model.graph.initializer if item.name == "layer0.query.bias")
+    tensor.dims[:] = [1, *tensor.dims]
+
+
+@pytest.mark.parametrize(
+    "change, caches, products, additions",
+    [
+        (lambda model: set_attribute(first(model, "TensorScatter"), "axis", 1), -1, 0, 0),
+        (lambda model: set_attribute(first(model, "RotaryEmbedding"), "interleaved", 1), -1, 0, 0),
+        (lambda model: set_attribute(first(model, "Transpose"), "perm", [0, 1, 2, 3]), -1, 0, 0),
+        (lambda model: set_attribute(first(model, "Reshape"), "allowzero", 1), -1, 0, 0),
+        (lambda model: set_attribute(first(model, "Attention"), "softcap", 1.0), -1, 0, 0),
+        (lambda model: read_elsewhere(model, first(model, "Attention").output[0]), -1, 0, 0),
+        (lambda model: read_elsewhere(model, first(model, "RotaryEmbedding").output[0]), -1, 0, 0),
+        (lambda model: read_elsewhere(model, first(model, "TensorScatter").input[0]), -1, 0, 0),
+        (lambda model: read_elsewhere(model, first(model, "MatMul").output[0]), 0, 0, 1),
+        (bias_of_two_axes, 0, 0, 1),
+        (lambda model: set_attribute(first(model, "DequantizeLinear"), "axis", 1), 0, 1, 1),
+        (lambda model: set_attribute(first(model, "DequantizeLinear"), "block_size", 16), 0, 1, 1),
+        (lambda model: first(model, "DequantizeLinear").input.append("zero_point"), 0, 1, 1),
+        (lambda model: read_elsewhere(model, first(model, "DequantizeLinear").output[0]), 0, 1, 1),
+    ],
+    ids=[
+        "another axis", "pairs side by side", "another order", "zeros that count", "a soft cap", "a result read twice",
+        "a rotated row read twice", "a cache read twice", "a product read twice", "a bias of two axes",
+        "blocks along outputs", "small blocks", "a zero point", "a matrix read twice",
+    ],
+)  # fmt: skip
+def test_what_a_decoder_uses_otherwise_keeps_its_nodes(
+    parts: Parts,
+    tmp_path: Path,
+    decoder: onnx.ModelProto,
+    change: Any,
+    caches: int,
+    products: int,
+    additions: int,
+) -> None:
+    before = operators(derive(parts, decoder, tmp_path))
+    change(decoder)
+    derived = derive(parts, decoder, tmp_path)
+    assert derived is not None
+    found = operators(derived)
+    assert found["CachedAttention"] == before["CachedAttention"] + caches
+    assert found["MatMul"] == found["DequantizeLinear"] == products
+    assert found["Add"] == before["Add"] + additions
+
+
+def test_blocks_are_read_as_the_graph_stores_them(parts: Parts, tmp_path: Path) -> None:
+    """Odd outputs: of a row of INT4 the last integer shares its byte with the next row's first."""
+    if not parts.library.parts_multiplies_blocks():
+        pytest.skip("this processor has no AVX-512 VNNI")
+    weight = np.random.default_rng(0).standard_normal((37, 64)).astype(np.float32)
+    integers, scales = quantize_blocks(weight, 4)
+    tensor = onnx.numpy_helper.from_array(np.ascontiguousarray(integers.T).astype(ml_dtypes.int4))
+    stored, columns = np.frombuffer(tensor.raw_data, np.uint8).copy(), np.ascontiguousarray(scales.T)
+    x = np.zeros((64, 64), np.float32)
+    np.fill_diagonal(x, 1)
+    y, rounded = np.empty((64, 37), np.float32), np.empty((64, 64), np.int8)
+    parts.library.parts_multiply(
+        4, *sizes(64, 37, 32), *pointers(stored, columns, None, x), *sizes(64, 1), *pointers(rounded, y)
+    )
+    np.testing.assert_allclose(y, dequantize_blocks(integers, scales).T, rtol=1e-6)
+
+
+@given(
+    decodes=st.booleans(),
+    cut=st.integers(1, 20000),
+    flips=st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), max_size=4),
+)
+@hypothesis_settings
+def test_a_damaged_graph_gives_no_crash(
+    parts: Parts,
+    tmp_path_factory: pytest.TempPathFactory,
+    decoder_file: Path,
+    decodes: bool,
+    cut: int,
+    flips: list[tuple[int, int]],
+) -> None:
+    content = bytearray((decoder_file if decodes else STEPS / "backbone.onnx").read_bytes())
+    for place, byte in flips:
+        content[place % len(content)] = byte
+    folder = tmp_path_factory.mktemp("damaged")
+    (folder / "graph.onnx").write_bytes(content[: max(1, len(content) - cut)])
+    names = b"layer0.key.past", b"decoder.layer0.key.past,decoder.layer0.raw_key.past,decoder.layer0.value.past"
+    parts("derived_graph", os.fsencode(folder / "graph.onnx"), *names, os.fsencode(folder / "derived.onnx"))
