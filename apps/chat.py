@@ -30,6 +30,8 @@ from .record import JsonLines, check_writable
 from .stopping import Stopping, stop_on_signals
 
 Report = Callable[[str], None]
+# what would move a terminal's cursor or clear it: control characters, but for the ends of lines and tabs
+SHOWN = {code: "\N{REPLACEMENT CHARACTER}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 COMMANDS = (
     "/questions lists what was asked, /forget N withdraws question N;"
     " a question that begins with / needs a space before it"
@@ -125,7 +127,7 @@ class Transcript:
         with self._lock:
             self.end_line()
             for number, text in questions.items():
-                self._write(f"{'':10}  {number}: {text}\n")
+                self._write(f"{'':10}  {number}: {text.translate(SHOWN)}\n")
             if not questions:
                 self._write(f"{'':10}  there are no questions\n")
 
@@ -138,7 +140,7 @@ class Transcript:
             if not self._open:
                 self._write(f"{event.time:8.1f} s  ")
                 self._open = True
-            self._write(event.text)
+            self._write(event.text.translate(SHOWN))
             return
         self.end_line()
         if isinstance(event, Asked):
@@ -162,7 +164,7 @@ class Transcript:
                 self._open = False
 
     def _line(self, event: Event, text: str) -> None:
-        self._write(f"{event.time:8.1f} s  {text}\n")
+        self._write(f"{event.time:8.1f} s  {text.translate(SHOWN)}\n")
 
 
 def chat(options: ChatOptions, write: Callable[[str], None], report: Report, lines: Iterable[str] = ()) -> ChatSummary:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..runtime.bundle import Bundle
+from ..runtime.bundle import Bundle, Manifest
 from ..runtime.errors import CheckpointError
 from ..runtime.text import LabelError, read_labels
 
@@ -91,7 +91,34 @@ def _export_decoder(arguments: ExportArguments, source: str) -> dict[str, Any]:
         "difference": report.difference,
         **({} if report.quantization is None else {"quantization_error": report.quantization}),
         "tokens_replayed": report.tokens,
+        "notes": decoder_notes(report.path, manifest),
     }
+
+
+def decoder_notes(folder: Path, manifest: Manifest) -> list[str]:
+    """What one should know of a decoder before one talks with it."""
+    from ..runtime.chat_format import Words
+    from ..runtime.dialogue import DialogueOptions, turn_tokens
+
+    language = manifest.language
+    if language is None or language.visual is None:
+        return []
+    if language.tokenizer is None:
+        return ["the checkpoint has no tokenizer.json: the bundle can neither read nor write"]
+    words = Words(language, folder)
+    if not words.decides:
+        return [
+            "the checkpoint has no tokens for silence, standby and response: the model answers questions as they are"
+            " asked"
+        ]
+    room = next(int(p.shape[1]) for p in manifest.graphs[language.decoder].inputs if p.role == "slot_mask")
+    system, turn = len(words.opening(words.template.system)), turn_tokens(manifest, words, DialogueOptions())
+    if system + turn <= room:
+        return []
+    return [
+        f"the cache of {room} tokens holds no dialogue: the system prompt takes {system}, a turn {turn};"
+        " export with a larger --capacity, or chat with a shorter --system"
+    ]
 
 
 def _export_streamchat(arguments: ExportArguments, source: str) -> dict[str, Any]:

@@ -156,6 +156,7 @@ def test_the_transcript_tells_changes_of_state_and_answers_as_they_grow():
     transcript.list_questions({2: "What?"})
     transcript.show(AnswerText(6.0, 5, " now"))
     transcript.show(Withdrawn(7.0, "What?"))
+    transcript.show(AnswerText(8.0, 7, "a\x1b[2J\tb\x9b"))
     transcript.list_questions({})
     assert "".join(written).splitlines() == [
         "     1.0 s  ? What?",
@@ -169,6 +170,7 @@ def test_the_transcript_tells_changes_of_state_and_answers_as_they_grow():
         "            2: What?",
         "     6.0 s   now",
         "     7.0 s  ? withdrawn: What?",
+        "     8.0 s  a\ufffd[2J\tb\ufffd",  # what a terminal would obey
         "            there are no questions",
     ]
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import decoder_models
+import dialogue_models
 import numpy as np
 import pytest
 import torch
@@ -56,6 +58,31 @@ def test_the_command_line_knows_the_family(pictured, tmp_path):
     states = {"silence": 290, "standby": 291, "response": 292}
     assert language.tokens == {"image": 300, "vision_start": 301, "vision_end": 302, **states}
     assert manifest.files[language.tokenizer].bytes > 0
+
+
+@pytest.mark.parametrize(
+    "states, capacity, note",
+    [
+        (
+            True,
+            512,
+            r"\nnote: the cache of 512 tokens holds no dialogue: the system prompt takes \d+, a turn \d+; export",
+        ),
+        (
+            False,
+            64,
+            r"\nnote: the checkpoint has no tokens for silence, standby and response: the model answers questions",
+        ),
+        (None, 64, r"\nnote: the checkpoint has no tokenizer.json: the bundle can neither read nor write"),
+    ],
+)
+def test_an_export_tells_what_keeps_a_model_from_a_dialogue(pictured, tmp_path, states, capacity, note):
+    if states is not None:
+        dialogue_models.byte_tokenizer(states).save(str(pictured / "tokenizer.json"))
+    options = ["--capacity", str(capacity), "--frame-size", "28x56", "-o", str(tmp_path / "out.bundle")]
+    result = CliRunner().invoke(app, ["export", str(pictured), *options])
+    assert re.search(note, result.output)
+    assert result.output.count("\n") == 2
 
 
 def test_older_files_have_flat_configs_and_other_prefixes(pictured, tmp_path):
@@ -199,13 +226,9 @@ def test_other_commands_say_what_a_decoder_bundle_is(checkpoint, pictured, tmp_p
         bundles[name] = export_decoder(read_decoder_checkpoint(str(folder)), tmp_path / name, options).path
     (tmp_path / "labels.txt").write_text("a cat\n", "utf-8")
     seeing, blind = (Bundle.open(bundles[name]) for name in ("seeing", "blind"))
-    assert describe(seeing)["language"] == {
-        "capacity": 64,
-        "positions": 512,
-        "chunk": 64,
-        "decides": True,
-        "frames": None,
-    }
+    told = describe(seeing)["language"]
+    assert (told["capacity"], told["positions"], told["chunk"], told["decides"]) == (64, 512, 64, True)
+    assert told["frames"] is None
     assert describe(blind)["language"]["decides"] is False
     with pytest.raises(FramestepError, match="a qwen2 sees no frames"):
         plan_run(
