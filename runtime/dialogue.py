@@ -244,7 +244,7 @@ class Dialogue:
         needed = sum(len(piece.embeddings) for piece in pieces) + self._turn_tokens * len(turns)
         for seen in turns:
             turn = Turn()
-            asked = self._due(seen, turn)
+            asked = self._due(seen, turn, seen is turns[-1])
             events += [Asked(seen.stop, question) for question in asked.values()]
             left_out = 0 if self._pruner is None else self._pruner.left_out
             pieces += self._user(turn, seen, asked, needed)
@@ -276,9 +276,9 @@ class Dialogue:
         words, options = self._words, self._options
         return speak(self.decoder, words, self._sampler, options, seen, start, self._clock, lambda: self._stopped)
 
-    def _due(self, seen: Seen, turn: Turn) -> dict[int, str]:
+    def _due(self, seen: Seen, turn: Turn, newest: bool) -> dict[int, str]:
         with self._lock:
-            due = self._questions.due(seen.stop)
+            due = self._questions.due(seen.stop, newest)
             self._standing |= {number: _Standing(text, turn) for number, text in due.items()}
         return due
 

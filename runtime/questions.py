@@ -10,7 +10,7 @@ from .errors import FramestepError
 
 @dataclass(frozen=True)
 class Question:
-    """A question, and the second of the stream from which it stands."""
+    """A question, and the second of the stream from which it stands; 0 for the newest turn when it is asked."""
 
     text: str
     time: float = 0.0
@@ -29,9 +29,17 @@ class Questions:
         self._waiting[self._count] = question
         return self._count
 
-    def due(self, before: float) -> dict[int, str]:
-        """Take out those whose time is before a second of the stream, in the order of their numbers."""
-        due = {number: question.text for number, question in self._waiting.items() if question.time < before}
+    def due(self, before: float, untimed: bool = True) -> dict[int, str]:
+        """Take out those whose time is before a second of the stream, in the order of their numbers.
+
+        Args:
+            untimed: with those of no time; they are asked now, which is not when a turn was that passed meanwhile.
+        """
+        due = {
+            number: question.text
+            for number, question in self._waiting.items()
+            if question.time < before and (untimed or question.time > 0)
+        }
         for number in due:
             del self._waiting[number]
         return due

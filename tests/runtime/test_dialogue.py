@@ -243,6 +243,20 @@ def test_turns_that_passed_are_caught_up_in_one_prefill(opened, model):
     golden.assert_close(found, expected)
 
 
+def test_a_question_stands_in_the_newest_of_the_turns_that_passed_unless_it_has_a_time(opened, model):
+    stream, manifest, words = opened()
+    recorded = Recorded(Forced(stream, every=SILENCE))
+    dialogue = Dialogue(recorded, manifest, words, DialogueOptions(system=SYSTEM))
+    dialogue.ask("What?")
+    dialogue.ask(Question("Else?", 1.5))
+    turns = seen(frames(stream, 4))
+    events = list(dialogue.take(turns))
+    assert events[:2] == [Asked(2.0, "Else?"), Asked(4.0, "What?")]
+    embeddings, positions = prompt_of(turns, [[SILENCE]] * 3, {1: ["Else?"], 3: ["What?"]}, table_of(model))
+    expected = logits_of(model, embeddings, positions)
+    golden.assert_close(np.where(recorded.logits[-1] > 1e5, expected, recorded.logits[-1]), expected)
+
+
 def test_an_answer_ends_where_it_should(opened):
     stream, manifest, words = opened(200)
     letter = dialogue_models.byte_tokenizer().token_to_id("x")
