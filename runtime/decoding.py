@@ -290,10 +290,12 @@ class Decoder:
     def _write(self, pieces: Sequence[Piece]) -> Array:
         """Take pieces that fit, in as few steps as free slots and `chunk` allow."""
         positions, owners = [], []
+        begun: set[int] = set()  # turns that have tokens, by their identity
         for piece in pieces:
             turn = piece.turn
-            if not turn.slots:
+            if not turn.slots and id(turn) not in begun:
                 turn.first = self.position
+            begun.add(id(turn))
             positions.append(piece.offsets + self.position)
             self.position += piece.span
             turn.stop = self.position

@@ -184,6 +184,23 @@ def test_fifty_turns_are_those_of_a_plain_recompute_with_what_was_forgotten_mask
     golden.assert_close(found, expected)
 
 
+def test_turns_that_are_brought_down_keep_their_shape_and_stand_one_behind_the_other(opened):
+    stream, manifest, words = opened(200)
+    dialogue = Dialogue(Forced(stream, {8: RESPONSE}, every=SILENCE), manifest, words, DialogueOptions(system=SYSTEM))
+    play(dialogue, seen(frames(stream, 12)))
+    decoder = dialogue.decoder
+    assert decoder.forgotten > 6
+    before = [decoder._positions[:, turn.slots] for turn in decoder.turns]
+    decoder.rebase()
+    stop = 0
+    for turn, positions in zip(decoder.turns, before, strict=True):
+        now = decoder._positions[:, turn.slots]
+        assert np.array_equal(now - now[:, :1], positions - positions[:, :1])
+        assert (now.min(), now.max()) == (stop, turn.stop - 1)
+        stop = turn.stop
+    assert stop == decoder.position == decoder.used  # a picture of one row has as many positions as tokens
+
+
 def test_system_prompt_and_questions_stay_for_ever(opened):
     stream, manifest, words = opened(256)
     dialogue = Dialogue(Forced(stream, every=SILENCE), manifest, words, DialogueOptions(system=SYSTEM))
