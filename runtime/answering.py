@@ -76,7 +76,8 @@ class Answering:
         taken = self._around + len(head) + len(rest)
         if taken + (visual if self.frames else 0) > self.decoder.capacity:
             raise CapacityError(
-                f"the question of {len(head) + len(rest)} tokens does not fit: the cache holds {self.decoder.capacity}"
+                f"the question of {len(head) + len(rest)} tokens does not fit: the cache holds {self.decoder.capacity};"
+                " export the bundle with a larger --capacity"
             )
         with self._lock:
             return self._questions.add(Question(text, asked.time))

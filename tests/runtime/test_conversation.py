@@ -376,6 +376,11 @@ def test_a_model_without_the_states_answers_when_it_is_asked(tmp_path):
         assert all(isinstance(event, AnswerText) for event in said[:-1])
         with pytest.raises(FramestepError, match=r"20 frames of 2 tokens .* do not fit|frames of 2 tokens"):
             Conversation(session, Film([]), DialogueOptions(frames=200))
+        with Conversation(session, Film([]), options) as conversation:
+            message = r"the question of 12\d\d tokens does not fit: the cache holds 256; export .* larger --capacity"
+            with pytest.raises(FramestepError, match=message):
+                conversation.ask("why " * 300)
+            assert conversation.questions() == {}
         with pytest.raises(FramestepError, match="prune: this model is asked about whole frames"):
             Conversation(session, Film([]), DialogueOptions(prune=0.9))
 
