@@ -10,6 +10,8 @@
 
 namespace framestep {
 
+inline int64_t padded(int64_t slots) { return (slots + 15) / 16 * 16; }
+
 // One query for each row over a ring of keys and values; one stream's part.
 struct RingAttention {
     const float* query;      // [rows, width]
@@ -25,7 +27,7 @@ struct RingAttention {
     float scale;
 };
 
-inline size_t ring_attention_scratch(int64_t window) { return 2 * static_cast<size_t>((window + 15) / 16 * 16); }
+inline size_t ring_attention_scratch(int64_t window) { return 2 * static_cast<size_t>(padded(window)); }
 
 // Several query heads of one new token over the one head of keys and values that they share.
 struct CachedAttention {
@@ -46,13 +48,40 @@ struct CachedAttention {
 
 inline size_t cached_attention_scratch(int64_t slots, int64_t width) {
     constexpr size_t MOST = CachedAttention::MOST_HEADS;
-    return (MOST + 1) * static_cast<size_t>((slots + 15) / 16 * 16) + MOST * static_cast<size_t>(width);
+    return (MOST + 1) * static_cast<size_t>(padded(slots)) + MOST * static_cast<size_t>(width);
+}
+
+// Several tokens at once, each with several query heads, over the one head of keys and values that they share.
+struct ChunkAttention {
+    static constexpr int64_t MOST_ROWS = 32;
+
+    const float* query;      // the first token's first head; `token_stride` numbers to the next token's
+    const float* cosines;    // [tokens, width / 2]
+    const float* sines;      // [tokens, width / 2]
+    const float* keys;       // as `pack_keys` lays them out
+    const float* value;      // [slots, width]
+    float* result;           // like the query
+    const bool* visible;     // [tokens, slots]: the slots that a token attends to; none: its result is zero
+    int64_t token_stride;
+    int64_t tokens;
+    int64_t heads;           // tokens * heads is at most MOST_ROWS
+    int64_t slots;
+    int64_t width;           // even
+    float scale;
+};
+
+inline size_t chunk_attention_scratch(int64_t slots, int64_t width) {
+    const auto row = static_cast<size_t>(padded(slots));
+    return ChunkAttention::MOST_ROWS * (row + 2 * static_cast<size_t>(width)) + 3 * row;
 }
 
 // The kernels for one instruction set. `scratch` has room for as many floats as the function above says.
 struct AttentionKernels {
     void (*ring)(const RingAttention&, int64_t first, int64_t stop, float* scratch);  // rows first..stop
     void (*cached)(const CachedAttention&, float* scratch);
+    // Slots first..stop, multiples of 16, of keys [slots, width] into [padded(slots) / n, width, n], n slots side by side.
+    void (*pack_keys)(const float* keys, int64_t slots, int64_t width, int64_t first, int64_t stop, float* out);
+    void (*chunk)(const ChunkAttention&, float* scratch);
     // Rotary position embedding of one row, whose halves are real and imaginary parts; rounded as ONNX Runtime does it.
     void (*rotate)(const float* row, const float* cosines, const float* sines, int64_t width, float* out);
 };

@@ -6,6 +6,8 @@
 namespace framestep {
 namespace {
 
+constexpr int64_t CHUNK = 4;    // tokens: from so many on, laying the keys out anew pays
+constexpr int64_t PACKED = 64;  // slots that a thread lays out at a time
 enum Input : size_t { QUERY, NEW_KEY, NEW_VALUE, COSINES, SINES, PAST_RAW_KEY, PAST_KEY, PAST_VALUE, INDEX, MASK };
 enum Output : size_t { RESULT, RAW_KEY, KEY, VALUE };
 
@@ -65,28 +67,69 @@ void CacheKernel::compute(OrtKernelContext* context) const {
             kernels_.rotate(new_keys + from, cosines + token * width / 2, sines + token * width / 2, width, keys + to);
         }
     }
-    const int64_t each = heads / groups, parts = (each + CachedAttention::MOST_HEADS - 1) / CachedAttention::MOST_HEADS;
-    calls.parallel(context, streams * groups * tokens * parts, [&](int64_t item) {
-        const int64_t part = item % parts, token_in = item / parts % tokens;
-        const int64_t stream_group = item / parts / tokens, stream = stream_group / groups;
-        const int64_t token = stream * tokens + token_in;
-        const int64_t first = part * each / parts, stop = (part + 1) * each / parts;
-        const int64_t head = stream_group % groups * each + first;
-        CachedAttention one = {};
-        one.query = queries + (token * heads + head) * width;
-        one.cosines = cosines + token * width / 2;
-        one.sines = sines + token * width / 2;
-        one.key = keys + stream_group * slots * width;
-        one.value = values + stream_group * slots * width;
-        one.result = result + (token * heads + head) * width;
-        one.visible = mask + token * slots;
-        one.heads = stop - first;
-        one.slots = slots;
-        one.width = width;
-        one.scale = scale_;
+    const int64_t each = heads / groups;
+    const auto scratch_of = [](size_t floats) {
         thread_local std::vector<float> scratch;  // each thread asks for it once
-        scratch.resize(std::max(scratch.size(), cached_attention_scratch(slots, width)));
-        kernels_.cached(one, scratch.data());
+        scratch.resize(std::max(scratch.size(), floats));
+        return scratch.data();
+    };
+    if (tokens < CHUNK) {
+        const int64_t parts = (each + CachedAttention::MOST_HEADS - 1) / CachedAttention::MOST_HEADS;
+        calls.parallel(context, streams * tokens * groups * parts, [&](int64_t item) {
+            const int64_t part = item % parts, group = item / parts % groups, token = item / parts / groups;
+            const int64_t stream_group = token / tokens * groups + group;
+            const int64_t first = part * each / parts, stop = (part + 1) * each / parts;
+            const int64_t row = (token * heads + group * each + first) * width;
+            CachedAttention one = {};
+            one.query = queries + row;
+            one.cosines = cosines + token * width / 2;
+            one.sines = sines + token * width / 2;
+            one.key = keys + stream_group * slots * width;
+            one.value = values + stream_group * slots * width;
+            one.result = result + row;
+            one.visible = mask + token * slots;
+            one.heads = stop - first;
+            one.slots = slots;
+            one.width = width;
+            one.scale = scale_;
+            kernels_.cached(one, scratch_of(cached_attention_scratch(slots, width)));
+        });
+        return;
+    }
+    const int64_t packed_size = padded(slots) * width, packs = (slots + PACKED - 1) / PACKED;
+    thread_local std::vector<float> packed;
+    packed.resize(std::max(packed.size(), static_cast<size_t>(streams * groups * packed_size)));
+    float* const packed_keys = packed.data();  // this thread's, also where others read it
+    calls.parallel(context, streams * groups * packs, [&](int64_t item) {
+        const int64_t stream_group = item / packs, first = item % packs * PACKED;
+        kernels_.pack_keys(keys + stream_group * slots * width, slots, width, first, std::min(first + PACKED, padded(slots)),
+                           packed_keys + stream_group * packed_size);
+    });
+    const int64_t head_parts = (each + ChunkAttention::MOST_ROWS - 1) / ChunkAttention::MOST_ROWS;
+    const int64_t many = (each + head_parts - 1) / head_parts;  // heads in a part, at most
+    const int64_t few = ChunkAttention::MOST_ROWS / many;      // tokens in a part, at most
+    const int64_t token_parts = (tokens + few - 1) / few;
+    calls.parallel(context, streams * groups * head_parts * token_parts, [&](int64_t item) {
+        const int64_t token_part = item % token_parts, head_part = item / token_parts % head_parts;
+        const int64_t stream_group = item / token_parts / head_parts, group = stream_group % groups;
+        const int64_t in_stream = token_part * few, token = stream_group / groups * tokens + in_stream;
+        const int64_t first = head_part * many;
+        const int64_t row = (token * heads + group * each + first) * width;
+        ChunkAttention chunk = {};
+        chunk.query = queries + row;
+        chunk.cosines = cosines + token * width / 2;
+        chunk.sines = sines + token * width / 2;
+        chunk.keys = packed_keys + stream_group * packed_size;
+        chunk.value = values + stream_group * slots * width;
+        chunk.result = result + row;
+        chunk.visible = mask + token * slots;
+        chunk.token_stride = heads * width;
+        chunk.tokens = std::min(few, tokens - in_stream);
+        chunk.heads = std::min(many, each - first);
+        chunk.slots = slots;
+        chunk.width = width;
+        chunk.scale = scale_;
+        kernels_.chunk(chunk, scratch_of(chunk_attention_scratch(slots, width)));
     });
 }
 

@@ -147,6 +147,49 @@ def test_cached_attention_rotates_its_queries_and_is_that_of_float64(
     np.testing.assert_allclose(result, expected, rtol=0, atol=3e-6 * (5 + np.abs(scores).max()))
 
 
+@pytest.mark.parametrize("simd", SIMD)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    tokens=st.integers(1, 8),
+    heads=st.integers(1, 4),
+    others=st.integers(0, 3),
+    slots=st.integers(1, 90),
+    half=st.integers(1, 70),
+    scale=st.floats(0.01, 1),
+    share=st.sampled_from([0.0, 0.1, 0.7, 1.0]),
+)
+@hypothesis_settings
+def test_attention_of_a_chunk_is_that_of_each_token(
+    parts: Parts, simd: str, seed: int, tokens: int, heads: int, others: int, slots: int, half: int, scale: float, share: float
+) -> None:  # fmt: skip
+    """`others`: heads of other keys that lie between a token's heads and the next token's."""
+    rng = np.random.default_rng(seed)
+    width = 2 * half
+    query = rng.standard_normal((tokens, heads + others, width)).astype(np.float32)
+    key, value = (rng.standard_normal((slots, width)).astype(np.float32) for _ in range(2))
+    angles = rng.random((tokens, half)) * 7
+    cosines, sines = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    visible = rng.random((tokens, slots)) < share * rng.integers(0, 2, (tokens, 1))  # some tokens see nothing
+    unseen = ~visible.any(axis=0)
+    key[unseen], value[unseen] = np.nan, np.inf  # no part of any sum
+    result = np.full_like(query, 99)
+    arrays = pointers(query, cosines, sines, key, value, result, visible)
+    numbers = (*sizes(query[0].size, tokens, heads, slots, width), ctypes.c_float(scale))
+    parts.library.parts_chunk_attention(simd_of(parts, simd), *arrays, *numbers)
+
+    assert (result[:, heads:] == 99).all()
+    for token in range(tokens):
+        seen = visible[token]
+        if not seen.any():
+            np.testing.assert_array_equal(result[token, :heads], 0)
+            continue
+        turned = (query[token, :heads, :half] + 1j * query[token, :heads, half:]) * np.exp(1j * angles[token])
+        scores = scale * np.concatenate([turned.real, turned.imag], axis=1) @ key[seen].astype(np.float64).T
+        expected = softmax(scores) @ value[seen].astype(np.float64)
+        tolerance = 3e-6 * (5 + np.abs(scores).max())
+        np.testing.assert_allclose(result[token, :heads], expected, rtol=0, atol=tolerance)
+
+
 # Products with integers in blocks
 
 
@@ -190,8 +233,9 @@ def test_products_are_those_of_float64_with_rows_rounded_to_integers(
     weights = integers.reshape(blocks, block, outputs) * scales[:, None].astype(np.float64)
     products = np.einsum("rbi,bio->rbo", whole * steps.astype(np.float64), weights)
     expected = products.sum(axis=1) + (0 if bias is None else bias)
-    largest = np.abs(products).sum(axis=1) + (0 if bias is None else np.abs(bias))
-    assert (np.abs(y - expected) <= 1e-6 * largest + 1e-30).all()
+    largest = np.einsum("rbi,bio->ro", np.abs(whole * steps.astype(np.float64)), np.abs(weights))
+    largest += 0 if bias is None else np.abs(bias)
+    assert (np.abs(y - expected) <= 1e-6 * largest).all()
 
 
 # Derived graphs

@@ -3,6 +3,7 @@
 // freed with parts_free.
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -167,6 +168,19 @@ void parts_cached_attention(int simd, const float* query, const float* cosines, 
     std::vector<float> scratch(cached_attention_scratch(slots, width));
     attention_with(static_cast<Simd>(simd)).cached({query, cosines, sines, key, value, result, visible, heads, slots, width, scale},
                                                    scratch.data());
+}
+
+void parts_chunk_attention(int simd, const float* query, const float* cosines, const float* sines, const float* key,
+                           const float* value, float* result, const bool* visible, int64_t token_stride, int64_t tokens,
+                           int64_t heads, int64_t slots, int64_t width, float scale) {
+    const AttentionKernels& kernels = attention_with(static_cast<Simd>(simd));
+    std::vector<float> packed(static_cast<size_t>(padded(slots) * width), NAN);
+    for (int64_t first = 0; first < padded(slots); first += 16) {
+        kernels.pack_keys(key, slots, width, first, first + 16, packed.data());
+    }
+    std::vector<float> scratch(chunk_attention_scratch(slots, width), NAN);
+    kernels.chunk({query, cosines, sines, packed.data(), value, result, visible, token_stride, tokens, heads, slots, width,
+                   scale}, scratch.data());
 }
 
 int parts_multiplies_blocks() { return multiplies_blocks(); }
