@@ -9,13 +9,14 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from framestep.apps.bench.dialogue import QUESTION, SYSTEM, bench_dialogue
+from framestep.apps.bench.dialogue import FRAMES, NEVER, QUESTION, SYSTEM, bench_dialogue
 from framestep.runtime.bundle import Bundle
 from framestep.runtime.chat_format import Words
 from framestep.runtime.dialogue import Dialogue, DialogueOptions, Seen
@@ -31,6 +32,8 @@ def main() -> None:
     parser.add_argument("--turns", default="1,50,200,1000,2000,5000,10000")
     parser.add_argument("--samples", type=int, default=50)
     parser.add_argument("--capacity", type=int, default=1024, help="of the small model's cache, in tokens")
+    parser.add_argument("--beside", default="50,2000,10000", help="turns whose cost is compared, dialogues in turn")
+    parser.add_argument("--beside-samples", type=int, default=300)
     parser.add_argument("--prune", type=float, nargs="*", default=[0.99, 0.9, 0.7], help="similarities to compare")
     parser.add_argument("--prune-turns", type=int, default=300)
     parser.add_argument("-o", "--output", type=Path, required=True)
@@ -42,6 +45,9 @@ def main() -> None:
         progress = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
         report = bench_dialogue(bundle, arguments.output, turns, arguments.samples, progress=progress)
         lines = [report.as_text()]
+        if arguments.beside:
+            beside = [int(part) for part in arguments.beside.split(",")]
+            lines.append(beside_report(bundle, beside, arguments.beside_samples))
         if arguments.prune:
             lines.append(prune_report(bundle, arguments.prune, arguments.prune_turns))
     (arguments.output / "report.md").write_text("\n".join(lines), "utf-8")
@@ -78,6 +84,49 @@ def small_bundle(folder: Path, capacity: int) -> Path:
     tokenizer.save(str(folder / "checkpoint" / "tokenizer.json"))
     options = DecoderOptions(capacity=capacity, positions=8192, frame_size=FRAME)
     return export_decoder(read_decoder_checkpoint(str(folder / "checkpoint")), folder / "small.bundle", options).path
+
+
+def beside_report(bundle: Bundle, turns: list[int], samples: int) -> str:
+    """Dialogues of different ages, one turn of each in turn: what a machine does meanwhile, it does to all of them."""
+    silent = DialogueOptions(system=SYSTEM, response_from=NEVER, standby_from=NEVER)
+    with Session(bundle, streams=len(turns)) as session:
+        manifest = session.bundle.manifest
+        assert manifest.language is not None
+        assert manifest.language.visual is not None
+        words, frames = Words(manifest.language, bundle.path), _shapes(session, FRAMES)
+        dialogues = []
+        for _ in turns:
+            stream = session.open_stream()
+            visual = [stream.step(frame)[manifest.language.visual] for frame in frames]
+            dialogues.append(Dialogue(stream, manifest, words, silent))
+            dialogues[-1].ask(QUESTION)
+
+        def take(dialogue: Dialogue, turn: int) -> tuple[float, int]:
+            """Milliseconds to the decision, and tokens."""
+            taken = dialogue.decoder.taken
+            seen = Seen(turn, float(turn), turn + 1.0, (visual[turn % FRAMES],), time.perf_counter())
+            (decision,) = (event for event in dialogue.take([seen]) if isinstance(event, Decision))
+            return decision.seconds * 1e3, dialogue.decoder.taken - taken
+
+        for dialogue, until in zip(dialogues, turns, strict=True):
+            for turn in range(until):
+                take(dialogue, turn)
+        found = [
+            [take(dialogue, until + sample) for dialogue, until in zip(dialogues, turns, strict=True)]
+            for sample in range(samples)
+        ]
+    milliseconds, tokens = np.moveaxis(np.array(found), -1, 0)
+    ratios = np.median(milliseconds / milliseconds[:, :1], axis=0)
+    lines = [
+        f"Dialogues of different ages side by side, {samples} turns each, one of each in turn.",
+        "",
+        f"| from turn | decision p50 / p99, ms | tokens | of turn {turns[0]}, median of neighbours |",
+        "| ---: | ---: | ---: | ---: |",
+    ]
+    for column, turn in enumerate(turns):
+        p50, p99 = np.percentile(milliseconds[:, column], (50, 99))
+        lines.append(f"| {turn} | {p50:.2f} / {p99:.2f} | {np.median(tokens[:, column]):g} | {ratios[column]:.3f} |")
+    return "\n".join([*lines, ""])
 
 
 def prune_report(bundle: Bundle, similarities: list[float], turns: int) -> str:

@@ -39,7 +39,7 @@ public:
         const Split values = split(value_update->inputs[1], 1);
         const OnnxNode* raw_update = nullptr;
         for (auto [at, end] = readers_.equal_range(key->inputs[0]); at != end; ++at) {
-            if (at->second != key) raw_update = update(at->second->outputs[0], 0);
+            if (at->second != key && at->second->outputs.size() == 1) raw_update = update(at->second->outputs[0], 0);
         }
         if (queries.width < 2 || queries.width % 2 != 0 || keys.width != queries.width || values.width != queries.width ||
             raw_update == nullptr || raw_update->inputs[1] != key->inputs[0] ||
