@@ -241,10 +241,11 @@ class Dialogue:
         begun, pruned = self._clock(), []
         events: list[Event] = []  # given out when all is noted down: whoever listens may leave at any of them
         pieces, self._pending = self._pending, []
+        new = [Turn() for _ in turns]
+        due = [self._due(seen, turn, seen is turns[-1]) for seen, turn in zip(turns, new, strict=True)]
         needed = sum(len(piece.embeddings) for piece in pieces) + self._turn_tokens * len(turns)
-        for seen in turns:
-            turn = Turn()
-            asked = self._due(seen, turn, seen is turns[-1])
+        needed += sum(self._question_tokens(question) for asked in due for question in asked.values())
+        for seen, turn, asked in zip(turns, new, due, strict=True):
             events += [Asked(seen.stop, question) for question in asked.values()]
             left_out = 0 if self._pruner is None else self._pruner.left_out
             pieces += self._user(turn, seen, asked, needed)

@@ -586,3 +586,17 @@ def test_pruned_tokens_are_those_that_show_the_same_again(opened):
     shown = [event.turn for event in events if isinstance(event, Decision) and event.pruned < 2]
     assert shown
     assert np.diff([3, *shown, 4 + count]).max() <= len(dialogue.decoder.turns)
+
+
+@pytest.mark.parametrize("count", range(2, 7))
+def test_what_a_question_pushes_out_is_shown_again_in_its_turn(opened, count):
+    stream, manifest, words = opened(256)
+    (still,) = frames(stream, 1)
+    dialogue = Dialogue(Forced(stream, every=SILENCE), manifest, words, DialogueOptions(system=SYSTEM, prune=0.9))
+    turns = [Seen(number, float(number), number + 1.0, (still,), 0.0) for number in range(count)]
+    play(dialogue, turns[:-1])
+    dialogue.ask("x" * 120)
+    play(dialogue, turns[-1:])
+    remembered = {number for number, turn in dialogue._numbers if turn in dialogue.decoder.turns}
+    assert set(dialogue._pruner._taken_at.tolist()) <= remembered
+    assert (dialogue.decoder.forgotten > 0) == (count > 3)
