@@ -26,9 +26,11 @@ unit: $(VENV)/installed
 
 # torch first: pinned, it is the build that pip finds for this machine, and nothing later pulls in another
 $(VENV)/installed: pyproject.toml constraints.txt setup.py include/framestep.h $(wildcard runtime/native/*.cpp runtime/native/*.h runtime/native/*.inc)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "$(PYTHON) is Python %d.%d," % sys.version_info[:2] + \
+	    " framestep needs 3.11 or later: name one, as in PYTHON=python3.12 make demo")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[cpu,export,bench,triton,dev]"
+	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable ".[cpu,export,bench,triton,dev]"
 	touch $@
 
 clean:
