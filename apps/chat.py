@@ -224,6 +224,10 @@ class _Opening:
         return bool(self._source.live)
 
     @property
+    def fps(self) -> float | None:
+        return self._source.fps
+
+    @property
     def ended(self) -> bool:
         return bool(self._source.ended)
 

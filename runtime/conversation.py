@@ -22,9 +22,9 @@ from .events import Event, Notice
 from .questions import Question
 from .session import NonFiniteOutputError, Session, Stream
 from .sources.frame import Frame
+from .sources.sampling import tolerance
 
 WAITING_TURNS = 8  # that a live source may be ahead
-EARLY = 0.25  # of the time between two frames, by which one may come before its time: clocks jitter
 GLANCE = 0.1  # seconds between looks at whether it is over
 
 
@@ -36,6 +36,9 @@ class FrameSource(Protocol):
 
     @property
     def live(self) -> bool: ...
+
+    @property
+    def fps(self) -> float | None: ...
 
     @property
     def ended(self) -> bool: ...
@@ -120,7 +123,7 @@ class Watcher:
     def _read(self) -> None:
         number = last = -1
         skipped = self._source.dropped
-        early = EARLY * self._turn / self._frames
+        early = tolerance(self._source.fps)
         seen: list[Array] = []
         frame: Frame | None = None
         while not self._stopped:

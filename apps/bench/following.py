@@ -148,6 +148,7 @@ class Ticker:
 
     name = "ticker"
     live = True
+    fps: float | None = None
 
     def __init__(self, pictures: Sequence[np.ndarray], rate: float) -> None:
         self._pictures, self._rate = pictures, rate

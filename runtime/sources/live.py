@@ -13,7 +13,7 @@ from ..errors import SourceError
 from .cameras import Device, Patience
 from .frame import Frame, Source
 from .opencv import quiet, quiet_opening, require_cv2, to_rgb
-from .sampling import ROUNDING, Sampler
+from .sampling import Sampler, tolerance
 
 MAX_PLAUSIBLE_FPS = 1000.0
 # How long one wait lasts before a stall is looked for; also keeps Ctrl-C prompt where a wait defers it.
@@ -206,8 +206,7 @@ class LiveSource(Source):
                 fps = float(capture.get(require_cv2().CAP_PROP_FPS))
                 if 0 < fps <= MAX_PLAUSIBLE_FPS:
                     self.fps = fps
-                    # Arrival jitters: a frame that comes a little early is the one meant.
-                    self._sampler = Sampler(self._rate, tolerance=max(ROUNDING, 0.25 / fps))
+                    self._sampler = Sampler(self._rate, tolerance(fps))
         return capture
 
     def _take_frame(self, reader: _Reader, capture: Any, captured: float) -> None:

@@ -42,6 +42,11 @@ class Sampler:
         self._taken = 0
 
 
+def tolerance(fps: float | None) -> float:
+    """Seconds that a frame of a source may be early: arrival jitters, and one that comes a bit early is meant."""
+    return ROUNDING if fps is None else max(ROUNDING, 0.25 / fps)
+
+
 def check_rate(rate: float | None) -> None:
     """Raise `SourceError` unless `rate` is None or a number of frames a second."""
     if rate is not None and not (math.isfinite(rate) and rate > 0):

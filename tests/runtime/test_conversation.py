@@ -23,7 +23,7 @@ from framestep.runtime.dialogue import DialogueOptions, Question
 from framestep.runtime.errors import EngineError, FramestepError, SourceError
 from framestep.runtime.events import Answer, AnswerText, Asked, Decision, Notice
 from framestep.runtime.sources.frame import Frame
-from framestep.runtime.sources.sampling import Sampler
+from framestep.runtime.sources.sampling import Sampler, tolerance
 
 SYSTEM = "You watch."
 PATIENCE = 20.0  # seconds until a test that waits has failed
@@ -40,7 +40,7 @@ class Clock:
 class Camera:
     """A live source that gives a frame for each that was let go."""
 
-    name, live, dropped = "camera", True, 0
+    name, live, dropped, fps = "camera", True, 0, None
     size = FRAME
 
     def __init__(self, clock: Clock) -> None:
@@ -221,7 +221,7 @@ def test_of_a_file_the_first_token_counts_from_when_the_turn_was_taken(session):
 
 def test_turns_have_the_frames_of_their_time(session):
     # the first has one frame too few, the second one too many, the third none, the last is not over
-    film = Film([0.0, 1.0, 1.5, 1.8, 3.0, 3.5, 4.2])
+    film = Film([0.0, 1.0, 1.5, 1.9, 3.0, 3.5, 4.2])
     with Conversation(session, film, DialogueOptions(system=SYSTEM, rate=2.0)) as conversation:
         taken = []
         conversation.dialogue.take = lambda turns: taken.extend(turns) or iter(())
@@ -232,9 +232,11 @@ def test_turns_have_the_frames_of_their_time(session):
 
 @pytest.mark.parametrize("rate, fps", [(1.0, 30.0), (2.0, 29.97), (1.0, 15.0)])
 def test_no_turn_is_lost_where_frames_come_a_little_early(session, rate, fps):
-    sampler, jitter = Sampler(rate, tolerance=0.25 / fps), np.random.default_rng(0).normal(0, 0.002, round(20 * fps))
+    sampler, jitter = Sampler(rate, tolerance(fps)), np.random.default_rng(0).normal(0, 0.002, round(20 * fps))
     times = [time for time in np.arange(len(jitter)) / fps + jitter - jitter[0] if sampler.due(time)]
-    with Conversation(session, Film(times), DialogueOptions(system=SYSTEM, rate=rate)) as conversation:
+    film = Film(times)
+    film.fps = fps
+    with Conversation(session, film, DialogueOptions(system=SYSTEM, rate=rate)) as conversation:
         taken = []
         conversation.dialogue.take = lambda turns: taken.extend(turns) or iter(())
         list(conversation)
