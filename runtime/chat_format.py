@@ -133,7 +133,9 @@ class Words:
         return self.language.tokens[name]
 
     def opening(self, system: str) -> list[int]:
-        return self.tokens(fill(self.template.opening, system, self.language))
+        """What stands before all else; without a system prompt no message of one."""
+        pattern = self.template.opening if system else [part for part in self.template.opening if part == "<begin>"]
+        return self.tokens(fill(pattern, system, self.language))
 
     def user(self, text: str, *splits: int) -> tuple[list[int], ...]:
         """What opens a user's turn that begins with `text`, cut before it and behind so many of its characters each."""

@@ -398,7 +398,7 @@ def test_a_question_that_leaves_no_room_for_all_frames_says_so(tmp_path):
             events = list(conversation)
         assert next(event.reason for event in events if isinstance(event, Answer)) != "capacity"
         (notice,) = [event for event in events if isinstance(event, Notice)]
-        assert notice.text == "asked about 2 frames, not 8: the cache holds no more"
+        assert notice.text == "asked about 5 frames, not 8: the cache holds no more"
         # where nobody says how many, a quarter of the cache is left to an answer
         with Conversation(session, Film([]), DialogueOptions(system="x" * 80)) as conversation:
             assert conversation.dialogue.frames == 4

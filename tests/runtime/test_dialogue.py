@@ -326,6 +326,15 @@ def test_no_character_is_lost_behind_malformed_ones(opened):
         assert max(map(len, pieces)) < 10  # given out as it goes
 
 
+def test_without_a_system_prompt_there_is_no_message_of_one(opened):
+    stream, manifest, words = opened()
+    dialogue = Dialogue(stream, manifest, words, DialogueOptions(system=""))
+    dialogue.ask("What?")
+    play(dialogue, seen(frames(stream, 1)))
+    assert [turn.pinned for turn in dialogue.decoder.turns] == [False]
+    assert words.opening(SYSTEM)[:2] == [START, *_bytes("s")]
+
+
 def test_what_is_no_text_at_all_can_be_asked(opened):
     stream, manifest, words = opened()
     dialogue = Dialogue(stream, manifest, words, DialogueOptions(system="\udcff"))
