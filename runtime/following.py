@@ -333,6 +333,8 @@ class Following:
         yield from self._unasked()
 
     def _answer(self, question: str) -> Iterator[Event]:
+        if self._stopped:
+            return
         cache, words, turn = self.cache, self._words, Turn()
         self._count += 1
         yield Asked(self._time, question)
