@@ -71,125 +71,157 @@ PackedMatrix::PackedMatrix(const BlockMatrix& matrix)
 
 #if defined(__x86_64__)
 
-bool multiplies_blocks() {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
-}
-
 // everything in between is compiled for the set, which a processor is asked for before one of its functions is called
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // in GCC's own header: its bug 105593
+#pragma GCC target("avx2,fma")
+#endif
+namespace {
+namespace avx2 {
+
+constexpr int32_t OFFSET_OF_EIGHT_BITS = 0;  // what is added to the integers while they are multiplied
+constexpr int64_t ROWS = 4;                  // multiplied with a part of the matrix while it is in registers
+
+struct Numbers {  // 64 integers
+    __m256i low, high;
+};
+struct Sums {  // of 16 outputs
+    __m256i low, high;
+};
+struct Floats {
+    __m256 low, high;
+};
+
+inline Numbers load(const uint8_t* at) {
+    const auto* lines = reinterpret_cast<const __m256i*>(at);
+    return {_mm256_loadu_si256(lines), _mm256_loadu_si256(lines + 1)};
+}
+inline Numbers low_halves(Numbers numbers) {
+    const __m256i mask = _mm256_set1_epi8(15);
+    return {_mm256_and_si256(numbers.low, mask), _mm256_and_si256(numbers.high, mask)};
+}
+inline Numbers high_halves(Numbers numbers) {
+    return low_halves({_mm256_srli_epi16(numbers.low, 4), _mm256_srli_epi16(numbers.high, 4)});
+}
+inline Sums all(int32_t number) { return {_mm256_set1_epi32(number), _mm256_set1_epi32(number)}; }
+inline Sums plus(Sums a, Sums b) { return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)}; }
+
+template <int BITS>
+inline __m256i products(__m256i numbers, __m256i four) {
+    // pairs of products fit into 16 bits: 2 * 128 * 127
+    const __m256i pairs = BITS == 4 ? _mm256_maddubs_epi16(numbers, four)
+                                    : _mm256_maddubs_epi16(_mm256_abs_epi8(numbers), _mm256_sign_epi8(four, numbers));
+    return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+}
+template <int BITS>
+inline Sums add_products(Sums sums, Numbers numbers, int32_t four) {
+    const __m256i inputs = _mm256_set1_epi32(four);
+    if (BITS == 8) {
+        const __m256i offset = _mm256_set1_epi8(-128);
+        numbers = {_mm256_xor_si256(numbers.low, offset), _mm256_xor_si256(numbers.high, offset)};
+    }
+    return {_mm256_add_epi32(sums.low, products<BITS>(numbers.low, inputs)),
+            _mm256_add_epi32(sums.high, products<BITS>(numbers.high, inputs))};
+}
+
+inline Floats load_floats(const float* at) { return {_mm256_loadu_ps(at), _mm256_loadu_ps(at + 8)}; }
+inline Floats add_scaled(Floats totals, Sums sums, Floats scales, float scale) {
+    const __m256 row = _mm256_set1_ps(scale);
+    return {_mm256_fmadd_ps(_mm256_cvtepi32_ps(sums.low), _mm256_mul_ps(scales.low, row), totals.low),
+            _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums.high), _mm256_mul_ps(scales.high, row), totals.high)};
+}
+// Of the sizes of `count` numbers, a multiple of 16.
+inline float largest(const float* at, int64_t count) {
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    __m256 most = _mm256_setzero_ps();
+    for (int64_t index = 0; index < count; index += 8) {
+        most = _mm256_max_ps(most, _mm256_andnot_ps(sign, _mm256_loadu_ps(at + index)));
+    }
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(most), _mm256_extractf128_ps(most, 1));
+    four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
+}
+inline void store(float* at, Floats numbers) {
+    _mm256_storeu_ps(at, numbers.low);
+    _mm256_storeu_ps(at + 8, numbers.high);
+}
+
+#include "block_products.inc"
+
+}  // namespace avx2
+}  // namespace
+#if defined(__clang__)
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni"))), apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
 #endif
 namespace {
+namespace avx512_vnni {
 
-constexpr int64_t ROWS = 8;  // multiplied with a part of the matrix while it is in a register
+constexpr int32_t OFFSET_OF_EIGHT_BITS = 128;
+constexpr int64_t ROWS = 8;
 
-// Groups of a matrix of BITS with COUNT rows of x from `row` on.
-template <int BITS, int COUNT>
-void multiply_rows(const PackedMatrix& matrix, const IntegerRows& x, int64_t row, int64_t group, float* y) {
-    constexpr int WAYS = COUNT == 1 ? 4 : COUNT == 2 ? 2 : 1;  // sums side by side, for an addition takes its time
-    const __m512i low = _mm512_set1_epi8(15);
-    const int64_t inputs = matrix.inputs(), blocks = inputs / matrix.block(), block = matrix.block();
-    const uint8_t* at = matrix.group(group);
-    const int8_t* integers = x.integers + row * inputs;
-    __m512 totals[COUNT];
-    for (int one = 0; one < COUNT; ++one) {
-        totals[one] = matrix.bias() == nullptr ? _mm512_setzero_ps() : _mm512_loadu_ps(matrix.bias() + group * GROUP);
-    }
-    for (int64_t index = 0; index < blocks; ++index) {
-        const __m512 scales = _mm512_loadu_ps(at);
-        at += LINE;
-        __m512i sums[COUNT][WAYS];
-        for (int one = 0; one < COUNT; ++one) {
-            sums[one][0] = _mm512_set1_epi32(-(BITS == 8 ? 128 : 8) * x.sums[(row + one) * blocks + index]);
-            for (int way = 1; way < WAYS; ++way) sums[one][way] = _mm512_setzero_si512();
-        }
-        const auto add = [&](__m512i numbers, int64_t input, int way) {
-            for (int one = 0; one < COUNT; ++one) {
-                int32_t four;
-                std::memcpy(&four, integers + one * inputs + input, sizeof four);
-                sums[one][way] = _mm512_dpbusd_epi32(sums[one][way], numbers, _mm512_set1_epi32(four));
-            }
-        };
-        for (int64_t input = index * block; input < (index + 1) * block; input += 32) {
-            for (int part = 0; part < BITS; ++part) {
-                const __m512i numbers = _mm512_loadu_si512(at);
-                at += LINE;
-                if (BITS == 8) {
-                    add(numbers, input + 4 * part, part % WAYS);
-                } else {
-                    add(_mm512_and_si512(numbers, low), input + 8 * part, 2 * part % WAYS);
-                    add(_mm512_and_si512(_mm512_srli_epi16(numbers, 4), low), input + 8 * part + 4, (2 * part + 1) % WAYS);
-                }
-            }
-        }
-        for (int one = 0; one < COUNT; ++one) {
-            for (int way = 1; way < WAYS; ++way) sums[one][0] = _mm512_add_epi32(sums[one][0], sums[one][way]);
-            const __m512 scale = _mm512_mul_ps(scales, _mm512_set1_ps(x.scales[(row + one) * blocks + index]));
-            totals[one] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[one][0]), scale, totals[one]);
-        }
-    }
-    const int64_t outputs = matrix.outputs(), first = group * GROUP;
-    const auto mask = static_cast<__mmask16>(outputs - first >= GROUP ? 0xFFFF : (1 << (outputs - first)) - 1);
-    for (int one = 0; one < COUNT; ++one) _mm512_mask_storeu_ps(y + (row + one) * outputs + first, mask, totals[one]);
-}
+using Numbers = __m512i;
+using Sums = __m512i;
+using Floats = __m512;
 
+inline Numbers load(const uint8_t* at) { return _mm512_loadu_si512(at); }
+inline Numbers low_halves(Numbers numbers) { return _mm512_and_si512(numbers, _mm512_set1_epi8(15)); }
+inline Numbers high_halves(Numbers numbers) { return low_halves(_mm512_srli_epi16(numbers, 4)); }
+inline Sums all(int32_t number) { return _mm512_set1_epi32(number); }
+inline Sums plus(Sums a, Sums b) { return _mm512_add_epi32(a, b); }
 template <int BITS>
-void multiply_groups(const PackedMatrix& matrix, const IntegerRows& x, int64_t rows, int64_t first, int64_t stop, float* y) {
-    for (int64_t group = first; group < stop; ++group) {
-        int64_t row = 0;
-        for (; row + ROWS <= rows; row += ROWS) multiply_rows<BITS, ROWS>(matrix, x, row, group, y);
-        if (rows - row >= 4) multiply_rows<BITS, 4>(matrix, x, row, group, y), row += 4;
-        if (rows - row >= 2) multiply_rows<BITS, 2>(matrix, x, row, group, y), row += 2;
-        if (rows - row >= 1) multiply_rows<BITS, 1>(matrix, x, row, group, y);
-    }
+inline Sums add_products(Sums sums, Numbers numbers, int32_t four) {
+    return _mm512_dpbusd_epi32(sums, numbers, _mm512_set1_epi32(four));
 }
+inline Floats load_floats(const float* at) { return _mm512_loadu_ps(at); }
+inline Floats add_scaled(Floats totals, Sums sums, Floats scales, float scale) {
+    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums), _mm512_mul_ps(scales, _mm512_set1_ps(scale)), totals);
+}
+// Of the sizes of `count` numbers, a multiple of 16.
+inline float largest(const float* at, int64_t count) {
+    __m512 most = _mm512_setzero_ps();
+    for (int64_t index = 0; index < count; index += 16) most = _mm512_max_ps(most, _mm512_abs_ps(_mm512_loadu_ps(at + index)));
+    return _mm512_reduce_max_ps(most);
+}
+inline void store(float* at, Floats numbers) { _mm512_storeu_ps(at, numbers); }
 
+#include "block_products.inc"
+
+}  // namespace avx512_vnni
 }  // namespace
-
-void quantize_rows(const float* x, int64_t inputs, int64_t block, int64_t first, int64_t stop, const IntegerRows& rows) {
-    for (int64_t index = first * (inputs / block); index < stop * (inputs / block); ++index) {
-        const float* from = x + index * block;
-        int8_t* to = rows.integers + index * block;
-        __m512 largest = _mm512_setzero_ps();
-        for (int64_t at = 0; at < block; at += 16) largest = _mm512_max_ps(largest, _mm512_abs_ps(_mm512_loadu_ps(from + at)));
-        const float scale = _mm512_reduce_max_ps(largest) / 127.0f;
-        const __m512 factor = _mm512_set1_ps(scale > 0 ? 1.0f / scale : 0.0f);
-        __m512i sum = _mm512_setzero_si512();
-        for (int64_t at = 0; at < block; at += 16) {
-            const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(from + at), factor));
-            sum = _mm512_add_epi32(sum, whole);
-            _mm_storeu_si128(reinterpret_cast<__m128i*>(to + at), _mm512_cvtsepi32_epi8(whole));
-        }
-        rows.scales[index] = scale;
-        rows.sums[index] = _mm512_reduce_add_epi32(sum);
-    }
-}
-
-void multiply(const PackedMatrix& matrix, const IntegerRows& x, int64_t rows, int64_t first, int64_t stop, float* y) {
-    if (matrix.bits() == 8) {
-        multiply_groups<8>(matrix, x, rows, first, stop, y);
-    } else {
-        multiply_groups<4>(matrix, x, rows, first, stop, y);
-    }
-}
-
 #if defined(__clang__)
 #pragma clang attribute pop
 #else
 #pragma GCC pop_options
 #endif
 
+const BlockKernels* block_kernels_with(BlockSimd simd) {
+    if (simd == BlockSimd::avx2) {
+        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? &avx2::kernels : nullptr;
+    }
+    const bool has = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                     __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                     __builtin_cpu_supports("avx512vnni");
+    return has ? &avx512_vnni::kernels : nullptr;
+}
+
 #else
 
-bool multiplies_blocks() { return false; }
-void quantize_rows(const float*, int64_t, int64_t, int64_t, int64_t, const IntegerRows&) { std::abort(); }
-void multiply(const PackedMatrix&, const IntegerRows&, int64_t, int64_t, int64_t, float*) { std::abort(); }
+const BlockKernels* block_kernels_with(BlockSimd) { return nullptr; }
 
 #endif
+
+const BlockKernels* fastest_block_kernels() {
+    const BlockKernels* fastest = block_kernels_with(BlockSimd::avx512_vnni);
+    return fastest != nullptr ? fastest : block_kernels_with(BlockSimd::avx2);
+}
 
 }  // namespace framestep

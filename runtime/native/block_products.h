@@ -21,7 +21,7 @@ struct BlockMatrix {
     const float* bias = nullptr;  // [outputs]; null for none
 };
 
-// The same numbers as `multiply` reads them: a group of 16 outputs after the other; of a group, block by block, the 16
+// The same numbers as the kernels read them: a group of 16 outputs after the other; of a group, block by block, the 16
 // scales and then the integers, plus 128 or 8, four inputs of each output at a time (with 4 bits: eight, the second four in
 // the high halves).
 class PackedMatrix {
@@ -57,14 +57,17 @@ struct IntegerRows {
     int32_t* sums;     // [rows, inputs / block], of the integers
 };
 
-// Whether this processor has the instructions that the two functions below are made of (AVX-512 VNNI). Without them a
-// graph keeps its nodes.
-bool multiplies_blocks();
+// The two kernels for one instruction set.
+struct BlockKernels {
+    // Rows first..stop of x [rows, inputs].
+    void (*quantize)(const float* x, int64_t inputs, int64_t block, int64_t first, int64_t stop, const IntegerRows& rows);
+    // Groups first..stop of y [rows, outputs] = x matrix + bias. Sums of a block are exact; those of blocks are float32.
+    void (*multiply)(const PackedMatrix& matrix, const IntegerRows& x, int64_t rows, int64_t first, int64_t stop, float* y);
+};
 
-// Rows first..stop of x [rows, inputs].
-void quantize_rows(const float* x, int64_t inputs, int64_t block, int64_t first, int64_t stop, const IntegerRows& rows);
-
-// Groups first..stop of y [rows, outputs] = x matrix + bias. Sums of a block are exact; those of blocks are float32.
-void multiply(const PackedMatrix& matrix, const IntegerRows& x, int64_t rows, int64_t first, int64_t stop, float* y);
+enum class BlockSimd { avx2, avx512_vnni };
+// Null where this processor has no such instructions; without any, a graph keeps its nodes.
+const BlockKernels* block_kernels_with(BlockSimd simd);
+const BlockKernels* fastest_block_kernels();
 
 }  // namespace framestep

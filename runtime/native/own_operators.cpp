@@ -131,7 +131,7 @@ DerivedGraph OwnOperators::derive(const Bundle& bundle, const Manifest& manifest
         const size_t rings = takes_frames(graph) ? replace_ring_attention(onnx, states_of(graph, manifest, "ring")) : 0;
         const size_t caches = replace_cached_attention(onnx, states_of(graph, manifest, "linear"));
         size_t products = 0;
-        if (multiplies_blocks()) {
+        if (fastest_block_kernels() != nullptr) {
             Constants constants(path.parent_path());
             for (const auto& group : replace_block_products(onnx, impl_->products.size())) {
                 PackedProducts packed;

@@ -34,7 +34,8 @@ struct Room {
 }  // namespace
 
 ProductsKernel::ProductsKernel(const Ort& its, const Shared* shared, const OrtKernelInfo* info)
-    : ort(its), products_(shared->at(static_cast<size_t>(KernelCalls(its).integer(info, "products")))) {}
+    : ort(its), products_(shared->at(static_cast<size_t>(KernelCalls(its).integer(info, "products")))),
+      kernels_(*fastest_block_kernels()) {}
 
 void ProductsKernel::compute(OrtKernelContext* context) const {
     const KernelCalls calls(ort);
@@ -65,16 +66,16 @@ void ProductsKernel::compute(OrtKernelContext* context) const {
         const float* first_row = x + from * inputs;
         const IntegerRows integers = room.of(count, inputs, inputs / block);
         if (count <= FEW) {
-            quantize_rows(first_row, inputs, block, 0, count, integers);
+            kernels_.quantize(first_row, inputs, block, 0, count, integers);
         } else {
-            calls.parallel(context, count, [&](int64_t row) { quantize_rows(first_row, inputs, block, row, row + 1, integers); });
+            calls.parallel(context, count, [&](int64_t row) { kernels_.quantize(first_row, inputs, block, row, row + 1, integers); });
         }
         calls.parallel(context, total, [&](int64_t part) {
             size_t index = 0;
             for (; part >= parts[index]; ++index) part -= parts[index];
             const PackedMatrix& matrix = *products_[index];
-            multiply(matrix, integers, count, part * matrix.groups() / parts[index],
-                     (part + 1) * matrix.groups() / parts[index], results[index] + from * matrix.outputs());
+            kernels_.multiply(matrix, integers, count, part * matrix.groups() / parts[index],
+                              (part + 1) * matrix.groups() / parts[index], results[index] + from * matrix.outputs());
         });
     }
 }

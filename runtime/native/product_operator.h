@@ -26,6 +26,7 @@ public:
 
 private:
     PackedProducts products_;
+    const BlockKernels& kernels_;
 };
 
 }  // namespace framestep

@@ -193,6 +193,16 @@ def test_attention_of_a_chunk_is_that_of_each_token(
 # Products with integers in blocks
 
 
+BLOCK_SIMD = ["avx2", "avx512_vnni"]
+
+
+def block_simd_of(parts: Parts, name: str) -> int:
+    if not parts.library.parts_multiplies_blocks(BLOCK_SIMD.index(name)):
+        pytest.skip("this processor has no such instructions")
+    return BLOCK_SIMD.index(name)
+
+
+@pytest.mark.parametrize("simd", BLOCK_SIMD)
 @given(
     seed=st.integers(0, 2**32 - 1),
     bits=st.sampled_from([8, 4]),
@@ -205,10 +215,8 @@ def test_attention_of_a_chunk_is_that_of_each_token(
 )
 @hypothesis_settings
 def test_products_are_those_of_float64_with_rows_rounded_to_integers(
-    parts: Parts, seed: int, bits: int, blocks: int, block: int, outputs: int, rows: int, part: int, biased: bool
-) -> None:
-    if not parts.library.parts_multiplies_blocks():
-        pytest.skip("this processor has no AVX-512 VNNI")
+    parts: Parts, simd: str, seed: int, bits: int, blocks: int, block: int, outputs: int, rows: int, part: int, biased: bool
+) -> None:  # fmt: skip
     rng = np.random.default_rng(seed)
     inputs = blocks * block
     lowest = {8: -128, 4: -8}[bits]
@@ -221,7 +229,7 @@ def test_products_are_those_of_float64_with_rows_rounded_to_integers(
     stored = np.frombuffer(tensor.raw_data, np.uint8).copy()
     rounded, y = np.full((rows, inputs), 99, np.int8), np.full((rows, outputs), np.nan, np.float32)
     parts.library.parts_multiply(
-        bits, *sizes(inputs, outputs, block), *pointers(stored, scales, bias, x), *sizes(rows, part),
+        block_simd_of(parts, simd), bits, *sizes(inputs, outputs, block), *pointers(stored, scales, bias, x), *sizes(rows, part),
         *pointers(rounded, y),
     )  # fmt: skip
 
@@ -405,10 +413,9 @@ def test_what_a_decoder_uses_otherwise_keeps_its_nodes(
     assert found["Add"] == before["Add"] + additions
 
 
-def test_blocks_are_read_as_the_graph_stores_them(parts: Parts, tmp_path: Path) -> None:
+@pytest.mark.parametrize("simd", BLOCK_SIMD)
+def test_blocks_are_read_as_the_graph_stores_them(parts: Parts, simd: str) -> None:
     """Odd outputs: of a row of INT4 the last integer shares its byte with the next row's first."""
-    if not parts.library.parts_multiplies_blocks():
-        pytest.skip("this processor has no AVX-512 VNNI")
     weight = np.random.default_rng(0).standard_normal((37, 64)).astype(np.float32)
     integers, scales = quantize_blocks(weight, 4)
     tensor = onnx.numpy_helper.from_array(np.ascontiguousarray(integers.T).astype(ml_dtypes.int4))
@@ -417,7 +424,12 @@ def test_blocks_are_read_as_the_graph_stores_them(parts: Parts, tmp_path: Path) 
     np.fill_diagonal(x, 1)
     y, rounded = np.empty((64, 37), np.float32), np.empty((64, 64), np.int8)
     parts.library.parts_multiply(
-        4, *sizes(64, 37, 32), *pointers(stored, columns, None, x), *sizes(64, 1), *pointers(rounded, y)
+        block_simd_of(parts, simd),
+        4,
+        *sizes(64, 37, 32),
+        *pointers(stored, columns, None, x),
+        *sizes(64, 1),
+        *pointers(rounded, y),
     )
     np.testing.assert_allclose(y, dequantize_blocks(integers, scales).T, rtol=1e-6)
 

@@ -146,7 +146,7 @@ def test_products_of_integers_are_those_of_what_the_integers_stand_for(integers)
             at = np.cumsum((0, *lengths))
             found[engine] = np.stack([step(stream, tokens[a : a + n], a) for a, n in zip(at, lengths, strict=False)])
             if engine == "onnxruntime":
-                assert own_operators(opened)["decoder"] in (2, 2 + 2 * 7 + 1)  # with AVX-512 VNNI
+                assert own_operators(opened)["decoder"] in (2, 2 + 2 * 7 + 1)  # with AVX2 or AVX-512 VNNI
     exact = found.pop("torch")  # multiplies floats
     errors = {engine: np.square(logits - exact).mean() ** 0.5 for engine, logits in found.items()}
     assert errors["onnxruntime"] < 1.5 * errors["onnxruntime:plain"] < 0.1 * exact.std()

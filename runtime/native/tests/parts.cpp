@@ -183,19 +183,21 @@ void parts_chunk_attention(int simd, const float* query, const float* cosines, c
                    scale}, scratch.data());
 }
 
-int parts_multiplies_blocks() { return multiplies_blocks(); }
+int parts_multiplies_blocks(int simd) { return block_kernels_with(static_cast<BlockSimd>(simd)) != nullptr; }
 
 // y = x matrix + bias, in parts of so many groups.
-void parts_multiply(int bits, int64_t inputs, int64_t outputs, int64_t block, const uint8_t* integers, const float* scales,
-                    const float* bias, const float* x, int64_t rows, int64_t part, int8_t* x_integers, float* y) {
+void parts_multiply(int simd, int bits, int64_t inputs, int64_t outputs, int64_t block, const uint8_t* integers,
+                    const float* scales, const float* bias, const float* x, int64_t rows, int64_t part, int8_t* x_integers,
+                    float* y) {
+    const BlockKernels& kernels = *block_kernels_with(static_cast<BlockSimd>(simd));
     const PackedMatrix matrix({bits, inputs, outputs, block, integers, scales, bias});
     std::vector<float> row_scales(static_cast<size_t>(rows * inputs / block));
     std::vector<int32_t> sums(row_scales.size());
     const IntegerRows quantized = {x_integers, row_scales.data(), sums.data()};
-    quantize_rows(x, inputs, block, 0, rows / 2, quantized);
-    quantize_rows(x, inputs, block, rows / 2, rows, quantized);
+    kernels.quantize(x, inputs, block, 0, rows / 2, quantized);
+    kernels.quantize(x, inputs, block, rows / 2, rows, quantized);
     for (int64_t first = 0; first < matrix.groups(); first += part) {
-        multiply(matrix, quantized, rows, first, std::min(first + part, matrix.groups()), y);
+        kernels.multiply(matrix, quantized, rows, first, std::min(first + part, matrix.groups()), y);
     }
 }
 
