@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..runtime.bundle import Bundle
+from ..runtime.bundle import Bundle, check_replaceable
 from ..runtime.errors import FramestepError
 
 MOST_CHECKED = 4000  # frames of the clips that accuracy is measured on
@@ -53,6 +53,7 @@ def calibrate(arguments: CalibrateArguments, progress: Callable[[str], None]) ->
         min_cosine=arguments.min_cosine,
         drift_frames=arguments.drift_frames,
     )
+    check_replaceable(arguments.output, arguments.force)  # before clips are read
     clips = read_clips(arguments.video, bundle.manifest, arguments.frames)
     if arguments.check:
         check = read_clips(arguments.check, bundle.manifest, MOST_CHECKED)

@@ -401,7 +401,8 @@ def export(
         ExportArguments(
             checkpoint, output, random_init, config, window, image_size, rate, resize, head, force, labelling,
             precision, capacity, chunk, frame_size, vision_tower,
-        )
+        ),
+        lambda line: None if as_json else print(line, file=sys.stderr, flush=True),
     )  # fmt: skip
     notes = "".join(f"\nnote: {note}" for note in facts.get("notes", ()))
     replayed = (
@@ -675,7 +676,7 @@ def demo(
     from .demo import as_text
     from .demo import demo as run_demo
 
-    facts = run_demo(output, source)
+    facts = run_demo(output, source, lambda line: None if as_json else print(line, file=sys.stderr, flush=True))
     _print_facts(facts, as_json, as_text(facts))
 
 
@@ -710,7 +711,8 @@ def _exit_status(arguments: list[str]) -> int:
         # A usage error. Its class is Click's in some versions of typer and typer's own in others.
         if not hasattr(error, "format_message"):
             raise
-        return _fail(f"{error.format_message()} (see `framestep --help`)", 2)
+        context = getattr(error, "ctx", None)
+        return _fail(f"{error.format_message()} (see `{context.command_path if context else 'framestep'} --help`)", 2)
     if status == INTERRUPTED:
         return _fail("interrupted", INTERRUPTED)
     return status if isinstance(status, int) else 0

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..runtime.bundle import Bundle, Manifest
+from ..runtime.bundle import MANIFEST, Bundle, Manifest, check_replaceable
 from ..runtime.errors import CheckpointError
 from ..runtime.text import LabelError, read_labels
 
 SEED = 0
+
+Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -53,28 +56,35 @@ OF_STREAMFORMER = ("config", "image_size", "resize", "head")
 OF_DECODERS = ("precision", "capacity", "chunk", "frame_size", "vision_tower")
 
 
-def export(arguments: ExportArguments) -> dict[str, Any]:
+def export(arguments: ExportArguments, progress: Progress = lambda line: None) -> dict[str, Any]:
     """Export a checkpoint, or random weights.
+
+    Args:
+        progress: takes a line about each stage.
 
     Returns:
         Facts for the report: path, difference, frames or tokens, bytes.
     """
+    check_replaceable(arguments.output, arguments.force)  # before anything is fetched or read
     _need_export_packages()
     from ..export.decoder_checkpoint import is_decoder
     from ..export.streamchat_checkpoint import is_streamchat
 
     if arguments.checkpoint is not None and arguments.random_init is None:
+        if (Path(arguments.checkpoint) / MANIFEST).is_file():
+            raise CheckpointError(f"{arguments.checkpoint}: is a bundle already; export takes the checkpoint")
+        progress(f"reading {arguments.checkpoint}")
         if is_decoder(arguments.checkpoint):
-            return _export_decoder(arguments, arguments.checkpoint)
+            return _export_decoder(arguments, arguments.checkpoint, progress)
         if is_streamchat(arguments.checkpoint):
-            return _export_streamchat(arguments, arguments.checkpoint)
+            return _export_streamchat(arguments, arguments.checkpoint, progress)
     for name in OF_DECODERS:
         if getattr(arguments, name) is not None:
             raise CheckpointError(f"--{name.replace('_', '-')}: only decoders have it, and this is a StreamFormer")
-    return _export_streamformer(arguments)
+    return _export_streamformer(arguments, progress)
 
 
-def _export_decoder(arguments: ExportArguments, source: str) -> dict[str, Any]:
+def _export_decoder(arguments: ExportArguments, source: str, progress: Progress) -> dict[str, Any]:
     from ..export.decoder_checkpoint import read_decoder_checkpoint
     from ..export.decoder_export import DecoderOptions, export_decoder
 
@@ -83,7 +93,7 @@ def _export_decoder(arguments: ExportArguments, source: str) -> dict[str, Any]:
     given = {name: getattr(arguments, name) for name in ("precision", "capacity", "chunk", "window", "rate")}
     options = DecoderOptions(frame_size=size, **{name: value for name, value in given.items() if value is not None})
     checkpoint = read_decoder_checkpoint(source, arguments.vision_tower)
-    report = export_decoder(checkpoint, arguments.output, options, arguments.force)
+    report = export_decoder(checkpoint, arguments.output, options, arguments.force, progress)
     manifest = Bundle.open(report.path, verify=False).manifest
     return {
         "bundle": str(report.path),
@@ -121,7 +131,7 @@ def decoder_notes(folder: Path, manifest: Manifest) -> list[str]:
     ]
 
 
-def _export_streamchat(arguments: ExportArguments, source: str) -> dict[str, Any]:
+def _export_streamchat(arguments: ExportArguments, source: str, progress: Progress) -> dict[str, Any]:
     from ..export.streamchat_checkpoint import read_streamchat_checkpoint
     from ..export.streamchat_export import StreamChatOptions, export_streamchat
 
@@ -131,7 +141,8 @@ def _export_streamchat(arguments: ExportArguments, source: str) -> dict[str, Any
             raise CheckpointError(f"--{name.replace('_', '-')}: a StreamChat's tower is its own, of one frame size")
     given = {name: getattr(arguments, name) for name in ("precision", "window", "capacity", "chunk", "rate")}
     options = StreamChatOptions(**{name: value for name, value in given.items() if value is not None})
-    report = export_streamchat(read_streamchat_checkpoint(source), arguments.output, options, arguments.force)
+    checkpoint = read_streamchat_checkpoint(source)
+    report = export_streamchat(checkpoint, arguments.output, options, arguments.force, progress)
     manifest = Bundle.open(report.path, verify=False).manifest
     return {
         "bundle": str(report.path),
@@ -149,7 +160,7 @@ def _refuse_streamformer_options(arguments: ExportArguments) -> None:
         raise CheckpointError("--labels: only a StreamFormer scores labels; ask a decoder with questions")
 
 
-def _export_streamformer(arguments: ExportArguments) -> dict[str, Any]:
+def _export_streamformer(arguments: ExportArguments, progress: Progress) -> dict[str, Any]:
     from ..export.checkpoint import Checkpoint, read_checkpoint
     from ..export.export import ExportOptions, export_streamformer
     from ..export.streamformer import BASE, TINY, random_model
@@ -171,7 +182,7 @@ def _export_streamformer(arguments: ExportArguments) -> dict[str, Any]:
         origin = f"random-init:{arguments.random_init}:{SEED}"
         checkpoint = Checkpoint(random_model(sizes[arguments.random_init], SEED), origin)
     options = ExportOptions(arguments.window, size, arguments.rate, resize, arguments.head)
-    report = export_streamformer(checkpoint, arguments.output, options, labelling, arguments.force)
+    report = export_streamformer(checkpoint, arguments.output, options, labelling, arguments.force, progress)
     manifest = Bundle.open(report.path, verify=False).manifest
     return {
         "bundle": str(report.path),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,9 +82,16 @@ class DecoderReport:
 
 
 def export_decoder(
-    checkpoint: DecoderCheckpoint, path: Path, options: DecoderOptions, force: bool = False
+    checkpoint: DecoderCheckpoint,
+    path: Path,
+    options: DecoderOptions,
+    force: bool = False,
+    progress: Callable[[str], None] = lambda line: None,
 ) -> DecoderReport:
     """Write a bundle, replay tokens through PyTorch and through the bundle, and keep it only if they agree.
+
+    Args:
+        progress: takes a line about each stage.
 
     Raises:
         CheckpointError: options that do not fit the checkpoint.
@@ -92,7 +100,9 @@ def export_decoder(
     """
     _check_options(checkpoint, options)
     with BundleWriter(path, force) as writer:
+        progress("writing graphs and weights")
         write_bundle(checkpoint, writer, options)
+        progress("comparing the bundle with PyTorch")
         found = replay(checkpoint, Bundle.open(writer.folder, verify=False))
         if found.rounding is not None and not found.rounding <= ROUNDING[options.precision]:
             raise FramestepError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -76,8 +77,12 @@ def export_streamformer(
     options: ExportOptions,
     labels: LabelOptions | None = None,
     force: bool = False,
+    progress: Callable[[str], None] = lambda line: None,
 ) -> ExportReport:
     """Write a bundle, replay frames through PyTorch and through the bundle, and keep it only if they agree.
+
+    Args:
+        progress: takes a line about each stage.
 
     Raises:
         CheckpointError: options that do not fit the checkpoint.
@@ -89,7 +94,9 @@ def export_streamformer(
         labels.check(has_text_graph=False)
     head = checkpoint.heads[options.head] if options.head else None
     with BundleWriter(path, force) as writer:
+        progress("writing graphs and weights")
         write_streamformer(checkpoint, writer, options, labels)
+        progress("comparing the bundle with PyTorch")
         difference, frames = replay(checkpoint, Bundle.open(writer.folder, verify=False), head)
         if not difference <= AGREEMENT:
             raise FramestepError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,9 +61,16 @@ class StreamChatOptions:
 
 
 def export_streamchat(
-    checkpoint: StreamChatCheckpoint, path: Path, options: StreamChatOptions, force: bool = False
+    checkpoint: StreamChatCheckpoint,
+    path: Path,
+    options: StreamChatOptions,
+    force: bool = False,
+    progress: Callable[[str], None] = lambda line: None,
 ) -> DecoderReport:
     """Write a bundle, replay text among frames through PyTorch and through the bundle, and keep it only if they agree.
+
+    Args:
+        progress: takes a line about each stage.
 
     Raises:
         CheckpointError: options that do not fit the checkpoint.
@@ -70,7 +78,9 @@ def export_streamchat(
         FramestepError: the bundle disagrees with PyTorch.
     """
     with BundleWriter(path, force) as writer:
+        progress("writing graphs and weights")
         write_bundle(checkpoint, writer, options)
+        progress("comparing the bundle with PyTorch")
         difference = replay(checkpoint, Bundle.open(writer.folder, verify=False))
         limit = AGREEMENT[options.precision]
         if not difference <= limit:

@@ -429,6 +429,20 @@ def file_entry(path: Path) -> FileEntry:
         raise BundleError(f"{path}: cannot be read: {error.strerror}") from None
 
 
+def check_replaceable(path: Path, replace: bool) -> None:
+    """Whether a bundle may be written at `path`.
+
+    Raises:
+        OutputError: something is there, and not to be replaced or no bundle.
+    """
+    if not path.exists():
+        return
+    if not replace:
+        raise OutputError(f"{path}: exists already; choose another name or give --force to replace it")
+    if not (path / MANIFEST).is_file():
+        raise OutputError(f"{path}: exists and is not a bundle; it is not replaced")
+
+
 class BundleWriter:
     """Writes a bundle into a temporary sibling and renames it into place; on any error nothing is left.
 
@@ -441,11 +455,7 @@ class BundleWriter:
         self.path = Path(path)
         if self.path.is_symlink():  # replace what it points to, not the link
             self.path = self.path.resolve()
-        if self.path.exists():
-            if not replace:
-                raise OutputError(f"{self.path}: exists already; choose another name or give --force to replace it")
-            if not (self.path / MANIFEST).is_file():
-                raise OutputError(f"{self.path}: exists and is not a bundle; it is not replaced")
+        check_replaceable(self.path, replace)
         self.folder = self.path.parent / f".{self.path.name}.partial-{secrets.token_hex(4)}"
         # first the promise to remove it, also at the interpreter's exit, then the folder
         weakref.finalize(self, shutil.rmtree, self.folder, True)
@@ -507,7 +517,9 @@ def _read_manifest(folder: Path) -> Manifest:
     except NotADirectoryError:
         raise BundleError(f"{folder}: is a file; give the bundle's folder") from None
     except FileNotFoundError:
-        raise BundleError(f"{folder}: not a bundle, {MANIFEST} is missing") from None
+        raise BundleError(
+            f"{folder}: not a bundle, {MANIFEST} is missing ('framestep export' makes a bundle of a checkpoint)"
+        ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise BundleError(f"{path}: cannot be read as JSON: {error}") from None
     if not isinstance(values, dict) or values.get("format") != FORMAT:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,15 @@ MAX_DROP = 0.5  # percentage points
 ON = 0.5
 
 
-def demo(folder: Path, source: str | None = None) -> dict[str, Any]:
+def demo(
+    folder: Path, source: str | None = None, progress: Callable[[str], None] = lambda line: None
+) -> dict[str, Any]:
     """Make clips, bundles, an annotated video and results in `folder`.
 
     Args:
         folder: made if needed; what an earlier demo left there is replaced.
         source: what to run on instead of the drawn clip.
+        progress: takes a line about each stage.
 
     Returns:
         What was made and measured, by name.
@@ -45,6 +49,7 @@ def demo(folder: Path, source: str | None = None) -> dict[str, Any]:
         clips.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{folder}: cannot be made: {error.strerror}") from None
+    progress("drawing clips")
     for number in range(CLIPS):
         draw_clip(clips / f"{number}.mp4", SEED + 1 + number, *CHECKED)
     truth = None
@@ -55,11 +60,11 @@ def demo(folder: Path, source: str | None = None) -> dict[str, Any]:
     for path in (float_bundle, bundle):
         shutil.rmtree(path, ignore_errors=True)
     labelling = LabelArguments(labels=MODEL / "labels.txt", text_embeddings=MODEL / "text_embeddings.safetensors")
+    progress("exporting the model, and checking the bundle against PyTorch")
     export(ExportArguments(str(MODEL), float_bundle, resize="stretch", rate=None, labelling=labelling))
-    calibration = calibrate(
-        CalibrateArguments(float_bundle, bundle, (str(clips),), max_drop=MAX_DROP), lambda line: None
-    )
+    calibration = calibrate(CalibrateArguments(float_bundle, bundle, (str(clips),), max_drop=MAX_DROP), progress)
     accuracy = calibration["accuracy"][0]
+    progress(f"running float32 and INT8 on {source}")
     float_run = _run(float_bundle, source, folder, annotate=False)
     int8_run = _run(bundle, source, folder, annotate=True)
     facts: dict[str, Any] = {

@@ -141,6 +141,37 @@ def test_usage_errors_are_one_line_and_exit_2(monkeypatch, capsys, arguments, me
     assert main(monkeypatch, *arguments) == 2
     printed = capsys.readouterr().err
     assert printed.startswith("framestep: ") and message in printed and printed.count("\n") == 1
+    assert f"(see `framestep{' run' if arguments[0] == 'run' else ''} --help`)" in printed
+
+
+@pytest.mark.parametrize("command", ["export", "calibrate"])
+def test_an_output_that_exists_is_told_before_anything_is_read(monkeypatch, capsys, tmp_path, command) -> None:
+    (tmp_path / "old.bundle").mkdir()
+    arguments = {"export": ["checkpoint"], "calibrate": [str(golden_bundle()), "--video", "synthetic"]}[command]
+    monkeypatch.setattr("framestep.export.checkpoint.find_checkpoint", unreachable)
+    monkeypatch.setattr("framestep.calibration.clips.read_clips", unreachable)
+    assert main(monkeypatch, command, *arguments, "-o", str(tmp_path / "old.bundle")) == 2
+    assert "old.bundle: exists already; choose another name or give --force" in capsys.readouterr().err
+
+
+def test_a_bundle_is_no_checkpoint(monkeypatch, capsys, tmp_path) -> None:
+    assert main(monkeypatch, "export", str(golden_bundle()), "-o", str(tmp_path / "new.bundle")) == 2
+    assert "steps.bundle: is a bundle already; export takes the checkpoint" in capsys.readouterr().err
+
+
+def test_export_says_what_it_is_at(monkeypatch, capsys, tmp_path) -> None:
+    assert main(monkeypatch, "export", "--random-init", "tiny", "-o", str(tmp_path / "new.bundle")) == 0
+    printed = capsys.readouterr()
+    assert printed.err.splitlines() == ["writing graphs and weights", "comparing the bundle with PyTorch"]
+    assert printed.out.startswith(str(tmp_path / "new.bundle"))
+
+
+def golden_bundle() -> Path:
+    return Path(__file__).parents[1] / "data" / "steps.bundle"
+
+
+def unreachable(*arguments, **options) -> None:
+    raise AssertionError
 
 
 def test_an_interrupt_exits_130(monkeypatch, capsys) -> None:

@@ -297,6 +297,11 @@ def test_events_have_hysteresis_and_none_is_of_the_background(stage: Stage, tmp_
     assert f"events     3 in {tmp_path}/events.jsonl" in summary.as_text().splitlines()
 
 
+def test_a_run_that_keeps_nothing_says_what_would_be_kept(stage: Stage) -> None:
+    summary = stage.run(StandInFile("clip.mp4", [DARK] * 3))
+    assert any(line.startswith("files      none; --output, --events") for line in summary.as_text().splitlines())
+
+
 def test_saved_features_are_every_frames(stage: Stage, tmp_path: Path) -> None:
     stage.run(StandInFile("clip.mp4", [0, 51, 102]), save_features=tmp_path / "out.npz")
     with np.load(tmp_path / "out.npz", allow_pickle=False) as found:

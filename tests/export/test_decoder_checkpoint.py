@@ -81,8 +81,8 @@ def test_an_export_tells_what_keeps_a_model_from_a_dialogue(pictured, tmp_path, 
         dialogue_models.byte_tokenizer(states).save(str(pictured / "tokenizer.json"))
     options = ["--capacity", str(capacity), "--frame-size", "28x56", "-o", str(tmp_path / "out.bundle")]
     result = CliRunner().invoke(app, ["export", str(pictured), *options])
-    assert re.search(note, result.output)
-    assert result.output.count("\n") == 2
+    assert re.search(note, result.stdout)
+    assert result.stdout.count("\n") == 2
 
 
 def test_older_files_have_flat_configs_and_other_prefixes(pictured, tmp_path):
