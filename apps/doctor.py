@@ -38,18 +38,19 @@ def examine() -> list[Finding]:
     looks: list[Callable[[], Finding]] = [
         _python,
         _processor,
+        _native_library,
         _onnxruntime,
         _onnxruntime_cuda,
         _gpu,
         _cuda,
         _tensorrt,
-        _triton,
         _opencv,
         _gstreamer,
         _display,
         _cameras,
         lambda: _package("torch", "export", "exporting checkpoints"),
         lambda: _package("onnx", "export", "exporting checkpoints"),
+        lambda: _package("triton", "torch", "--engine torch on an NVIDIA GPU"),
         lambda: _package("transformers", "export", "label texts from a SigLIP model"),
         lambda: _package("tokenizers", "text", "new labels from a bundle's text graph"),
     ]
@@ -93,6 +94,17 @@ def _processor() -> Finding:
         ]
         model = names[0] if names else model
     return Finding("processor", "ok", f"{model}, {usable_cores()} cores usable")
+
+
+def _native_library() -> Finding:
+    from ..runtime.errors import FramestepError
+    from ..runtime.library import LIBRARY, library
+
+    try:
+        library()
+    except FramestepError as error:
+        return Finding("native library", "problem", str(error))
+    return Finding("native library", "ok", str(LIBRARY))
 
 
 def _onnxruntime() -> Finding:
@@ -153,12 +165,6 @@ def _tensorrt() -> Finding:
     if missing:
         return Finding("TensorRT", "ok", f"{versions}: builds engines; to run them {', '.join(missing)} is missing")
     return Finding("TensorRT", "ok", versions)
-
-
-def _triton() -> Finding:
-    if not _installed("triton"):
-        return Finding("Triton", "absent", "not installed", "no engine of this version needs it")
-    return Finding("Triton", "ok", importlib.metadata.version("triton"))
 
 
 def _opencv() -> Finding:

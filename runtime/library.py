@@ -38,7 +38,10 @@ class Library:
         self.ffi: Any = FFI()
         self.ffi.cdef(text[text.index(BEGIN) : text.index(END)])
         if not path.is_file():
-            raise EngineError(f"{path}: the native library is missing; build it with 'pip install' from the checkout")
+            raise EngineError(
+                f"{path}: the native library is missing; build it with 'pip install -e {PACKAGE}', or, where framestep"
+                " is installed, run Python in another folder: in this one it finds the checkout first"
+            )
         try:
             self.functions: Any = self.ffi.dlopen(str(path))
             version = self.functions.fs_api_version()

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from io import StringIO
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from rich.console import Console
 
 from framestep.apps import cli, doctor
 from framestep.apps.doctor import Finding, examine, table
+from framestep.runtime.library import HEADER, Library
 from framestep.runtime.sources import Camera
 
 
@@ -62,6 +64,7 @@ def test_what_is_here_is_found() -> None:
         ("torch", "torch", "absent", "framestep[export]"),
         ("onnx", "onnx", "absent", "framestep[export]"),
         ("transformers", "transformers", "absent", "framestep[export]"),
+        ("triton", "triton", "absent", "framestep[torch]"),
         ("tokenizers", "tokenizers", "absent", "framestep[text]"),
     ],
 )
@@ -73,6 +76,15 @@ def test_an_absent_package_comes_with_what_to_install(
     assert finding.status == status and "not installed" in finding.found
     assert advice in finding.advice
     assert advice in printed([finding])
+
+
+def test_a_native_library_that_was_not_built_is_a_problem(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def absent() -> None:
+        Library(HEADER, tmp_path / "libframestep.so")
+
+    monkeypatch.setattr("framestep.runtime.library.library", absent)
+    finding = found("native library")
+    assert finding.status == "problem" and "build it with 'pip install -e" in finding.found
 
 
 def test_a_missing_opencv_is_one_problem(monkeypatch: pytest.MonkeyPatch) -> None:
