@@ -133,16 +133,18 @@ inline Floats add_scaled(Floats totals, Sums sums, Floats scales, float scale) {
     return {_mm256_fmadd_ps(_mm256_cvtepi32_ps(sums.low), _mm256_mul_ps(scales.low, row), totals.low),
             _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums.high), _mm256_mul_ps(scales.high, row), totals.high)};
 }
-// Of the sizes of `count` numbers, a multiple of 16.
+// Of the sizes of `count` numbers, a multiple of 16: compared by their bits, among which NaN is the largest.
 inline float largest(const float* at, int64_t count) {
-    const __m256 sign = _mm256_set1_ps(-0.0f);
-    __m256 most = _mm256_setzero_ps();
+    const __m256i size = _mm256_set1_epi32(0x7FFFFFFF);
+    __m256i most = _mm256_setzero_si256();
     for (int64_t index = 0; index < count; index += 8) {
-        most = _mm256_max_ps(most, _mm256_andnot_ps(sign, _mm256_loadu_ps(at + index)));
+        const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at + index));
+        most = _mm256_max_epu32(most, _mm256_and_si256(bits, size));
     }
-    __m128 four = _mm_max_ps(_mm256_castps256_ps128(most), _mm256_extractf128_ps(most, 1));
-    four = _mm_max_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
+    __m128i four = _mm_max_epu32(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
+    four = _mm_max_epu32(four, _mm_unpackhi_epi64(four, four));
+    four = _mm_max_epu32(four, _mm_shuffle_epi32(four, 1));
+    return _mm_cvtss_f32(_mm_castsi128_ps(four));
 }
 inline void store(float* at, Floats numbers) {
     _mm256_storeu_ps(at, numbers.low);
@@ -185,11 +187,17 @@ inline Floats load_floats(const float* at) { return _mm512_loadu_ps(at); }
 inline Floats add_scaled(Floats totals, Sums sums, Floats scales, float scale) {
     return _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums), _mm512_mul_ps(scales, _mm512_set1_ps(scale)), totals);
 }
-// Of the sizes of `count` numbers, a multiple of 16.
+// Of the sizes of `count` numbers, a multiple of 16: compared by their bits, among which NaN is the largest.
 inline float largest(const float* at, int64_t count) {
-    __m512 most = _mm512_setzero_ps();
-    for (int64_t index = 0; index < count; index += 16) most = _mm512_max_ps(most, _mm512_abs_ps(_mm512_loadu_ps(at + index)));
-    return _mm512_reduce_max_ps(most);
+    const __m512i size = _mm512_set1_epi32(0x7FFFFFFF);
+    __m512i most = _mm512_setzero_si512();
+    for (int64_t index = 0; index < count; index += 16) {
+        most = _mm512_max_epu32(most, _mm512_and_si512(_mm512_loadu_si512(at + index), size));
+    }
+    const uint32_t bits = _mm512_reduce_max_epu32(most);
+    float number;
+    std::memcpy(&number, &bits, sizeof number);
+    return number;
 }
 inline void store(float* at, Floats numbers) { _mm512_storeu_ps(at, numbers); }
 

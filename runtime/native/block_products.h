@@ -50,7 +50,8 @@ private:
     std::vector<float> bias_;
 };
 
-// Rows of float32 as integers: each block of a row by the scale at which its largest number is 127.
+// Rows of float32 as integers: each block of a row by the scale at which its largest number is 127. A block with a number
+// that is not finite gets a scale that is not, and so no product with it is.
 struct IntegerRows {
     int8_t* integers;  // [rows, inputs]
     float* scales;     // [rows, inputs / block]

@@ -414,6 +414,21 @@ def test_what_a_decoder_uses_otherwise_keeps_its_nodes(
 
 
 @pytest.mark.parametrize("simd", BLOCK_SIMD)
+@pytest.mark.parametrize("number", [np.nan, -np.nan, np.inf, -np.inf])
+def test_a_number_that_is_not_finite_makes_its_row_so(parts: Parts, simd: str, number: float) -> None:
+    x = np.random.default_rng(0).standard_normal((3, 64)).astype(np.float32)
+    x[1, 5] = number
+    stored, scales = np.full((64, 16), 3, np.uint8), np.ones((2, 16), np.float32)
+    y, rounded = np.empty((3, 16), np.float32), np.empty((3, 64), np.int8)
+    parts.library.parts_multiply(
+        block_simd_of(parts, simd), 8, *sizes(64, 16, 32), *pointers(stored, scales, None, x), *sizes(3, 1),
+        *pointers(rounded, y),
+    )  # fmt: skip
+    assert np.isfinite(y[[0, 2]]).all()
+    assert not np.isfinite(y[1]).any()
+
+
+@pytest.mark.parametrize("simd", BLOCK_SIMD)
 def test_blocks_are_read_as_the_graph_stores_them(parts: Parts, simd: str) -> None:
     """Odd outputs: of a row of INT4 the last integer shares its byte with the next row's first."""
     weight = np.random.default_rng(0).standard_normal((37, 64)).astype(np.float32)
