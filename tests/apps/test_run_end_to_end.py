@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import golden
 import numpy as np
 import pytest
 
@@ -41,10 +42,8 @@ def bundle(golden_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """325 frames of real footage where the checkout lies beside it, of moving shapes elsewhere."""
-    for folder in Path(__file__).resolve().parents[2:4]:
-        footage = folder / "shared" / "videos" / "nasa_13013.mp4"
-        if footage.is_file():
-            return footage
+    if footage := golden.real_footage():
+        return footage
     path = tmp_path_factory.mktemp("clip") / "shapes.mp4"
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), 25, (320, 180))
     for i in range(325):

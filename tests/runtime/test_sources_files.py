@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import golden
 import numpy as np
 import pytest
 
@@ -17,7 +18,7 @@ from framestep.runtime.errors import SourceError
 from framestep.runtime.sources import open_source
 
 HEIGHT, WIDTH = 96, 256
-REAL_FOOTAGE = Path("/work/shared/videos/nasa_13013.mp4")
+REAL_FOOTAGE = golden.real_footage()
 
 
 def picture(step: int) -> np.ndarray:
@@ -214,8 +215,9 @@ def test_closed_video_delivers_nothing_more(tmp_path: Path) -> None:
     source.close()
 
 
-@pytest.mark.skipif(not REAL_FOOTAGE.exists(), reason="the footage is not here")
+@pytest.mark.skipif(REAL_FOOTAGE is None, reason="the footage is not here")
 def test_real_footage_is_read_whole(reports: list[str]) -> None:
+    assert REAL_FOOTAGE is not None
     source = open_source(REAL_FOOTAGE, on_report=reports.append)
     shapes = {frame.rgb.shape for frame in source}
     assert (source._next_index, shapes, source.bad_frames, reports) == (325, {(180, 320, 3)}, 0, [])
