@@ -32,6 +32,7 @@ from .stopping import Stopping, stop_on_signals
 Report = Callable[[str], None]
 # what would move a terminal's cursor or clear it: control characters, but for the ends of lines and tabs
 SHOWN = {code: "\N{REPLACEMENT CHARACTER}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+NOTHING_ASKED = "no question stands: nothing is decided until one is asked, by --ask or as a line here"
 COMMANDS = (
     "/questions lists what was asked, /forget N withdraws question N;"
     " a question that begins with / needs a space before it"
@@ -95,19 +96,20 @@ class ChatSummary:
 
     def as_text(self) -> str:
         states = ", ".join(f"{count} {state}" for state, count in self.states.items()) or "none decided"
-        lines = [
-            f"{self.turns} turns ({self.stopped}): {states}; {self.answers} answers of {self.answer_tokens} tokens",
-            f"decision   {_spread(self.decision_ms)}",
+        answers = f"{self.answers} answers of {self.answer_tokens} tokens"
+        lines = [f"{answers} ({self.stopped})"]  # of a model that is asked: it decides nothing
+        if self.turns:
+            lines = [f"{self.turns} turns ({self.stopped}): {states}; {answers}"]
+            lines.append(f"decision   {_spread(self.decision_ms)}")
+        if self.answers:
+            lines.append(f"first word {_spread(self.first_token_ms)} after the frame")
+        if self.lag_ms.max:
+            lines.append(f"lag        {_spread(self.lag_ms)}")
+        lines += [
             f"memory     {self.taken} tokens taken in, {self.pruned} pruned, {self.forgotten} turns forgotten,"
             f" re-based {self.rebased} times, {self.dropped} turns dropped",
             f"engine     {self.engine}",
         ]
-        if self.lag_ms.max:
-            lines.insert(
-                2, f"lag        p50 {self.lag_ms.p50:.1f}  p99 {self.lag_ms.p99:.1f}  max {self.lag_ms.max:.1f} ms"
-            )
-        if self.answers:
-            lines.insert(2, f"first word {_spread(self.first_token_ms)} after the frame")
         if self.output:
             lines.append(f"events     {self.output}")
         return "\n".join(lines)
@@ -201,6 +203,8 @@ def chat(options: ChatOptions, write: Callable[[str], None], report: Report, lin
         talk = _Talk(options, session, conversation, Transcript(write), events, report)
         if not conversation.decides:
             talk.take(Notice(0.0, ASKED))
+        elif not options.questions:
+            talk.take(Notice(0.0, NOTHING_ASKED))
         threading.Thread(target=talk.listen, args=(iter(lines),), daemon=True).start()
         return talk.to_end(stopping)
 

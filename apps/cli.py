@@ -331,7 +331,8 @@ def recall(
             engine=engine,
             device=device,
             threads=threads,
-        )
+        ),
+        lambda line: None if as_json else print(line, file=sys.stderr, flush=True),
     )
     _print_facts(report.as_dict(), as_json, report.as_text())
 
@@ -393,7 +394,7 @@ def export(
     as_json: JsonOption = False,
 ) -> None:
     """Turn a checkpoint into a bundle, and check that both give the same."""
-    from .exporting import ExportArguments, LabelArguments
+    from .exporting import ExportArguments, LabelArguments, agreement
     from .exporting import export as export_checkpoint
 
     labelling = LabelArguments(labels, text_model, text_embeddings, tuple(template or ()), background, text_graph)
@@ -405,14 +406,10 @@ def export(
         lambda line: None if as_json else print(line, file=sys.stderr, flush=True),
     )  # fmt: skip
     notes = "".join(f"\nnote: {note}" for note in facts.get("notes", ()))
-    replayed = (
-        f"{facts['tokens_replayed']} tokens" if "tokens_replayed" in facts else f"{facts['frames_replayed']} frames"
-    )
     _print_facts(
         facts,
         as_json,
-        f"{facts['bundle']}: {facts['bytes'] / 1e6:.1f} MB, agrees with PyTorch within {facts['difference']:.1e}"
-        f" over {replayed}{notes}",
+        f"{facts['bundle']}: {facts['bytes'] / 1e6:.1f} MB, {agreement(facts)}{notes}",
     )
 
 

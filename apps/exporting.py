@@ -51,6 +51,15 @@ class ExportArguments:
     vision_tower: str | None = None
 
 
+def agreement(facts: dict[str, Any]) -> str:
+    """How well a bundle agrees with PyTorch, in words; see `export` for the facts."""
+    count = f"{facts['tokens_replayed']} tokens" if "tokens_replayed" in facts else f"{facts['frames_replayed']} frames"
+    found = [f"agrees with PyTorch within {facts['difference']:.1e} over {count}"] if "difference" in facts else []
+    if "quantization_error" in facts:
+        found.append(f"its integer weights move logits by up to {facts['quantization_error']:.1%} (random tokens)")
+    return "; ".join(found)
+
+
 # options that say something to one family only
 OF_STREAMFORMER = ("config", "image_size", "resize", "head")
 OF_DECODERS = ("precision", "capacity", "chunk", "frame_size", "vision_tower")
@@ -147,7 +156,8 @@ def _export_streamchat(arguments: ExportArguments, source: str, progress: Progre
     return {
         "bundle": str(report.path),
         "bytes": sum(entry.bytes for entry in manifest.files.values()),
-        "difference": report.difference,
+        # compared with the checkpoint's weights alone
+        ("quantization_error" if options.precision in ("w8", "w4") else "difference"): report.difference,
         "tokens_replayed": report.tokens,
     }
 

@@ -6,7 +6,8 @@ decided is noted. Silence is most of what a model decides, so agreement says lit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ from ..runtime.session import Session
 from ..runtime.sources import open_source
 
 NEVER = 1.0  # a probability that no state reaches
+PERIOD_S = 10.0  # between two lines about how far it is
+
+Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +102,11 @@ class RecallReport:
         return "\n".join(lines)
 
 
-def recall(options: RecallOptions) -> RecallReport:
+def recall(options: RecallOptions, progress: Progress = lambda line: None) -> RecallReport:
     """Show a video to two models, or to one with all and with fewer tokens.
+
+    Args:
+        progress: takes a line now and then about how far it is.
 
     Raises:
         FramestepError: an option, a bundle or the source is unusable.
@@ -109,8 +116,8 @@ def recall(options: RecallOptions) -> RecallReport:
     if not options.questions:
         raise FramestepError("recall: nothing is decided as long as no question stands; give --ask")
     whole = replace(options.dialogue, prune=None)
-    found, visual = _decisions(options, options.bundle, options.dialogue)
-    reference, _ = _decisions(options, options.against or options.bundle, whole)
+    found, visual = _decisions(options, options.bundle, options.dialogue, progress)
+    reference, _ = _decisions(options, options.against or options.bundle, whole, progress)
     return compare(str(options.bundle), str(options.against or options.bundle), reference, found, visual)
 
 
@@ -147,10 +154,16 @@ def compare(
     )
 
 
-def _decisions(options: RecallOptions, path: Path, dialogue: DialogueOptions) -> tuple[list[Decision], int]:
+def _decisions(
+    options: RecallOptions, path: Path, dialogue: DialogueOptions, progress: Progress
+) -> tuple[list[Decision], int]:
     """What is decided in each turn, all said to be silent, and the visual tokens that there were."""
     silent = replace(dialogue, response_from=NEVER, standby_from=NEVER, max_tokens=1)
     bundle = Bundle.open(path)
+    language = bundle.manifest.language
+    if language is not None and language.cross is not None:
+        raise FramestepError(f"{path}: does not decide when to speak; there is nothing to compare")
+    progress(f"showing {options.source} to {path}" + (f", pruned at {dialogue.prune:g}" if dialogue.prune else ""))
     with (
         Session(bundle, options.engine, options.device, 1, None, options.threads) as session,
         open_source(options.source, rate=dialogue.frames_a_second(bundle.manifest)) as source,
@@ -163,9 +176,13 @@ def _decisions(options: RecallOptions, path: Path, dialogue: DialogueOptions) ->
             for question in options.questions:
                 conversation.ask(question)
             found = []
+            due = time.monotonic() + PERIOD_S
             for event in conversation:
                 if isinstance(event, Decision) and event.probabilities is not None:
                     found.append(event)
+                    if time.monotonic() >= due:
+                        progress(f"{path}: {len(found)} turns decided")
+                        due = time.monotonic() + PERIOD_S
                     if len(found) == options.max_turns:
                         break
             manifest = session.bundle.manifest

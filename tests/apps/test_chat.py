@@ -73,6 +73,12 @@ def test_it_stops_after_max_turns(bundle):
     assert (summary["turns"], summary["stopped"]) == (2, "reached --max-turns")
 
 
+def test_a_chat_without_a_question_says_that_nothing_is_decided(bundle):
+    result = run(bundle, "-s", SOURCE, *SYSTEM, "--max-turns", 2)
+    assert result.exit_code == 0, result.output
+    assert "! no question stands: nothing is decided until one is asked" in result.output
+
+
 def test_pruned_tokens_are_counted(bundle):
     still = "synthetic:frames=6,fps=1,width=56,height=28"
     summary = json.loads(run(bundle, "-s", still, *SYSTEM, "--prune", 0.01, "--json").stdout)

@@ -34,6 +34,7 @@ def test_chat_needs_no_option_that_the_user_must_know(bundle, tmp_path):
     found = CliRunner().invoke(app, arguments)
     assert found.exit_code == 0, found.output
     assert "? What is happening?" in found.output
+    assert "1 answers of 9 tokens (the source ended)" in found.output and "decision" not in found.output
     events = [json.loads(line) for line in output.read_text("utf-8").splitlines()]
     kinds = [event["event"] for event in events]
     assert kinds.count("Asked") == kinds.count("Answer") == 1
@@ -52,6 +53,13 @@ def test_inspect_tells_how_many_frames_text_attends_to(bundle):
 def test_run_says_how_to_use_it(bundle):
     found = CliRunner().invoke(app, ["run", str(bundle), "--source", "synthetic"])
     assert str(found.exception) == f"{bundle}: a streamchat is talked with: framestep chat {bundle}"
+
+
+def test_recall_says_that_it_decides_nothing(bundle):
+    found = CliRunner().invoke(
+        app, ["recall", str(bundle), "--against", str(bundle), "-s", "synthetic", "--ask", "What?"]
+    )
+    assert str(found.exception) == f"{bundle}: does not decide when to speak; there is nothing to compare"
 
 
 def test_converse_follows(bundle):

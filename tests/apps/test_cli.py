@@ -9,6 +9,7 @@ import pytest
 
 from framestep.apps import cli
 from framestep.apps import run as run_module
+from framestep.apps.exporting import agreement
 from framestep.apps.latency import Percentiles
 from framestep.apps.run import SourceSummary, Summary
 from framestep.apps.run_options import RunOptions
@@ -164,6 +165,21 @@ def test_export_says_what_it_is_at(monkeypatch, capsys, tmp_path) -> None:
     printed = capsys.readouterr()
     assert printed.err.splitlines() == ["writing graphs and weights", "comparing the bundle with PyTorch"]
     assert printed.out.startswith(str(tmp_path / "new.bundle"))
+
+
+@pytest.mark.parametrize(
+    ("facts", "text"),
+    [
+        ({"difference": 8.6e-6, "frames_replayed": 18}, "agrees with PyTorch within 8.6e-06 over 18 frames"),
+        (
+            {"difference": 8e-7, "quantization_error": 0.125, "tokens_replayed": 14},
+            "agrees with PyTorch within 8.0e-07 over 14 tokens; its integer weights move logits by up to 12.5%",
+        ),
+        ({"quantization_error": 0.5, "tokens_replayed": 12}, "its integer weights move logits by up to 50.0%"),
+    ],
+)
+def test_what_integers_change_is_not_called_agreement(facts, text) -> None:
+    assert agreement(facts).startswith(text)
 
 
 def golden_bundle() -> Path:
