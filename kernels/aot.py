@@ -139,12 +139,11 @@ def prefill_variant(dtype: str, window: int, head_dim: int = 64) -> Variant:
     types |= {"position": "*i64", "out": pointer, "scale": "fp32", "frames": "i32", "rows": "i32", "heads": "i32"}
     types |= {f"{part}_{axis}": "i64" for part in ("query", "key", "value") for axis in "stnh"}
     types |= {"key_ring_s": "i64", "value_ring_s": "i64"}
-    frames = prefill.LEAST_TILE
+    cut = prefill.plan(16, window, head_dim, ITEM_BYTES[dtype])
     constants: dict[str, int | bool] = {"WINDOW": window, "HEAD_DIM": head_dim}
-    constants |= {"BLOCK_D": triton.next_power_of_2(head_dim), "BLOCK_T": frames}
-    constants |= {"BLOCK_W": min(prefill.TILE, max(prefill.LEAST_TILE, triton.next_power_of_2(window)))}
-    grid = (f"rows * ceil(frames / {frames})", "streams", "1")
-    return Variant(f"prefill_{dtype}_w{window}", prefill.prefill_kernel, types, constants, grid)
+    constants |= {"BLOCK_D": triton.next_power_of_2(head_dim), "BLOCK_T": cut.frames, "BLOCK_W": cut.slots}
+    grid = (f"rows * ceil(frames / {cut.frames})", "streams", "1")
+    return Variant(f"prefill_{dtype}_w{window}", prefill.prefill_kernel, types, constants, grid, cut.warps)
 
 
 def prefill_write_variant(dtype: str, window: int, head_dim: int = 64) -> Variant:
@@ -169,12 +168,14 @@ def decode_variant(dtype: str, tokens: int, head_dim: int = 64) -> Variant:
     types |= {name: "i32" for name in ("kv_heads", "group", "tokens", "capacity")}
     types |= {f"{part}_{axis}": "i64" for part in ("query", "key", "value") for axis in "bht"}
     types |= {"key_cache_b": "i64", "value_cache_b": "i64", "mask_b": "i64", "mask_t": "i64"}
-    rows = decode.LEAST_TILE if tokens == 1 else decode.MOST_ROWS
+    group = 8  # at most, of one token
+    cut = decode.plan(1, group * tokens, 1, head_dim, ITEM_BYTES[dtype], PROCESSORS)
+    rows = cut.rows
     constants: dict[str, int | bool] = {"HEAD_DIM": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim)}
     constants |= {"BLOCK_M": rows, "BLOCK_T": max(decode.LEAST_TILE, triton.next_power_of_2(tokens))}
-    constants |= {"BLOCK_C": decode.TILE_SLOTS, "SPLITS": 1}
+    constants |= {"BLOCK_C": cut.slots, "SPLITS": 1, "STAGES": cut.stages}
     grid = ("sequences * kv_heads", f"ceil(group * tokens / {rows})", "1")
-    return Variant(f"decode_{dtype}_t{tokens}", decode.decode_kernel, types, constants, grid)
+    return Variant(f"decode_{dtype}_t{tokens}", decode.decode_kernel, types, constants, grid, decode.WARPS)
 
 
 def norm_variant(dtype: str, width: int) -> Variant:

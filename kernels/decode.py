@@ -12,6 +12,8 @@ Sizes: B sequences, Hq query heads, Hkv key heads, G = Hq / Hkv, T new tokens, C
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -23,10 +25,70 @@ from .temporal import processors
 
 LEAST_TILE = 16  # of a matrix product
 MOST_ROWS = 64  # queries of one program
-TILE_SLOTS = 64
+MOST_SLOTS = 64  # of one tile
+TILE_BYTES = 8192  # of its keys, and of its values
+WARPS = 4
+STAGES = 3
 MOST_SPLITS = 32
-SPLIT_SLOTS = 256  # fewer slots than this are not worth a second launch
-PROGRAMS_PER_PROCESSOR = 2
+SPLIT_SLOTS = 128  # fewer slots than this are not worth a part of their own
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How the work is cut.
+
+    Attributes:
+        rows: queries of one program, a power of 2.
+        slots: slots of one tile, a power of 2.
+        splits: parts of the cache, each summed by programs of its own.
+        stages: tiles that are fetched ahead through shared memory; 1 for none.
+    """
+
+    rows: int
+    slots: int
+    splits: int
+    stages: int
+
+
+def plan(key_heads: int, queries: int, capacity: int, head_dim: int, itemsize: int, processors: int) -> Launch:
+    """The launch for these sizes on a GPU with so many multiprocessors.
+
+    Args:
+        key_heads: of all sequences.
+        queries: that share a key head: its query heads times the tokens.
+    """
+    rows = min(MOST_ROWS, max(LEAST_TILE, triton.next_power_of_2(queries)))
+    slots = max(LEAST_TILE, min(MOST_SLOTS, TILE_BYTES // (triton.next_power_of_2(head_dim) * itemsize)))
+    resident = (4 if rows == LEAST_TILE else 2) * processors  # programs at a time, for want of registers
+    splits = min(resident // (key_heads * triton.cdiv(queries, rows)), capacity // SPLIT_SLOTS, MOST_SPLITS)
+    return Launch(rows, slots, max(1, splits), STAGES)
+
+
+@triton.jit
+def is_old(slot, end, write, tokens):
+    """Slots before `end` that are not written now."""
+    return (slot < end) & ((slot < write) | (slot >= write + tokens))
+
+
+@triton.jit
+def load_mask(seen, start, end, row_here, write, tokens, BLOCK_C: tl.constexpr):
+    """Which rows see which old slots of a tile: [BLOCK_M, BLOCK_C]."""
+    slot = start + tl.arange(0, BLOCK_C)
+    here = row_here[:, None] & is_old(slot, end, write, tokens)[None, :]
+    return tl.load(seen + slot[None, :], mask=here, other=0) != 0
+
+
+@triton.jit
+def is_any(visible):
+    return tl.max(tl.max(visible.to(tl.int32), axis=1), axis=0) > 0
+
+
+@triton.jit
+def load_tile(rows, start, end, i_here, write, tokens, HEAD_DIM: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Keys or values of a tile's old slots, [BLOCK_C, BLOCK_D]."""
+    slot = start + tl.arange(0, BLOCK_C)
+    here = is_old(slot, end, write, tokens)[:, None] & i_here[None, :]
+    return tl.load(rows + slot.to(tl.int64)[:, None] * HEAD_DIM, mask=here, other=0.0)
 
 
 @triton.jit
@@ -66,6 +128,7 @@ def decode_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
     SPLITS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     b = (tl.program_id(0) // kv_heads).to(tl.int64)
     kv_head = tl.program_id(0) % kv_heads
@@ -86,19 +149,23 @@ def decode_kernel(
     write = tl.load(write_index + b)
     seen = slot_mask + b * mask_b + t.to(tl.int64)[:, None] * mask_t  # [BLOCK_M, 1]
 
-    cache_at = kv_head.to(tl.int64) * capacity * HEAD_DIM
+    cache_at = kv_head.to(tl.int64) * capacity * HEAD_DIM + i[None, :]
+    keys = key_cache + b * key_cache_b + cache_at  # [1, BLOCK_D]
+    values = value_cache + b * value_cache_b + cache_at
     tiles = tl.cdiv(tl.cdiv(capacity, SPLITS), BLOCK_C)  # of one split
     begin = split * tiles * BLOCK_C
-    for start in tl.range(begin, tl.minimum(begin + tiles * BLOCK_C, capacity), BLOCK_C):
-        slot = start + tl.arange(0, BLOCK_C)
-        old = (slot < capacity) & ((slot < write) | (slot >= write + tokens))
-        visible = tl.load(seen + slot[None, :], mask=row_here[:, None] & old[None, :], other=0) != 0
-        if tl.max(tl.max(visible.to(tl.int32), axis=1), axis=0) > 0:
-            tile_at = cache_at + slot.to(tl.int64)[:, None] * HEAD_DIM + i[None, :]
-            tile_here = old[:, None] & i_here[None, :]
-            k = tl.load(key_cache + b * key_cache_b + tile_at, mask=tile_here, other=0.0)
-            v = tl.load(value_cache + b * value_cache_b + tile_at, mask=tile_here, other=0.0)
+    end = tl.minimum(begin + tiles * BLOCK_C, capacity)
+    # whether a tile is read hangs on its mask, which therefore comes a tile earlier
+    visible = load_mask(seen, begin, end, row_here, write, tokens, BLOCK_C)
+    for start in tl.range(begin, end, BLOCK_C, num_stages=STAGES):
+        some = is_any(visible)
+        read_end = tl.where(some, end, start)
+        k = load_tile(keys, start, read_end, i_here, write, tokens, HEAD_DIM, BLOCK_C)
+        v = load_tile(values, start, read_end, i_here, write, tokens, HEAD_DIM, BLOCK_C)
+        visible_next = load_mask(seen, start + BLOCK_C, end, row_here, write, tokens, BLOCK_C)
+        if some:
             m, length, acc = attend_tile(q, k, v, visible, m, length, acc, scale)
+        visible = visible_next
 
     if split == 0:
         j = tl.arange(0, BLOCK_T)
@@ -106,14 +173,13 @@ def decode_kernel(
         fits = (j < tokens) & (slot < capacity)
         new_here = fits[:, None] & i_here[None, :]
         j_at = j.to(tl.int64)[:, None]
-        k = tl.load(key + b * key_b + kv_head * key_h + j_at * key_t + i[None, :], mask=new_here, other=0.0)
-        v = tl.load(value + b * value_b + kv_head * value_h + j_at * value_t + i[None, :], mask=new_here, other=0.0)
-        visible = tl.load(seen + slot[None, :], mask=row_here[:, None] & fits[None, :], other=0) != 0
-        m, length, acc = attend_tile(q, k, v, visible, m, length, acc, scale)
+        k_new = tl.load(key + b * key_b + kv_head * key_h + j_at * key_t + i[None, :], mask=new_here, other=0.0)
+        v_new = tl.load(value + b * value_b + kv_head * value_h + j_at * value_t + i[None, :], mask=new_here, other=0.0)
+        seen_new = tl.load(seen + slot[None, :], mask=row_here[:, None] & fits[None, :], other=0) != 0
+        m, length, acc = attend_tile(q, k_new, v_new, seen_new, m, length, acc, scale)
         if block == 0:
-            new_at = cache_at + slot[:, None] * HEAD_DIM + i[None, :]
-            tl.store(key_cache + b * key_cache_b + new_at, k, mask=new_here)
-            tl.store(value_cache + b * value_cache_b + new_at, v, mask=new_here)
+            tl.store(keys + slot[:, None] * HEAD_DIM, k_new, mask=new_here)
+            tl.store(values + slot[:, None] * HEAD_DIM, v_new, mask=new_here)
 
     out_row = (b * kv_heads * group + head) * tokens + t
     out_at = out_row[:, None] * HEAD_DIM + i[None, :]
@@ -136,26 +202,24 @@ def launch(
     write_index: Tensor,
     slot_mask: Tensor,
     scale: float,
-    splits: int | None = None,
+    cut: Launch | None = None,
 ) -> Tensor:
     """Run the kernel; shapes as in `operators.decode_attention`, unchecked.
 
     Args:
-        splits: parts that the cache is cut into; default: as many as keep the GPU busy.
+        cut: how the work is cut; default: `plan`.
     """
     sequences, query_heads, tokens, head_dim = query.shape
     kv_heads, capacity = key_cache.shape[1], key_cache.shape[2]
     group = query_heads // kv_heads
-    block_m = min(MOST_ROWS, max(LEAST_TILE, triton.next_power_of_2(group * tokens)))
-    programs = sequences * kv_heads * triton.cdiv(group * tokens, block_m)
-    if splits is None:
-        wanted = triton.cdiv(PROGRAMS_PER_PROCESSOR * processors(query.device), programs)
-        splits = max(1, min(wanted, capacity // SPLIT_SLOTS, MOST_SPLITS))
+    if cut is None:
+        sizes = sequences * kv_heads, group * tokens, capacity, head_dim, query.element_size()
+        cut = plan(*sizes, processors(query.device))
     out = torch.empty((sequences, query_heads, tokens, head_dim), dtype=query.dtype, device=query.device)
-    parts = Parts(splits, sequences * query_heads * tokens, head_dim, query.device) if splits > 1 else None
+    parts = Parts(cut.splits, sequences * query_heads * tokens, head_dim, query.device) if cut.splits > 1 else None
     unused = out  # a pointer must be given, and is not followed
     mask = slot_mask.view(torch.uint8)
-    decode_kernel[(sequences * kv_heads, triton.cdiv(group * tokens, block_m), splits)](
+    decode_kernel[(sequences * kv_heads, triton.cdiv(group * tokens, cut.rows), cut.splits)](
         query,
         key,
         value,
@@ -180,11 +244,12 @@ def launch(
         *mask.stride()[:2],
         HEAD_DIM=head_dim,
         BLOCK_D=triton.next_power_of_2(head_dim),
-        BLOCK_M=block_m,
+        BLOCK_M=cut.rows,
         BLOCK_T=max(LEAST_TILE, triton.next_power_of_2(tokens)),
-        BLOCK_C=TILE_SLOTS,
-        SPLITS=splits,
-        num_warps=4,
+        BLOCK_C=cut.slots,
+        SPLITS=cut.splits,
+        STAGES=cut.stages,
+        num_warps=WARPS,
         enable_fp_fusion=True,
     )
     if parts is not None:

@@ -10,6 +10,8 @@ Sizes: S streams, T frames, N patches, H heads, R = N * H rows, W window, d head
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -20,7 +22,33 @@ from .softmax import attend_tile
 
 TILE = 64  # most frames or slots of one tile
 LEAST_TILE = 16  # of a matrix product
+WARPS = 4  # at most
 WRITE_ROWS = 16  # rows of one program of the update
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How the attention is cut.
+
+    Attributes:
+        frames: of one program, a power of 2.
+        slots: of one tile, a power of 2; frames of the past or among the T.
+        warps: of one program.
+    """
+
+    frames: int
+    slots: int
+    warps: int
+
+
+def plan(frames: int, window: int, head_dim: int, itemsize: int) -> Launch:
+    """The launch for so many frames over a window."""
+    most = min(TILE, max(LEAST_TILE, triton.next_power_of_2(frames)))
+    slots = min(TILE, max(LEAST_TILE, triton.next_power_of_2(window)))
+    # a warp's matrix product has 16 rows; more warps would compute the same numbers and wait for each other
+    share = most // LEAST_TILE * triton.cdiv(triton.next_power_of_2(head_dim), 64)
+    # float32 products are made of ordinary multiplications, which take a warp more registers than it has
+    return Launch(most, slots, WARPS if itemsize == 4 else min(WARPS, share))
 
 
 @triton.jit
@@ -149,11 +177,10 @@ def launch(
     """Run the kernels; shapes as in `operators.causal_prefill`, unchecked."""
     streams, frames, _, heads, head_dim = query.shape
     rows, window = key_ring.shape[1], key_ring.shape[2]
-    block_t = min(TILE, max(LEAST_TILE, triton.next_power_of_2(frames)))
-    block_w = min(TILE, max(LEAST_TILE, triton.next_power_of_2(window)))
+    cut = plan(frames, window, head_dim, query.element_size())
     block_d = triton.next_power_of_2(head_dim)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    prefill_kernel[(rows * triton.cdiv(frames, block_t), streams)](
+    prefill_kernel[(rows * triton.cdiv(frames, cut.frames), streams)](
         query,
         key,
         value,
@@ -173,9 +200,9 @@ def launch(
         WINDOW=window,
         HEAD_DIM=head_dim,
         BLOCK_D=block_d,
-        BLOCK_T=block_t,
-        BLOCK_W=block_w,
-        num_warps=4,
+        BLOCK_T=cut.frames,
+        BLOCK_W=cut.slots,
+        num_warps=cut.warps,
         enable_fp_fusion=True,
     )
     kept = min(frames, window)

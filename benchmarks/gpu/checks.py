@@ -178,6 +178,7 @@ def _decode(section: Section, inputs: Inputs, dtype: torch.dtype, small: bool) -
     if not small:
         shapes += [(3, 32, 8, 5, 300, 128, 3), (1, 3, 3, 17, 100, 40, None)]
     for B, Hq, Hkv, T, C, d, splits in shapes:
+        cut = splits and decode.Launch(16, 32, splits, 3)
         query = inputs.normal(B, T, Hq, d, dtype=dtype).transpose(1, 2)
         key, value = (inputs.normal(B, T, Hkv, d, dtype=dtype).transpose(1, 2) for _ in range(2))
         caches = [inputs.normal(B, Hkv, C, d, dtype=dtype) for _ in range(2)]
@@ -188,7 +189,7 @@ def _decode(section: Section, inputs: Inputs, dtype: torch.dtype, small: bool) -
         wide = [cache.double() for cache in caches]
         expected = reference.decode_attention(query.double(), key.double(), value.double(), *wide, write, mask, d**-0.5)
         with poisoned():
-            found = decode.launch(query, key, value, *caches, write, mask, d**-0.5, splits)
+            found = decode.launch(query, key, value, *caches, write, mask, d**-0.5, cut)
         label = _label("decode_attention", dtype, (B, f"{Hq}/{Hkv}", T, C, d))
         section.check(label, error(found, expected), LIMITS[dtype])
         for part, cache, right in zip(("keys", "values"), caches, wide, strict=True):

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from framestep.kernels import decode, reference
+from framestep.kernels.decode import Launch
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -27,13 +28,17 @@ def inputs(device, B, Hq, Hkv, T, C, d, write, dtype, seed=0):
     return query, key, value, *caches, write_index, mask
 
 
+def in_parts(splits):
+    return splits and Launch(16, 32, splits, 3)
+
+
 def check(given, splits=None):
     query, key, value, key_cache, value_cache, write_index, mask = given
     copies = [key_cache.double(), value_cache.double()]
     expected = reference.decode_attention(
         query.double(), key.double(), value.double(), *copies, write_index, mask, query.shape[-1] ** -0.5
     )
-    found = decode.launch(*given, query.shape[-1] ** -0.5, splits)
+    found = decode.launch(*given, query.shape[-1] ** -0.5, in_parts(splits))
     assert error(found, expected) <= TOLERANCE[query.dtype]
     assert torch.equal(key_cache.double(), copies[0])
     assert torch.equal(value_cache.double(), copies[1])
@@ -66,7 +71,7 @@ def test_any_mask_and_a_token_that_sees_nothing_gets_zeros(device, splits):
     mask[0, 1] = False
     given = query, key, value, *caches, write, mask
     check(given, splits)
-    assert not decode.launch(*given, 0.2, splits)[0, :, 1].any()
+    assert not decode.launch(*given, 0.2, in_parts(splits))[0, :, 1].any()
 
 
 def test_a_mask_shared_by_all_tokens_is_not_copied(device):
@@ -75,8 +80,27 @@ def test_a_mask_shared_by_all_tokens_is_not_copied(device):
     check((query, key, value, *caches, write, shared))
 
 
-def test_hidden_slots_are_never_read(device):
-    query, key, value, key_cache, value_cache, write, mask = inputs(device, 1, 2, 1, 1, 256, 32, [20], torch.float32)
-    key_cache[:, :, 64:] = torch.nan  # whole tiles of which nothing is visible
-    value_cache[:, :, 64:] = torch.nan
-    assert decode.launch(query, key, value, key_cache, value_cache, write, mask, 0.2).isfinite().all()
+@pytest.mark.parametrize("hidden", [slice(64, None), slice(0, 64), slice(64, 192)])
+def test_tiles_of_which_nothing_is_visible_are_never_read(device, hidden):
+    query, key, value, *caches, write, mask = inputs(device, 1, 2, 1, 1, 256, 32, [255], torch.float32)
+    mask[:, :, hidden] = False
+    for cache in caches:
+        cache[:, :, hidden] = torch.nan
+    for cut in (Launch(16, 32, 1, 3), Launch(16, 64, 1, 3), Launch(16, 64, 3, 2)):
+        assert decode.launch(query, key, value, *caches, write, mask, 0.2, cut).isfinite().all()
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_slots_that_are_written_are_never_read(device, splits):
+    query, key, value, *caches, write, mask = inputs(device, 1, 2, 1, 5, 256, 32, [126], torch.float32)
+    for cache in caches:
+        cache[:, :, 126:131] = torch.nan
+    assert decode.launch(query, key, value, *caches, write, mask, 0.2, in_parts(splits)).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("key_heads", "queries", "capacity", "splits"),
+    [(2, 7, 4096, 32), (2, 7, 512, 4), (64, 7, 4096, 8), (256, 4, 4096, 2), (1000, 7, 4096, 1), (2, 448, 4096, 18)],
+)
+def test_parts_of_a_cache_run_side_by_side_and_none_waits(key_heads, queries, capacity, splits):
+    assert decode.plan(key_heads, queries, capacity, 64, 2, processors=132).splits == splits
