@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import threading
+from pathlib import Path
 
 import decoder_models
 import dialogue_models
@@ -77,6 +79,19 @@ def test_a_chat_without_a_question_says_that_nothing_is_decided(bundle):
     result = run(bundle, "-s", SOURCE, *SYSTEM, "--max-turns", 2)
     assert result.exit_code == 0, result.output
     assert "! no question stands: nothing is decided until one is asked" in result.output
+
+
+def test_what_the_guide_makes_without_a_checkpoint_can_be_talked_with(tmp_path, monkeypatch):
+    """The page's own Python and commands."""
+    page = (Path(__file__).parents[2] / "docs" / "decoders.md").read_text("utf-8")
+    monkeypatch.chdir(tmp_path)
+    (program,) = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    exec(compile(program, "decoders.md", "exec"), {})
+    (commands,) = re.findall(r"^```bash\n(.*?)^```", page, re.M | re.S)
+    for line in commands.splitlines():
+        found = CliRunner().invoke(app, shlex.split(line)[1:])
+        assert found.exit_code == 0, found.output
+    assert "? Tell me when the light turns green." in found.output and "12 turns (the source ended)" in found.output
 
 
 def test_pruned_tokens_are_counted(bundle):
