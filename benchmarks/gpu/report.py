@@ -16,7 +16,9 @@ TITLES = {
     "compiled": "The same through TensorRT and ONNX Runtime, host to host",
     "baselines": "PyTorch's own ways, one stream, host to host",
     "kernels": "Where a float16 step's time goes on the device",
-    "tune": "Ways to cut temporal_attention",
+    "tune": "Ways to cut temporal_attention: share of copy by streams x window, best rule first",
+    "tune_parts": "Parts of a window: share of copy",
+    "tune_decoder": "Parts of a decoder's cache: microseconds",
 }
 
 

@@ -105,12 +105,12 @@ def compare(section: Section, hardware: Hardware, sizes: Sizes, work: Path) -> N
         hardware.free()
     ring = RingStep(model, sizes.window, torch.float16, device).eval()
     _check_ring(section, sizes, model, device)
+    if section.left() > 20:
+        section.attempt("torch.compile", lambda: _compiled(section, hardware, sizes, ring, frame))
+    else:
+        section.skip("torch.compile: no time left")
     for position in sizes.positions:
         _eager(section, hardware, "eager, ring, float16", ring, frame, position, 50)
-    if section.left() < 20:
-        section.skip("torch.compile: no time left")
-        return
-    section.attempt("torch.compile", lambda: _compiled(section, hardware, sizes, ring, frame))
 
 
 def _precision(

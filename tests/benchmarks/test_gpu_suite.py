@@ -20,6 +20,9 @@ gpu_suite = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(gpu_suite)
 
 
+REHEARSED = ("bandwidth", "step", "prime", "decoding", "compare", "tune")
+
+
 def run(*arguments, suite=SUITE, cwd=None):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -35,7 +38,7 @@ def rehearsal(tmp_path_factory):
     ignored = shutil.ignore_patterns(".*", "__pycache__", "tests", "build", "out", "*.egg-info")
     shutil.copytree(ROOT, checkout, ignore=ignored, symlinks=True)
     suite = checkout / "benchmarks" / "gpu_suite.py"
-    names = [part for name in ("bandwidth", "step", "prime", "decoding", "compare") for part in ("--only", name)]
+    names = [part for name in REHEARSED for part in ("--only", name)]
     done = run("--rehearse", "-o", folder / "found", *names, suite=suite, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder / "found"
@@ -43,13 +46,37 @@ def rehearsal(tmp_path_factory):
 
 def test_a_rehearsal_runs_its_sections_and_every_result_is_right(rehearsal):
     results = json.loads((rehearsal / "gpu.json").read_text())
-    assert [section["name"] for section in results["sections"]] == ["bandwidth", "step", "prime", "decoding", "compare"]
+    assert [section["name"] for section in results["sections"]] == list(REHEARSED)
     assert all(section["failures"] == [] == section["skipped"] for section in results["sections"])
     rows = {table: found for section in results["sections"] for table, found in section["rows"].items()}
     assert {row["precision"] for row in rows["step"]} == {"fp16", "fp32"}
     assert {row["name"].split(",")[0] for row in rows["baselines"]} == {"eager", "torch.compile"}
     assert any("flex microseconds" in row for row in rows["temporal_attention"])
     assert all(row["good"] for row in rows["checks"])
+
+
+def test_the_best_way_to_cut_is_the_first_line_of_its_table(rehearsal):
+    results = json.loads((rehearsal / "gpu.json").read_text())
+    rows = results["sections"][-1]["rows"]
+    assert {row["launch"].endswith(", planned") for row in rows["tune"]} == {True, False}
+    worst = [row["worst_of_best"] for row in rows["tune"]]
+    assert worst == sorted(worst, reverse=True) and worst[0] > 0
+    assert rows["tune_parts"][0]["1 parts"] and rows["tune_decoder"][0]["planned"]
+
+
+def test_a_launch_that_fails_somewhere_is_no_rule():
+    from framestep.benchmarks.gpu.tune import rank
+
+    shares = {"a": {"4 x 64": 0.8, "1 x 16": 0.5}, "b": {"4 x 64": 0.9}, "c": {"4 x 64": 0.7, "1 x 16": 0.6}}
+    assert [row["launch"] for row in rank(shares)] == ["a", "c", "b"]
+    assert rank(shares)[0]["worst_of_best"] == pytest.approx(0.5 / 0.6)
+
+
+def test_what_the_targets_are_judged_by_comes_first():
+    names = list(gpu_suite.SECTIONS)
+    assert set(names[:5]) == {"checks", "step", "bandwidth", "streams", "compare"}
+    enough = gpu_suite.LIMIT_SECONDS - gpu_suite.GRACE_SECONDS
+    assert sum(gpu_suite.SECTIONS[name] for name in names[:5]) <= enough
 
 
 def test_a_rehearsal_says_that_its_times_mean_nothing(rehearsal):
