@@ -24,9 +24,8 @@ from .softmax import attend_tile
 from .temporal import processors
 
 LEAST_TILE = 16  # of a matrix product
-MOST_ROWS = 64  # queries of one program
-MOST_SLOTS = 64  # of one tile
-TILE_BYTES = 8192  # of its keys, and of its values
+MOST_TILE = 64
+TILE_BYTES = 8192  # of a program's queries, of a tile's keys, and of its values
 WARPS = 4
 STAGES = 3
 MOST_SPLITS = 32
@@ -57,11 +56,11 @@ def plan(key_heads: int, queries: int, capacity: int, head_dim: int, itemsize: i
         key_heads: of all sequences.
         queries: that share a key head: its query heads times the tokens.
     """
-    rows = min(MOST_ROWS, max(LEAST_TILE, triton.next_power_of_2(queries)))
-    slots = max(LEAST_TILE, min(MOST_SLOTS, TILE_BYTES // (triton.next_power_of_2(head_dim) * itemsize)))
+    most = max(LEAST_TILE, min(MOST_TILE, TILE_BYTES // (triton.next_power_of_2(head_dim) * itemsize)))
+    rows = min(most, max(LEAST_TILE, triton.next_power_of_2(queries)))
     resident = (4 if rows == LEAST_TILE else 2) * processors  # programs at a time, for want of registers
     splits = min(resident // (key_heads * triton.cdiv(queries, rows)), capacity // SPLIT_SLOTS, MOST_SPLITS)
-    return Launch(rows, slots, max(1, splits), STAGES)
+    return Launch(rows, most, max(1, splits), STAGES)
 
 
 @triton.jit
