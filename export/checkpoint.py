@@ -142,9 +142,8 @@ def weight_files(path: Path) -> list[Path]:
     if len(found) == 1:
         return found
     names = ", ".join(file.name for file in found) or "none"
-    raise CheckpointError(
-        f"{path}: expected model.safetensors or one .pt/.pth file, found {names}; give the file itself"
-    )
+    hint = "give the file itself" if found else "give the checkpoint's own folder"
+    raise CheckpointError(f"{path}: expected model.safetensors or one .pt/.pth file, found {names}; {hint}")
 
 
 def read_json(path: Path, hint: str = "") -> dict[str, Any]:

@@ -36,7 +36,10 @@ def add_half(bundle: Bundle) -> Bundle:
     """
     if FLOAT not in bundle.manifest.precisions:
         found = ", ".join(bundle.manifest.precisions)
-        raise BundleError(f"{bundle.path}: fp16 is derived from fp32, and this bundle has {found}")
+        raise BundleError(
+            f"{bundle.path}: fp16 is derived from fp32, and this bundle has {found}; take the bundle that it was"
+            " calibrated from, or calibrate that with --precision fp16+int8 and build with the same"
+        )
     old = bundle.manifest.at(FLOAT)
     graphs = {}
     try:

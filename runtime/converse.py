@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from .conversation import Conversation, FrameSource
 from .dialogue import DialogueOptions
+from .errors import FramestepError
 from .events import Event, Notice
 from .following import Following
 from .questions import Question
@@ -48,6 +49,10 @@ def converse(
     Raises:
         FramestepError: a question, an option or the bundle is unusable, or the source was lost.
     """
+    if isinstance(questions, str):
+        raise FramestepError(
+            f"questions: expected a list of texts, found the text '{questions}'; write ['{questions}']"
+        )
     with open_conversation(session, source, options) as conversation:
         for question in questions:
             conversation.ask(question)

@@ -60,7 +60,11 @@ class Result(Mapping[str, Array]):
         self.latency_ms = latency_ms
 
     def __getitem__(self, name: str) -> Array:
-        return self._outputs[name]
+        try:
+            return self._outputs[name]
+        except KeyError:
+            found = ", ".join(self._outputs)
+            raise KeyError(f"{name}: fetched were {found}; load(path, outputs=(...)) chooses") from None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._outputs)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ...runtime.errors import OutputError
+from ...runtime.sources import open_source
 from ..calibrating import CalibrateArguments, calibrate
 from ..exporting import ExportArguments, LabelArguments, export
 from ..record import VideoRecorder
@@ -44,6 +45,8 @@ def demo(
     Returns:
         What was made and measured, by name.
     """
+    if source is not None:
+        open_source(source).close()  # a wrong name is told now, not after all that precedes the run
     clips = folder / "clips"
     try:
         clips.mkdir(parents=True, exist_ok=True)

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from framestep.apps.demo import MODEL
+from framestep.apps.demo import MODEL, demo
 from framestep.apps.demo.scenes import GRACE, LABELS, draw_scene, name_frames
+from framestep.runtime.errors import SourceError
 
 MEGABYTE = 1_000_000
 
@@ -51,6 +52,12 @@ def test_scenes_hold_every_label_and_several_events() -> None:
     assert share.max() < 0.25  # no label can be guessed
 
 
+def test_a_source_that_is_not_there_is_told_before_anything_is_made(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="no such file or folder"):
+        demo(tmp_path / "demo", str(tmp_path / "absent.mp4"))
+    assert not (tmp_path / "demo").exists()
+
+
 def test_the_model_takes_at_most_eight_megabytes() -> None:
     assert sum(file.stat().st_size for file in MODEL.iterdir()) <= 8 * MEGABYTE
 
@@ -73,8 +80,6 @@ def test_without_memory_the_same_training_does_not_get_there() -> None:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    from framestep.apps.demo import demo
-
     folder = tmp_path_factory.mktemp("demo")
     return folder, demo(folder)
 

@@ -278,6 +278,11 @@ def test_converse_asks_at_the_time_of_each_question(session):
     assert session.open_stream().slot == 0  # the place was given back
 
 
+def test_one_text_is_no_list_of_questions(session):
+    with pytest.raises(FramestepError, match=r"expected a list of texts, found the text 'What\?'; write \['What\?'\]"):
+        next(framestep.converse(session, Film(range(2)), "What?"))
+
+
 def test_a_source_that_breaks_ends_the_conversation_with_its_error(session):
     class Broken(Film):
         def read(self, timeout=None):

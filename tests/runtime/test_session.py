@@ -55,6 +55,14 @@ def test_interleaved_streams_keep_their_own_clocks(golden_bundle):
                 golden.assert_close(np.stack([r[name] for r in results]), arrays[f"window_{key}"])
 
 
+def test_an_output_that_was_not_fetched_names_those_that_were(golden_bundle):
+    with framestep.load(golden_bundle, outputs=("pooled",)) as session, session.open_stream() as stream:
+        result = stream.step(golden.load()["frames"][0])
+    with pytest.raises(KeyError, match="features: fetched were pooled"):
+        result["features"]
+    assert result.get("features") is None
+
+
 def test_batched_streams_do_not_see_each_other(golden_bundle):
     frames = golden.load()["frames"]
     other = np.random.default_rng(0).integers(0, 256, frames.shape, np.uint8)
