@@ -170,11 +170,10 @@ def decode_variant(dtype: str, tokens: int, head_dim: int = 64) -> Variant:
     types |= {"key_cache_b": "i64", "value_cache_b": "i64", "mask_b": "i64", "mask_t": "i64"}
     group = 8  # at most, of one token
     cut = decode.plan(1, group * tokens, 1, head_dim, ITEM_BYTES[dtype], PROCESSORS)
-    rows = cut.rows
     constants: dict[str, int | bool] = {"HEAD_DIM": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim)}
-    constants |= {"BLOCK_M": rows, "BLOCK_T": max(decode.LEAST_TILE, triton.next_power_of_2(tokens))}
+    constants |= {"BLOCK_M": cut.rows, "BLOCK_T": max(decode.LEAST_TILE, triton.next_power_of_2(tokens))}
     constants |= {"BLOCK_C": cut.slots, "SPLITS": 1, "STAGES": cut.stages}
-    grid = ("sequences * kv_heads", f"ceil(group * tokens / {rows})", "1")
+    grid = (f"ceil(group * tokens / {cut.rows})", "sequences * kv_heads", "1")
     return Variant(f"decode_{dtype}_t{tokens}", decode.decode_kernel, types, constants, grid, decode.WARPS)
 
 

@@ -129,9 +129,9 @@ def decode_kernel(
     SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    b = (tl.program_id(0) // kv_heads).to(tl.int64)
-    kv_head = tl.program_id(0) % kv_heads
-    block = tl.program_id(1)
+    block = tl.program_id(0)  # first, so that those that read the same keys run at the same time
+    b = (tl.program_id(1) // kv_heads).to(tl.int64)
+    kv_head = tl.program_id(1) % kv_heads
     split = tl.program_id(2)
     row = block * BLOCK_M + tl.arange(0, BLOCK_M)  # query g * T + t of this key head
     row_here = row < group * tokens
@@ -183,7 +183,7 @@ def decode_kernel(
     out_row = (b * kv_heads * group + head) * tokens + t
     out_at = out_row[:, None] * HEAD_DIM + i[None, :]
     if SPLITS > 1:
-        part = split.to(tl.int64) * (tl.num_programs(0) * group * tokens)
+        part = split.to(tl.int64) * (tl.num_programs(1) * group * tokens)
         tl.store(largest + part + out_row, m, mask=row_here)
         tl.store(total + part + out_row, length, mask=row_here)
         tl.store(mixed + part * HEAD_DIM + out_at, acc, mask=here)
@@ -218,7 +218,7 @@ def launch(
     parts = Parts(cut.splits, sequences * query_heads * tokens, head_dim, query.device) if cut.splits > 1 else None
     unused = out  # a pointer must be given, and is not followed
     mask = slot_mask.view(torch.uint8)
-    decode_kernel[(sequences * kv_heads, triton.cdiv(group * tokens, cut.rows), cut.splits)](
+    decode_kernel[(triton.cdiv(group * tokens, cut.rows), sequences * kv_heads, cut.splits)](
         query,
         key,
         value,

@@ -54,6 +54,16 @@ def test_the_step_kernel_loads_16_bytes_at_a_time_and_far_ahead(compiled):
     assert "ld.global.b16" not in text
 
 
+def test_a_decoder_fetches_two_tiles_of_keys_and_values_ahead(compiled):
+    text = (compiled / "sm_90" / "decode_fp16_t1.ptx").read_text()
+    a_tile = 2 * 64 * 64 * 2 // (4 * 32 * 16)  # loads of 16 bytes by each of the threads of four warps
+    assert text.count("cp.async.cg.shared.global") >= 3 * a_tile  # two before the loop, and one in it
+
+
+def test_a_prefill_of_16_frames_is_the_work_of_one_warp(compiled):
+    assert json.loads((compiled / "sm_90" / "prefill_fp16_w16.json").read_text())["warps"] == 1
+
+
 def test_every_kind_of_kernel_compiles(compiled):
     names = {file.stem for file in (compiled / "sm_90").glob("*.cubin")}
     assert names >= {"temporal_int8_w16", "merge_fp16_split4", "prefill_fp16_w16", "decode_fp16_t1"}
