@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import dialogue_models
+import numpy as np
 import pytest
 import streamchat_models
+import torch
 from typer.testing import CliRunner
 
 import framestep
@@ -41,6 +45,26 @@ def test_chat_needs_no_option_that_the_user_must_know(bundle, tmp_path):
     shown = [event for event in events if event["event"] == "FrameShown"]
     assert len(shown) > 5
     assert all(event["frame"] <= shown[-1]["index"] for event in events if event["event"] == "Spoken")
+
+
+def test_what_the_page_makes_is_exported_and_talked_with(tmp_path, monkeypatch):
+    """The page's own Python and commands, of small random models."""
+    page = (Path(__file__).parents[2] / "docs" / "streamchat.md").read_text("utf-8")
+    create, small, train = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    (commands,) = re.findall(r"^```bash\n(.*?)^```", page, re.M | re.S)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(small, "streamchat.md", "exec"), {})
+    dialogue_models.byte_tokenizer(states=False).save("qwen2.5-folder/tokenizer.json")
+    exec(compile(create, "streamchat.md", "exec"), {})
+    T, first = 10, np.array([0, 3, 5])
+    sample = {"tokens": torch.arange(T), "positions": torch.arange(T), "times": torch.from_numpy(first),
+              "frames": torch.zeros(3, 224, 224, 3, dtype=torch.uint8), "first_tokens": first}  # fmt: skip
+    exec(compile(train, "streamchat.md", "exec"), sample)
+    assert sample["logits"].shape == (1, T, 320)
+    for line in commands.replace("--source 0", "--source synthetic:frames=10").splitlines():
+        found = CliRunner().invoke(app, shlex.split(line)[1:])
+        assert found.exit_code == 0, found.output
+    assert "? What is happening?" in found.output
 
 
 def test_inspect_tells_how_many_frames_text_attends_to(bundle):
