@@ -2,7 +2,8 @@
 
 A program takes the queries that share a key head, so a key is read once for its whole group. The new keys and values
 are taken from the inputs, and written into the cache by one program; nobody reads the slots that are written. Tiles of
-which nothing is visible are not read.
+which nothing is visible are not read. Two tiles of keys and values are on their way into shared memory while one is
+used; their masks, which decide whether they are read at all, are waited for.
 
 Sizes: B sequences, Hq query heads, Hkv key heads, G = Hq / Hkv, T new tokens, C capacity, d head_dim.
 """
@@ -78,11 +79,6 @@ def load_mask(seen, start, end, row_here, write, tokens, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def is_any(visible):
-    return tl.max(tl.max(visible.to(tl.int32), axis=1), axis=0) > 0
-
-
-@triton.jit
 def load_tile(rows, start, end, i_here, write, tokens, HEAD_DIM: tl.constexpr, BLOCK_C: tl.constexpr):
     """Keys or values of a tile's old slots, [BLOCK_C, BLOCK_D]."""
     slot = start + tl.arange(0, BLOCK_C)
@@ -154,17 +150,14 @@ def decode_kernel(
     tiles = tl.cdiv(tl.cdiv(capacity, SPLITS), BLOCK_C)  # of one split
     begin = split * tiles * BLOCK_C
     end = tl.minimum(begin + tiles * BLOCK_C, capacity)
-    # whether a tile is read hangs on its mask, which therefore comes a tile earlier
-    visible = load_mask(seen, begin, end, row_here, write, tokens, BLOCK_C)
     for start in tl.range(begin, end, BLOCK_C, num_stages=STAGES):
-        some = is_any(visible)
+        visible = load_mask(seen, start, end, row_here, write, tokens, BLOCK_C)
+        some = tl.max(tl.max(visible.to(tl.int32), axis=1), axis=0) > 0
         read_end = tl.where(some, end, start)
         k = load_tile(keys, start, read_end, i_here, write, tokens, HEAD_DIM, BLOCK_C)
         v = load_tile(values, start, read_end, i_here, write, tokens, HEAD_DIM, BLOCK_C)
-        visible_next = load_mask(seen, start + BLOCK_C, end, row_here, write, tokens, BLOCK_C)
         if some:
             m, length, acc = attend_tile(q, k, v, visible, m, length, acc, scale)
-        visible = visible_next
 
     if split == 0:
         j = tl.arange(0, BLOCK_T)
