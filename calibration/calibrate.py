@@ -214,8 +214,10 @@ def _choose(
             manifest, _ = _write(Path(folder), bundle, models, seen, kept, only)
             found = compare(bundle, Bundle(Path(folder), manifest), check)
         drop = found.drop
-        reached = -drop if options.max_drop is not None and drop is not None else float(found.cosine.mean())
-        progress(f"{len(kept)} layers in float: {'drop' if drop is not None else 'cosine'} {abs(reached):.4f}")
+        reached, told = float(found.cosine.mean()), f"cosine {found.cosine.mean():.5f}"
+        if options.max_drop is not None and drop is not None:
+            reached, told = -drop, f"{drop:.2f} points of accuracy lost"
+        progress(f"{len(kept)} layers in float: {told}")
         return Trial(kept, reached, round(found.ms, 2))
 
     if options.max_drop is not None:

@@ -202,7 +202,7 @@ def markdown(report: Report, plots: list[str]) -> str:
     lines += ["", "## Layers in float", ""]
     lines.append(", ".join(report.kept) if report.kept else "None.")
     for trial in report.trials:
-        lines.append(f"- {len(trial.kept)} in float: reached {trial.reached:.5g}, p50 {trial.milliseconds:g} ms")
+        lines.append(f"- {len(trial.kept)} in float: reached {trial.reached + 0:.5g}, p50 {trial.milliseconds:g} ms")
     for drift in report.drift:
         lines += ["", f"## {drift.precision} by age of the stream ({drift.frames} frames)", ""]
         lines += ["| frames from | cosine of pooled | same best label |", "| --- | --- | --- |"]
