@@ -700,6 +700,10 @@ def _exit_status(arguments: list[str]) -> int:
         return _fail(str(error), 2)
     except (typer.Abort, KeyboardInterrupt):
         status = INTERRUPTED
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] != "cv2":
+            raise
+        return _fail(f"frames are read and drawn with OpenCV ({error}): pip install opencv-python", 2)
     except OSError as error:
         if error.filename is None:
             raise

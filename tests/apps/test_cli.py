@@ -190,6 +190,20 @@ def unreachable(*arguments, **options) -> None:
     raise AssertionError
 
 
+@pytest.mark.parametrize(("module", "caught"), [("cv2", True), ("cv2.gapi", True), ("other", False)])
+def test_a_missing_opencv_is_one_line(monkeypatch, capsys, module, caught) -> None:
+    def stand_in(given: RunOptions, status) -> Summary:
+        raise ImportError(f"No module named '{module}'", name=module)
+
+    monkeypatch.setattr(run_module, "run", stand_in)
+    if not caught:
+        with pytest.raises(ImportError):
+            cli._exit_status(["run", "b", "-s", "0"])
+        return
+    assert cli._exit_status(["run", "b", "-s", "0"]) == 2
+    assert capsys.readouterr().err.endswith(f"(No module named '{module}'): pip install opencv-python\n")
+
+
 def test_an_interrupt_exits_130(monkeypatch, capsys) -> None:
     def interrupt(*_) -> None:
         raise KeyboardInterrupt
