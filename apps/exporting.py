@@ -156,8 +156,8 @@ def _export_streamchat(arguments: ExportArguments, source: str, progress: Progre
     return {
         "bundle": str(report.path),
         "bytes": sum(entry.bytes for entry in manifest.files.values()),
-        # compared with the checkpoint's weights alone
-        ("quantization_error" if options.precision in ("w8", "w4") else "difference"): report.difference,
+        "difference": report.difference,
+        **({} if report.quantization is None else {"quantization_error": report.quantization}),
         "tokens_replayed": report.tokens,
     }
 

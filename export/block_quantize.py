@@ -59,13 +59,13 @@ def to_onnx(integers: npt.NDArray[np.int8], bits: int) -> npt.NDArray[np.generic
     return integers if bits == 8 else integers.astype(ml_dtypes.int4)
 
 
-def steps_off(integers: npt.NDArray[np.int8], scales: Array, weight: torch.Tensor, factor: float = 1.0) -> float:
-    """How far integers are from what a weight [outputs, inputs] times a factor is, at most, in steps of their block."""
+def steps_off(integers: npt.NDArray[np.int8], scales: Array, weight: torch.Tensor) -> float:
+    """How far integers are from what a weight [outputs, inputs] is, at most, in steps of their block."""
     largest = 0.0
     for first in range(0, len(scales), ROWS):
         step = scales[first : first + ROWS, :, None]
         blocks = (*step.shape[:2], -1)
-        wanted = weight[first : first + ROWS].float().numpy() * np.float32(factor)
+        wanted = weight[first : first + ROWS].float().numpy()
         off = wanted.reshape(blocks) / step - integers[first : first + ROWS].reshape(blocks)
         largest = max(largest, float(np.abs(off).max()))
     return largest

@@ -23,7 +23,7 @@ from ..runtime.errors import CheckpointError, FramestepError
 from .decoder import DecoderConfig
 from .decoder_checkpoint import DecoderCheckpoint
 from .decoder_graph import PRECISIONS, Precision, write_decoder, write_embed, write_rebase
-from .decoder_replay import STEPS, replay
+from .decoder_replay import STEPS, Replay, replay
 from .graph import GraphBuilder, WeightFile
 from .projector import write_projector
 from .streamformer_graph import write_backbone
@@ -104,24 +104,33 @@ def export_decoder(
         write_bundle(checkpoint, writer, options)
         progress("comparing the bundle with PyTorch")
         found = replay(checkpoint, Bundle.open(writer.folder, verify=False))
-        if found.rounding is not None and not found.rounding <= ROUNDING[options.precision]:
-            raise FramestepError(
-                f"{path}: not kept, a weight in {options.precision} is {found.rounding:.2f} steps off (at most"
-                f" {ROUNDING[options.precision]} are accepted)"
-            )
-        checks = [(found.difference, "PyTorch", AGREEMENT[options.precision])]
-        if found.quantization is not None:
-            checks = [
-                (found.difference, "PyTorch with the weights that its integers stand for", STORED_AGREEMENT),
-                (found.quantization, "PyTorch with the checkpoint's weights", AGREEMENT[options.precision]),
-            ]
-        for error, against, limit in checks:
-            if not error <= limit:
-                raise FramestepError(
-                    f"{path}: not kept, the bundle has a relative error of {error:.2e} against {against} over"
-                    f" {found.tokens} tokens (at most {limit:.0e} is accepted in {options.precision})"
-                )
+        check_replay(path, found, options.precision)
     return DecoderReport(path, found.difference, found.tokens, found.quantization)
+
+
+def check_replay(path: Path, found: Replay, precision: str) -> None:
+    """Refuse a bundle that disagrees.
+
+    Raises:
+        FramestepError: by how much, and against what.
+    """
+    if found.rounding is not None and not found.rounding <= ROUNDING[precision]:
+        raise FramestepError(
+            f"{path}: not kept, a weight in {precision} is {found.rounding:.2f} steps off (at most"
+            f" {ROUNDING[precision]} are accepted)"
+        )
+    checks = [(found.difference, "PyTorch", AGREEMENT[precision])]
+    if found.quantization is not None:
+        checks = [
+            (found.difference, "PyTorch with the weights that its integers stand for", STORED_AGREEMENT),
+            (found.quantization, "PyTorch with the checkpoint's weights", AGREEMENT[precision]),
+        ]
+    for error, against, limit in checks:
+        if not error <= limit:
+            raise FramestepError(
+                f"{path}: not kept, the bundle has a relative error of {error:.2e} against {against} over"
+                f" {found.tokens} tokens (at most {limit:.0e} is accepted in {precision})"
+            )
 
 
 def write_bundle(checkpoint: DecoderCheckpoint, writer: BundleWriter, options: DecoderOptions) -> None:

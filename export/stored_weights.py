@@ -2,40 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..runtime.bundle import Bundle
 from .block_quantize import StoredBlocks, dequantize_blocks, steps_off
-from .decoder import Decoder
+from .decoder import MLP, TextModel
+
+
+class Speaker(Protocol):
+    """What decodes text: a `Decoder`, or a `StreamChat`."""
+
+    model: TextModel
+
+    @property
+    def head(self) -> Tensor: ...
 
 
 class StoredWeights:
     """The weights of a bundle in "w8" or "w4", read when they are needed: one matrix at a time is in memory.
 
     Args:
-        decoder: of the checkpoint.
+        decoder: of the checkpoint; it calls its methods `embed` and `logits`.
         bundle: what was exported of it.
+        others: further graphs with integer weights, by name.
+        mlps: MLPs that stand in those, by the names of their layers there, and what their last weight [out, in] was
+            multiplied by, [out].
     """
 
-    def __init__(self, decoder: Decoder, bundle: Bundle) -> None:
+    def __init__(
+        self,
+        decoder: Speaker,
+        bundle: Bundle,
+        others: Sequence[str] = (),
+        mlps: Mapping[str, tuple[MLP, Tensor]] | None = None,
+    ) -> None:
         language = bundle.manifest.language
         assert language is not None
-        files = [bundle.file(bundle.manifest.graphs[name].file) for name in (language.decoder, language.embed)]
+        names = (language.embed, language.decoder, *others)
         self._decoder = decoder
-        self._blocks, self._table = (StoredBlocks(path) for path in files)
+        self._table, *graphs = (StoredBlocks(bundle.file(bundle.manifest.graphs[name].file)) for name in names)
         (self._rows,) = self._table.names()
+        self._blocks = {name: graph for graph in reversed(graphs) for name in graph.names()}
         self._linears: dict[str, nn.Linear] = {}
+        self._factors: dict[str, Tensor] = {}  # what an export multiplied a weight by, of each output
         for index, layer in enumerate(decoder.model.layers):
-            attention, mlp = layer.self_attn, layer.mlp
+            attention = layer.self_attn
             parts = {"query": attention.q_proj, "key": attention.k_proj, "value": attention.v_proj}
-            parts |= {"output": attention.o_proj, "gate": mlp.gate_proj, "up": mlp.up_proj, "down": mlp.down_proj}
-            self._linears.update({f"layer{index}.{part}": linear for part, linear in parts.items()})
+            self._add(f"layer{index}", {**parts, "output": attention.o_proj}, layer.mlp)
+            scale = torch.tensor(attention.config.head_dim**-0.5)
+            self._factors[f"layer{index}.query"] = scale.expand(len(attention.q_proj.weight))
+        for name, (mlp, factor) in (mlps or {}).items():
+            self._add(name, {}, mlp)
+            self._factors[f"{name}.down"] = factor
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -58,19 +85,28 @@ class StoredWeights:
         found = [steps_off(table.integers(self._rows)[ids], table.scales(self._rows)[ids], embedding.detach())]
         weights = {"head": self._decoder.head, **{name: linear.weight for name, linear in self._linears.items()}}
         for name, weight in weights.items():
-            integers, scales = self._blocks.integers(name).T, self._blocks.scales(name).T
-            found.append(steps_off(integers, scales, weight.detach(), self._factor(name)))
+            integers, scales = self._stored(name)
+            factor = self._factors.get(name)
+            wanted = weight.detach() if factor is None else weight.detach().float() * factor[:, None]
+            found.append(steps_off(integers, scales, wanted))
         return max(found)
+
+    def _add(self, name: str, linears: dict[str, nn.Linear], mlp: MLP) -> None:
+        linears |= {"gate": mlp.gate_proj, "up": mlp.up_proj, "down": mlp.down_proj}
+        self._linears.update({f"{name}.{part}": linear for part, linear in linears.items()})
+
+    def _stored(self, name: str) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.floating]]:
+        """Integers [out, in] and scales [out, in / block]."""
+        blocks = self._blocks[name]
+        return blocks.integers(name).T, blocks.scales(name).T
 
     def _embed(self, tokens: Tensor) -> Tensor:
         integers, scales, ids = self._table.integers(self._rows), self._table.scales(self._rows), tokens.numpy()
         return torch.from_numpy(dequantize_blocks(integers[ids], scales[ids]))
 
     def _multiply(self, x: Tensor, name: str, bias: Tensor | None = None) -> Tensor:
-        matrix = dequantize_blocks(self._blocks.integers(name).T, self._blocks.scales(name).T)
-        product = F.linear(x, torch.from_numpy(matrix)) / self._factor(name)
+        product = F.linear(x, torch.from_numpy(dequantize_blocks(*self._stored(name))))
+        factor = self._factors.get(name)
+        if factor is not None:  # where it is zero, so is the product
+            product = product / torch.where(factor == 0, 1, factor)
         return product if bias is None else product + bias.to(x.dtype)
-
-    def _factor(self, name: str) -> float:
-        """What an export multiplied a weight by: the attention scale is folded into the query."""
-        return float(self._decoder.config.head_dim**-0.5) if name.endswith(".query") else 1.0

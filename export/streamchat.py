@@ -181,6 +181,14 @@ class StreamChat(nn.Module):
         """The head's weight [V, D]."""
         return self.model.embed_tokens.weight if self.config.text.tie_word_embeddings else self.lm_head.weight
 
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Embeddings [S, T, D] of tokens [S, T], in float32."""
+        return self.model.embed_tokens(tokens).float()
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits [..., V] of what the last layer gave, after its norm."""
+        return F.linear(x, self.head.float())
+
     def encode(self, frames: Tensor, times: Tensor) -> Visual:
         """The frame path.
 
@@ -228,7 +236,7 @@ class StreamChat(nn.Module):
         seen = visible.repeat_interleave(self.config.vision.patches, dim=2)  # [S, T, M * N]
         turn = cosines_and_sines(self.config.text, positions[:, None], torch.float32)
         causal = torch.ones(T, T, dtype=torch.bool, device=tokens.device).tril().expand(S, T, T)
-        x = self.model.embed_tokens(tokens).float()
+        x = self.embed(tokens)
         crossed = dict(zip(self.config.cross_layers, zip(self.cross_blocks, visual, strict=True), strict=True))
         for index, layer in enumerate(self.model.layers):
             if index in crossed:
@@ -236,7 +244,7 @@ class StreamChat(nn.Module):
                 h = cross_attention(layer.self_attn, layer.input_layernorm(x), turn, keys, values, seen)
                 x = x + block.attention_gate.float() * h
             x, _ = layer(x, turn, None, causal)
-        return F.linear(self.model.norm(x), self.head.float())
+        return self.logits(self.model.norm(x))
 
 
 def cross_attention(

@@ -18,10 +18,13 @@ from streamchat_models import PATCHES, random_frames
 from streamchat_oracle import Oracle
 
 from framestep.export import decoder_replay
+from framestep.export.decoder_export import ROUNDING
+from framestep.export.decoder_graph import Precision
 from framestep.export.streamchat import visible_frames
 from framestep.export.streamchat_checkpoint import read_streamchat_checkpoint
-from framestep.export.streamchat_export import StreamChatOptions, StreamChatRun, export_streamchat
+from framestep.export.streamchat_export import StreamChatOptions, StreamChatRun, export_streamchat, replay
 from framestep.runtime.bundle import Bundle
+from framestep.runtime.errors import FramestepError
 
 CAPACITY, WINDOW = 64, 3
 
@@ -268,6 +271,27 @@ def test_integer_weights_are_multiplied_as_integers(checkpoint, tmp_path, graph,
     kinds = Counter(node.op_type for node in optimized.graph.node)
     assert kinds["MatMulNBits"] == products
     assert kinds["DequantizeLinear"] == 0
+
+
+@pytest.mark.parametrize("precision", ["w8", "w4"])
+def test_an_export_compares_with_what_its_integers_stand_for(checkpoint, precision):
+    read = read_streamchat_checkpoint(str(checkpoint))
+    found = replay(read, export(checkpoint, precision=precision))
+    assert found.difference < 1e-4 and 0.45 < found.rounding <= ROUNDING[precision]
+    assert found.quantization > 20 * found.difference
+    assert replay(read, export(checkpoint)).difference < 1e-4  # the checkpoint is as it was
+
+
+@pytest.mark.parametrize("layer", ["layer1.down", "block0.down", "block0.up", "layer0.value"])
+def test_integers_that_are_read_with_another_scale_are_found(checkpoint, tmp_path, monkeypatch, layer):
+    def write(self, g, name, weight, *stored):
+        return original(self, g, name, weight * 1.02 if name == layer else weight, *stored)
+
+    original = Precision._weight
+    monkeypatch.setattr(Precision, "_weight", write)
+    options = StreamChatOptions("w8", WINDOW, CAPACITY, rate=2.0)
+    with pytest.raises(FramestepError, match=r"not kept, a weight in w8 is .* steps off"):
+        export_streamchat(read_streamchat_checkpoint(str(checkpoint)), tmp_path / "out.bundle", options)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "w8"])
