@@ -80,7 +80,7 @@ class DialogueReport:
 
     def as_text(self) -> str:
         lines = [
-            f"# {Path(self.bundle).name}",
+            f"# {self.bundle}",
             "",
             f"{self.engine}; {self.machine.title()}.",
             "",
@@ -148,7 +148,7 @@ def bench_dialogue(
         talkative.ask(QUESTION)
         speed, first = _answers(talkative, visual)
         report = DialogueReport(
-            bundle=str(bundle.path),
+            bundle=bundle.path.name,
             engine=session.engine_choice,
             machine=machine,
             frame_tokens=len(visual[0]),

@@ -109,7 +109,7 @@ class FollowingReport:
 
     def as_text(self) -> str:
         lines = [
-            f"# {Path(self.bundle).name}",
+            f"# {self.bundle}",
             "",
             f"{self.engine}; {self.machine.title()}.",
             "",
@@ -220,7 +220,7 @@ def bench_following(
             ring = FrameRing(stream, session.bundle.manifest, session.preprocess)
             capacity = TextCache(stream, session.bundle.manifest, ring).capacity
         report = FollowingReport(
-            bundle=str(bundle.path),
+            bundle=bundle.path.name,
             engine=session.engine_choice,
             machine=machine,
             window=ring.window,
