@@ -26,6 +26,14 @@ app = typer.Typer(
 
 BundleArgument = Annotated[Path, typer.Argument(help="Folder of the bundle.", show_default=False)]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, for machines.")]
+EngineOption = Annotated[str, typer.Option(help="Engine; auto takes the fastest that runs here.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+ThreadsOption = Annotated[int | None, typer.Option(min=1, help="Threads of the engine; default: all cores.")]
+TurnOption = Annotated[float, typer.Option(help="Seconds of video in a turn.")]
+SystemOption = Annotated[str | None, typer.Option(help="System prompt. Default: that of the bundle's chat format.")]
+RateOption = Annotated[
+    float | None, typer.Option(help="Frames a second that the model is shown. Default: the bundle's rate, or 1.")
+]
 
 LabelsOption = Annotated[Path | None, typer.Option(help="File with what to look for: one label a line.")]
 TextModelOption = Annotated[
@@ -118,9 +126,9 @@ def run(
     deadline_ms: Annotated[
         float | None, typer.Option(min=0, help="Count the frames whose latency is longer (milliseconds).")
     ] = None,
-    engine: Annotated[str, typer.Option(help="Engine; auto takes the fastest that runs here.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the engine; default: all cores.")] = None,
+    engine: EngineOption = "auto",
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
     precision: Annotated[
         str, typer.Option(help="One of the bundle's precisions; auto takes the fastest that the device runs well.")
     ] = "auto",
@@ -196,13 +204,9 @@ def chat(
         ),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="What happens, one JSON object each (.jsonl).")] = None,
-    turn: Annotated[float, typer.Option(help="Seconds of video in a turn.")] = 1.0,
-    rate: Annotated[
-        float | None, typer.Option(help="Frames a second that the model is shown. Default: the bundle's rate, or 1.")
-    ] = None,
-    system: Annotated[
-        str | None, typer.Option(help="System prompt. Default: that of the bundle's chat format.")
-    ] = None,
+    turn: TurnOption = 1.0,
+    rate: RateOption = None,
+    system: SystemOption = None,
     eviction: Annotated[
         str,
         typer.Option(
@@ -237,9 +241,9 @@ def chat(
         ),
     ] = None,
     max_turns: Annotated[int | None, typer.Option(min=1, help="Stop after this many turns.")] = None,
-    engine: Annotated[str, typer.Option(help="Engine; auto takes the fastest that runs here.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the engine; default: all cores.")] = None,
+    engine: EngineOption = "auto",
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
     precision: Annotated[str, typer.Option(help="One of the bundle's precisions.")] = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -302,17 +306,13 @@ def recall(
     prune: Annotated[
         float | None, typer.Option(help="Prune the bundle's visual tokens, as in chat; not the reference's.")
     ] = None,
-    turn: Annotated[float, typer.Option(help="Seconds of video in a turn.")] = 1.0,
-    rate: Annotated[
-        float | None, typer.Option(help="Frames a second that the model is shown. Default: the bundle's rate, or 1.")
-    ] = None,
-    system: Annotated[
-        str | None, typer.Option(help="System prompt. Default: that of the bundle's chat format.")
-    ] = None,
+    turn: TurnOption = 1.0,
+    rate: RateOption = None,
+    system: SystemOption = None,
     max_turns: Annotated[int | None, typer.Option(min=1, help="Stop after this many turns.")] = None,
-    engine: Annotated[str, typer.Option(help="Engine; auto takes the fastest that runs here.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the engine; default: all cores.")] = None,
+    engine: EngineOption = "auto",
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Compare when a model speaks with other weights or fewer tokens: the recall of each state over a video."""
@@ -605,9 +605,9 @@ def bench(
         bool, typer.Option("--every-frame", help="Let the steady run go on to the last of --frames.")
     ] = False,
     budget_s: Annotated[float, typer.Option(min=0, help="Seconds that one baseline may take.")] = 600,
-    engine: Annotated[str, typer.Option(help="Engine; auto takes the fastest that runs here.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of every path; default: all cores.")] = None,
+    engine: EngineOption = "auto",
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure latency across stream positions, against what one would otherwise run."""
