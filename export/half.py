@@ -1,5 +1,8 @@
 """Writing FP16 into a step graph: weights, state and arithmetic in half precision, what enters and leaves in float32.
 
+Products of integers leave in float32 and are cast after that. TensorRT writes their sums in the product's type and
+scales them in the next kernel: a sum over 768 inputs may be 12 million, and FP16 ends at 65,504.
+
 Pixels are centred first: sums over numbers from 0 to 255 that a bias takes away again lose twice as much in FP16.
 
 Layer norms keep their float32 inside (`stash_type`), as their operator does by default.
@@ -79,8 +82,9 @@ def to_half(model: onnx.ModelProto, states: Collection[str]) -> None:
     Raises:
         BundleError: a constant that FP16 cannot hold.
     """
+    wide = _widen_integer_products(model)
     for item in model.graph.initializer:
-        if item.data_type == TensorProto.FLOAT:
+        if item.data_type == TensorProto.FLOAT and item.name not in wide:
             array = numpy_helper.to_array(item)
             if np.abs(array).max(initial=0) > LARGEST:
                 raise BundleError(f"graph {model.graph.name}: the constant {item.name} is too large for FP16")
@@ -116,6 +120,44 @@ def to_half(model: onnx.ModelProto, states: Collection[str]) -> None:
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     del model.graph.value_info[:]
+
+
+def _widen_integer_products(model: onnx.ModelProto) -> set[str]:
+    """Cast behind each product of two dequantized operands, in place. Returns the scales that stay float32."""
+    rounded = _quantizer_scales(model)
+    products = _integer_products(model)
+    wide: set[str] = set()
+    for dequantizer in (item for pair in products.values() for item in pair):
+        scale = dequantizer.input[1]
+        if scale in rounded:  # the very number that the quantizer divides by
+            dequantizer.input[1] = f"{scale}/float"
+            same = initializer(model, scale).astype(np.float16).astype(np.float32)
+            set_initializer(model, dequantizer.input[1], same)
+        wide.add(dequantizer.input[1])
+    nodes: list[onnx.NodeProto] = []
+    for node in model.graph.node:
+        nodes.append(onnx.NodeProto.FromString(node.SerializeToString()))
+        product = node.output[0]
+        if product in products:
+            exact = nodes[-1].output[0] = f"{product}/float"
+            nodes.append(helper.make_node("Cast", [exact], [product], name=f"{product}/half", to=TensorProto.FLOAT16))
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    return wide
+
+
+def _integer_products(model: onnx.ModelProto) -> dict[str, list[onnx.NodeProto]]:
+    """The products of two dequantized operands, each with what dequantizes these."""
+    dequantizers = {node.output[0]: node for node in model.graph.node if node.op_type == "DequantizeLinear"}
+    return {
+        node.output[0]: [dequantizers[name] for name in node.input]
+        for node in model.graph.node
+        if node.op_type == "MatMul" and all(name in dequantizers for name in node.input)
+    }
+
+
+def _quantizer_scales(model: onnx.ModelProto) -> set[str]:
+    return {node.input[1] for node in model.graph.node if node.op_type == "QuantizeLinear"}
 
 
 def centre_pixels(model: onnx.ModelProto) -> str | None:
@@ -171,8 +213,10 @@ def round_as_half(model: onnx.ModelProto) -> None:
     ONNX Runtime's CPU provider runs FP16 graphs without rounding between operators, so it shows neither their error nor
     their overflow. This graph does.
     """
+    scaling = {item.input[1] for pair in _integer_products(model).values() for item in pair}
+    wide = scaling - _quantizer_scales(model)
     for item in model.graph.initializer:
-        if item.data_type == TensorProto.FLOAT:
+        if item.data_type == TensorProto.FLOAT and item.name not in wide:
             rounded = numpy_helper.to_array(item).astype(np.float16).astype(np.float32)
             item.CopyFrom(numpy_helper.from_array(rounded, item.name))
     floats = _float_values(model)

@@ -226,6 +226,7 @@ class EngineMaker:
         for name in wanted:
             if name not in readers and name not in outputs:
                 raise BuildError(f"{self.path}: TensorRT ignores the input '{name}'; it would compute something else")
+        self._check_integer_products(layers)
         updates = {
             (layer.get_input(0).name, layer.get_output(0).name)
             for layer in layers
@@ -251,6 +252,21 @@ class EngineMaker:
             cast_states=tuple(dict.fromkeys(cast)),
             attentions=kinds[trt.LayerType.ATTENTION_INPUT],
         )
+
+    def _check_integer_products(self, layers: Sequence[Any]) -> None:
+        """Refuse sums of integers in FP16: TensorRT writes them as they are, and scales them in the next kernel."""
+        kinds = self.trt.LayerType
+        dequantized = {layer.get_output(0).name for layer in layers if layer.type == kinds.DEQUANTIZE}
+        for layer in layers:
+            if (
+                layer.type == kinds.MATRIX_MULTIPLY
+                and layer.get_input(0).name in dequantized
+                and layer.get_output(0).dtype == self.trt.DataType.HALF
+            ):
+                raise BuildError(
+                    f"{self.path}: node '{layer.name}' sums products of integers in FP16, which ends at 65,504;"
+                    " calibrate the bundle again"
+                )
 
     def _configure(self) -> Any:
         trt, options = self.trt, self.options

@@ -87,6 +87,13 @@ def test_each_linear_layer_has_explicit_quantizers_of_its_own(quantized, precisi
         assert kind[right.input[0]] == onnx.TensorProto.INT8
         assert not initializer(model, left.input[2]).any()
         assert initializer(model, right.input[1]).shape == (initializer(model, right.input[0]).shape[1],)
+        # and FP16 begins behind the product: sums of integers are larger than it holds
+        assert kind[left.input[1]] == kind[right.input[1]] == onnx.TensorProto.FLOAT
+        assert initializer(model, left.input[1]) == initializer(model, quantizer.input[1]).astype(np.float32)
+        if precision == "fp16+int8":
+            (reader,) = [other for other in model.graph.node if node.output[0] in other.input]
+            assert reader.op_type == "Cast"
+            assert reader.attribute[0].i == onnx.TensorProto.FLOAT16
 
 
 def test_weights_are_rounded_by_channel_to_half_a_step(golden_bundle, quantized) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
 
@@ -31,6 +33,7 @@ from framestep.runtime.bundle import (  # noqa: E402
     Port,
     State,
     StateUse,
+    file_entry,
 )
 from framestep.runtime.errors import BundleError, EngineError  # noqa: E402
 
@@ -78,6 +81,40 @@ def test_the_base_model_becomes_an_engine_that_updates_its_caches_in_place(base,
     assert progress.started[0][:2] == ("Building engine", None)
     assert progress.steps > 100
     assert progress.open == []
+
+
+def products_of_integers(engine: Path) -> dict[str, str]:
+    """The matrix products of an engine whose matrix is INT8, and the type of what they write."""
+    plan = engine.read_bytes()
+    types = dict(re.findall(rb' name="([^"]+)" [^\n]* type=(\w+) \}\n', plan))
+    products = re.findall(rb'fully_connected=\{ name="([^"]+)" output=\{"([^"]+)" \} input=\{"[^"]+" "([^"]+)"', plan)
+    return {name.decode(): types[made].decode() for name, made, matrix in products if types[matrix] == b"int8"}
+
+
+def test_sums_of_integers_are_written_as_float32(golden) -> None:
+    options = BuildOptions("fp16+int8", compute_capabilities=CARDS, again=True)
+    bundle, report = build(Bundle.open(golden), options, NoProgress())
+    found = products_of_integers(bundle.file(report.graphs[0].file))
+    assert sum(len(names.split("+")) for names in found) == 3 * 10 + 6  # those of one input are one product
+    assert set(found.values()) == {"float"}
+
+
+def test_a_graph_that_sums_integers_in_half_precision_is_refused(golden, tmp_path) -> None:
+    path = tmp_path / "half.bundle"
+    shutil.copytree(golden, path)
+    bundle = Bundle.open(path, verify=False)
+    name = bundle.manifest.at("fp16+int8").graphs["backbone"].file
+    model = onnx.load(path / name)
+    scales = {item.input[1] for item in model.graph.node if item.op_type == "DequantizeLinear"}
+    for item in model.graph.initializer:
+        if item.name in scales:
+            item.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(item).astype(np.float16), item.name))
+    onnx.save(model, path / name)
+    bundle.rewrite_manifest(
+        replace(bundle.manifest, files={**bundle.manifest.files, name: file_entry(path / name)}, engines={})
+    )
+    with pytest.raises(BuildError, match=r"sums products of integers in FP16.*calibrate the bundle again"):
+        build(Bundle.open(path, verify=False), BuildOptions("fp16+int8", compute_capabilities=CARDS), NoProgress())
 
 
 @pytest.mark.parametrize("precision", ["fp16", "fp16+int8", "fp32"])
@@ -140,8 +177,6 @@ def test_an_engine_of_changed_weights_is_replaced(copied) -> None:
     model = onnx.load(copied / "backbone.onnx", load_external_data=False)
     model.producer_version = "2"
     onnx.save(model, copied / "backbone.onnx")
-    from framestep.runtime.bundle import file_entry
-
     entries = {**bundle.manifest.files, "backbone.onnx": file_entry(copied / "backbone.onnx")}
     changed = bundle.rewrite_manifest(replace(bundle.manifest, files=entries))
     bundle, second = build(changed, BuildOptions("fp32"), NoProgress())
