@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from ..runtime.bundle import STREAMS, TOKENS, Bundle, Graph, Manifest, write_file
 from ..runtime.engines.cuda_driver import CudaDriver
 from ..runtime.engines.tensorrt_package import Messages
@@ -166,6 +168,7 @@ class EngineMaker:
         network = self.builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         by_plugin = self._parse(network)
         layers = [network.get_layer(index) for index in range(network.num_layers)]
+        self._drop_unit_scales(layers)
         found = self._examine(network, layers, by_plugin)
         attentions = [layer for layer in layers if layer.type == trt.LayerType.ATTENTION_INPUT]
         # its kernels are for half precision only: do not let TensorRT find that out, it is noisy about it
@@ -203,6 +206,34 @@ class EngineMaker:
         raise BuildError(
             f"{path}: TensorRT {self.trt.__version__} cannot read it (ONNX opset {_opset(path)}): {reasons[:800]}"
         )
+
+    def _drop_unit_scales(self, layers: Sequence[Any]) -> None:
+        """Let attentions whose scale is 1 read queries and keys themselves, not these times 1.
+
+        The parser multiplies both by the scale's root. TensorRT drops the multiplication, but leaves a copy in its
+        place: every key cache would be read and written once more in every step.
+        """
+        kinds = self.trt.LayerType
+        makers = {layer.get_output(index).name: layer for layer in layers for index in range(layer.num_outputs)}
+
+        def is_one(name: str) -> bool:
+            maker = makers.get(name)
+            while maker is not None and maker.type == kinds.CAST:
+                maker = makers.get(maker.get_input(0).name)
+            if maker is None or maker.type != kinds.CONSTANT:
+                return False
+            maker.__class__ = self.trt.IConstantLayer  # the bindings give every layer as its base class
+            return np.asarray(maker.weights).ravel().tolist() == [1.0]
+
+        for layer in layers:
+            if layer.type == kinds.ATTENTION_INPUT:
+                for index in range(2):
+                    maker = makers.get(layer.get_input(index).name)
+                    if maker is None or maker.type != kinds.ELEMENTWISE or not is_one(maker.get_input(1).name):
+                        continue
+                    maker.__class__ = self.trt.IElementWiseLayer
+                    if maker.op == self.trt.ElementWiseOperation.PROD:
+                        layer.set_input(index, maker.get_input(0))
 
     def _examine(self, network: Any, layers: Sequence[Any], by_plugin: Sequence[tuple[str, str]]) -> Network:
         """Compare the network with what the manifest says, and look at what became of states and attention."""

@@ -99,6 +99,17 @@ def test_sums_of_integers_are_written_as_float32(golden) -> None:
     assert set(found.values()) == {"float"}
 
 
+@pytest.mark.parametrize("precision", ["fp16", "fp16+int8", "fp32"])
+def test_a_step_of_an_engine_copies_no_cache(golden, precision) -> None:
+    options = BuildOptions(precision, compute_capabilities=CARDS, again=True)
+    bundle, report = build(Bundle.open(golden), options, NoProgress())
+    plan = bundle.file(report.graphs[0].file).read_bytes()
+    given = re.search(rb"\n  inputs=\{([^}]*)\}", plan)[1].decode()  # an output's name: input and output are one
+    for use in bundle.manifest.at(precision).graphs["backbone"].states:
+        assert f'"{use.output}.1"' in given
+    assert ".past" not in given
+
+
 def test_a_graph_that_sums_integers_in_half_precision_is_refused(golden, tmp_path) -> None:
     path = tmp_path / "half.bundle"
     shutil.copytree(golden, path)
