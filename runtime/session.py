@@ -105,7 +105,7 @@ class Session:
             if isinstance(names, str):
                 raise EngineError(f"{option}: expected a list of names, found the text '{names}'")
         choice = choose_engine(bundle.manifest, engine, device, precision)
-        self.precision = choose_precision(bundle.manifest, precision, choice.device, choice.engine)
+        self.precision = choose_precision(bundle.manifest, precision, choice.device, choice.name)
         self.bundle = bundle = replace(bundle, manifest=bundle.manifest.at(self.precision))
         manifest = bundle.manifest
         self.available_outputs = tuple(_available_outputs(manifest))

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from framestep.runtime.library import library
+
 ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build" / "native-tests"
 MAX_DEPTH = 64
@@ -55,3 +57,11 @@ def build_parts() -> Parts:
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
     return Parts(BUILD / "tests" / "libframestep_parts.so")
+
+
+def own_operators(session: Any) -> dict[str, int]:
+    """How many parts of each graph of a session operators of ours run."""
+    native, info, found = library(), library().new("fs_graph_info"), {}
+    while native.functions.fs_graph_describe(session._engine._session, len(found), info) == 0:
+        found[native.text(info.name)] = info.own_operators
+    return found

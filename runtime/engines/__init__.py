@@ -16,7 +16,8 @@ from ..errors import EngineError
 Array = npt.NDArray[Any]
 ENGINES = ("onnxruntime", "torch", "tensorrt")
 ARITHMETIC = ("fp32", "tf32", "fp16", "bf16")  # what the torch engine computes in where it is asked to: "torch:fp16"
-VARIANTS = {"torch": ARITHMETIC, "onnxruntime": ("plain",)}  # behind a colon
+VARIANTS = {"torch": ARITHMETIC, "onnxruntime": ("plain", "bf16")}  # behind a colon
+BFLOAT16 = "onnxruntime:bf16"
 DEVICES = ("cpu", "cuda")
 # why an engine does not run a precision whose memory is INT8; the torch engine's kernel reads it as it is
 NO_INT8_MEMORY = {
@@ -111,15 +112,19 @@ class EngineChoice:
     """An engine on a device, and why it was taken.
 
     Attributes:
-        arithmetic: what the torch engine computes in, one of `ARITHMETIC`; None for what the graphs have.
-        plain: ONNX Runtime with no operator but its own.
+        variant: one of the engine's `VARIANTS`: of torch what it computes in; of ONNX Runtime "plain" for no operator
+            but its own, "bf16" for products of float32 in bfloat16. None for what the graphs have.
     """
 
     engine: str
     device: str
     reason: str
-    arithmetic: str | None = None
-    plain: bool = False
+    variant: str | None = None
+
+    @property
+    def name(self) -> str:
+        """As it is asked for."""
+        return f"{self.engine}:{self.variant}" if self.variant else self.engine
 
 
 def usable_cores() -> int:
@@ -149,7 +154,7 @@ def choose_engine(manifest: Manifest, engine: str, device: str, precision: str =
     """Take the fastest engine that the bundle and the machine allow, or the one asked for.
 
     Args:
-        engine: "auto", one of `ENGINES`, "torch:" and one of `ARITHMETIC`, or "onnxruntime:plain".
+        engine: "auto", one of `ENGINES`, or one of `VARIANTS` such as "torch:fp16" or "onnxruntime:plain".
         precision: "auto" or one of the bundle's.
 
     Raises:
@@ -175,6 +180,8 @@ def choose_engine(manifest: Manifest, engine: str, device: str, precision: str =
         return _choose_torch("no other engine runs INT8 memory", None, device)
     if name == "auto" and find_spec("onnxruntime") is None and find_spec("torch") is not None:
         return _choose_torch("ONNX Runtime is not installed", None, device)
+    if engine == BFLOAT16 and device == "auto":
+        device = "cpu"
     from .onnxruntime import available_devices
 
     found = available_devices()
@@ -185,7 +192,9 @@ def choose_engine(manifest: Manifest, engine: str, device: str, precision: str =
         )
     taken = found[0] if device == "auto" else device
     why = "asked for" if device != "auto" else "the fastest device found" if len(found) > 1 else "no GPU provider found"
-    return EngineChoice("onnxruntime", taken, f"onnxruntime on {taken} ({why})", plain=variant == "plain")
+    return EngineChoice(
+        "onnxruntime", taken, f"{engine if variant else 'onnxruntime'} on {taken} ({why})", variant or None
+    )
 
 
 def _choose_torch(why: str, arithmetic: str | None, device: str) -> EngineChoice:
@@ -230,19 +239,23 @@ def _built_for_here(manifest: Manifest) -> bool:
 def choose_precision(manifest: Manifest, precision: str, device: str, engine: str) -> str:
     """Take the precision asked for, or the fastest one in the bundle that the device runs well.
 
+    Args:
+        engine: as a choice is named, with its variant.
+
     Raises:
         BundleError: the bundle does not have it.
         EngineError: the engine does not run it.
     """
     if precision == "auto":
         # A CPU widens every FP16 number before it computes with it. INT8 memory is only for those who ask for it.
-        order = ("int8", "fp32") if device == "cpu" else ("fp16", "fp32", "fp16+int8", "int8")
+        integers = () if engine == BFLOAT16 else ("int8",)
+        order = (*integers, "fp32") if device == "cpu" else ("fp16", "fp32", "fp16+int8", "int8")
         known = [name for name in manifest.precisions if not has_int8_memory(manifest, name)]
         if engine == "tensorrt":  # what it was built for, where it was
             built = {entry.precision for entry in manifest.engines.values()}
             known = [name for name in known if name in built] or known
         precision = next((name for name in (*order, *known) if name in known), manifest.precision)
-    check_memory(manifest, precision, engine)
+    check_memory(manifest, precision, engine.partition(":")[0])
     return manifest.at(precision).precision
 
 
@@ -263,11 +276,11 @@ def make_engine(
     if choice.engine == "torch":
         from .torch import TorchEngine
 
-        return TorchEngine(bundle, graphs, outputs, streams, choice.device, threads, choice.arithmetic, own_graphs)
+        return TorchEngine(bundle, graphs, outputs, streams, choice.device, threads, choice.variant, own_graphs)
     if choice.engine == "tensorrt":
         from .tensorrt import TensorRtEngine
 
         return TensorRtEngine(bundle, graphs, outputs, streams, own_graphs)
     from .onnxruntime import OnnxRuntimeEngine
 
-    return OnnxRuntimeEngine(bundle, outputs, streams, choice.device, threads, own_graphs, choice.plain)
+    return OnnxRuntimeEngine(bundle, outputs, streams, choice.device, threads, own_graphs, choice.name)

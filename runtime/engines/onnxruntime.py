@@ -38,7 +38,7 @@ class OnnxRuntimeEngine:
         device: "cpu" or "cuda".
         threads: threads for one operator.
         graphs: names of the graphs that are to be run by themselves.
-        plain: run ONNX Runtime's own operators only; else a CPU's rings have one of ours.
+        engine: "onnxruntime", on a CPU with operators of ours, or one of its variants.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class OnnxRuntimeEngine:
         device: str,
         threads: int,
         graphs: Sequence[str] = (),
-        plain: bool = False,
+        engine: str = "onnxruntime",
     ) -> None:
         self._library = native = library()
         ffi = native.ffi
@@ -57,8 +57,7 @@ class OnnxRuntimeEngine:
         names = ffi.new("char *[]", texts)
         options = native.new("fs_session_options")
         manifest = bundle.manifest
-        kept = {"device": device, "precision": manifest.precision, "library": shared_library()}
-        kept["engine"] = "onnxruntime:plain" if plain else "onnxruntime"
+        kept = {"engine": engine, "device": device, "precision": manifest.precision, "library": shared_library()}
         kept["manifest"] = json.dumps(to_json(manifest))  # of a bundle in the making it is not written yet
         pointers = {name: ffi.new("char[]", value.encode()) for name, value in kept.items()}
         for name, pointer in pointers.items():

@@ -1,11 +1,7 @@
 #include "block_products.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
-#include <new>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -13,8 +9,7 @@
 namespace framestep {
 namespace {
 
-constexpr size_t LINE = 64;              // bytes
-constexpr size_t HUGE_PAGE = 2u << 20;  // bytes
+constexpr size_t LINE = 64;  // bytes
 constexpr int64_t GROUP = PackedMatrix::GROUP;
 
 // A number of the matrix, plus what makes it positive.
@@ -27,25 +22,18 @@ inline uint8_t shifted(const BlockMatrix& matrix, int64_t input, int64_t output)
 
 }  // namespace
 
-void PackedMatrix::Free::operator()(uint8_t* data) const { std::free(data); }
-
 PackedMatrix::PackedMatrix(const BlockMatrix& matrix)
-    : bits_(matrix.bits), inputs_(matrix.inputs), outputs_(matrix.outputs), block_(matrix.block) {
-    const int64_t blocks = inputs_ / block_, block_bytes = GROUP * block_ * bits_ / 8;
-    group_bytes_ = static_cast<size_t>(blocks) * (GROUP * sizeof(float) + static_cast<size_t>(block_bytes));
-    const size_t bytes = static_cast<size_t>(groups()) * group_bytes_;
-    const size_t alignment = bytes >= HUGE_PAGE ? HUGE_PAGE : LINE;
-    data_.reset(static_cast<uint8_t*>(std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment)));
-    if (data_ == nullptr) throw std::bad_alloc();
-    if (alignment == HUGE_PAGE) madvise(data_.get(), bytes, MADV_HUGEPAGE);  // a wish
-
+    : bits_(matrix.bits), inputs_(matrix.inputs), outputs_(matrix.outputs), block_(matrix.block),
+      group_bytes_(static_cast<size_t>(inputs_ / block_) * (GROUP * sizeof(float) + static_cast<size_t>(GROUP * block_ * bits_ / 8))),
+      data_(static_cast<size_t>(groups()) * group_bytes_) {
+    const int64_t block_bytes = GROUP * block_ * bits_ / 8;
     // along the rows of the matrix, which lie on disk; a group's place is looked up again for each
     const int64_t step = bits_ == 8 ? 4 : 8;
     for (int64_t input = 0; input < inputs_; input += step) {
         const int64_t block = input / block_, inside = input % block_;
         const size_t place = static_cast<size_t>(block) * (GROUP * sizeof(float) + static_cast<size_t>(block_bytes));
         for (int64_t group = 0; group < groups(); ++group) {
-            uint8_t* at = data_.get() + static_cast<size_t>(group) * group_bytes_ + place;
+            uint8_t* at = data_.data() + static_cast<size_t>(group) * group_bytes_ + place;
             const int64_t first = group * GROUP;
             if (inside == 0) {
                 float scales[GROUP] = {};

@@ -5,8 +5,9 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <memory>
 #include <vector>
+
+#include "packed_memory.h"
 
 namespace framestep {
 
@@ -36,17 +37,14 @@ public:
     int64_t block() const { return block_; }
     int64_t groups() const { return (outputs_ + GROUP - 1) / GROUP; }
     size_t group_bytes() const { return group_bytes_; }
-    const uint8_t* group(int64_t index) const { return data_.get() + static_cast<size_t>(index) * group_bytes_; }
+    const uint8_t* group(int64_t index) const { return data_.data() + static_cast<size_t>(index) * group_bytes_; }
     const float* bias() const { return bias_.empty() ? nullptr : bias_.data(); }  // padded to whole groups
 
 private:
-    struct Free {
-        void operator()(uint8_t* data) const;
-    };
     int bits_;
     int64_t inputs_, outputs_, block_;
     size_t group_bytes_;
-    std::unique_ptr<uint8_t[], Free> data_;
+    PackedMemory data_;
     std::vector<float> bias_;
 };
 

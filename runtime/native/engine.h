@@ -19,11 +19,12 @@ struct Plan {
     std::vector<const Port*> outputs;   // to be brought to the host
 };
 
-// ONNX Runtime with no operator but its own.
+// ONNX Runtime with no operator but its own, and with products of float32 in bfloat16.
 constexpr const char* PLAIN = "onnxruntime:plain";
+constexpr const char* BFLOAT16 = "onnxruntime:bf16";
 
 struct EngineOptions {
-    std::string engine;   // "onnxruntime", PLAIN or "tensorrt"
+    std::string engine;   // "onnxruntime", PLAIN, BFLOAT16 or "tensorrt"
     std::string device;   // "cpu" or "cuda"
     std::string library;  // the engine's shared library; empty: where it usually is
     int streams = 1;      // slots

@@ -2,6 +2,7 @@
 
 #include <set>
 
+#include "bfloat16_products.h"
 #ifdef FRAMESTEP_TENSORRT
 #include "tensorrt_engine.h"
 #endif
@@ -56,12 +57,26 @@ EngineChoice choose_tensorrt(const Bundle&, const std::string&, const std::strin
 
 #endif
 
+EngineChoice choose_bfloat16(const Bundle& bundle, const std::string& device, const std::string& precision) {
+    const std::string name = std::string("the engine '") + BFLOAT16 + "' ";
+    if (device == "cuda") throw Error(FS_ERROR_ENGINE, name + "is for CPUs; on a GPU use precision fp16");
+    if (bfloat16_kernels() == nullptr) {
+        throw Error(FS_ERROR_ENGINE, name + "needs a processor with AVX512-BF16, which this one is not; use 'onnxruntime'");
+    }
+    const Manifest& manifest = bundle.choose(precision == "auto" ? "fp32" : precision, "cpu");
+    if (manifest.precision != "fp32") {
+        throw Error(FS_ERROR_ENGINE, name + "computes precision fp32 in bfloat16, not '" + manifest.precision + "'");
+    }
+    return {BFLOAT16, "cpu", &manifest};
+}
+
 }  // namespace
 
 EngineChoice choose_engine(const Bundle& bundle, const std::string& engine, const std::string& device,
                            const std::string& precision, const std::string& library) {
-    if (engine != "auto" && engine != "onnxruntime" && engine != PLAIN && engine != "tensorrt") {
-        throw Error(FS_ERROR_ENGINE, "engine '" + engine + "' is unknown; expected auto, onnxruntime, " + PLAIN + " or tensorrt");
+    if (engine != "auto" && engine != "onnxruntime" && engine != PLAIN && engine != BFLOAT16 && engine != "tensorrt") {
+        throw Error(FS_ERROR_ENGINE, "engine '" + engine + "' is unknown; expected auto, onnxruntime, " + PLAIN + ", " +
+                                         BFLOAT16 + " or tensorrt");
     }
     if (device != "auto" && device != "cpu" && device != "cuda") {
         throw Error(FS_ERROR_ENGINE, "device '" + device + "' is unknown; expected auto, cpu or cuda");
@@ -69,6 +84,7 @@ EngineChoice choose_engine(const Bundle& bundle, const std::string& engine, cons
     if (engine == "tensorrt" || (engine == "auto" && device != "cpu" && built_for_here(bundle))) {
         return choose_tensorrt(bundle, device, precision);
     }
+    if (engine == BFLOAT16) return choose_bfloat16(bundle, device, precision);
     const std::string taken = device != "auto" ? device : onnxruntime_has_device(library, "cuda") ? "cuda" : "cpu";
     const Manifest& manifest = bundle.choose(precision, taken);
     check_memory(bundle, manifest, "which ONNX Runtime would dequantize as a whole in every step");

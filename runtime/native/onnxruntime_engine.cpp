@@ -183,7 +183,8 @@ public:
         for (const Graph* graph : plan.graphs) {
             const std::string path = (bundle.path / graph->file).string();
             sessions_.emplace_back(ort_.ReleaseSession);
-            const DerivedGraph derived = ours ? operators_->derive(bundle, manifest, *graph) : DerivedGraph();
+            const DerivedGraph derived = ours ? operators_->derive(bundle, manifest, *graph, options.engine == BFLOAT16)
+                                              : DerivedGraph();
             own_operators_.push_back(derived.operators);
             ort_.check(derived.model.empty()
                            ? ort_.CreateSession(ort_.env, path.c_str(), session.get(), sessions_.back().into())

@@ -56,64 +56,102 @@ private:
     std::map<std::string, std::unique_ptr<MappedFile>> files_;
 };
 
-std::shared_ptr<const PackedMatrix> pack(const BlockProduct& product, Constants& constants) {
-    const auto count = static_cast<uint64_t>(product.inputs) * static_cast<uint64_t>(product.outputs);
-    const auto outputs = static_cast<uint64_t>(product.outputs);
-    const auto floats = [&](const OnnxTensor& tensor, uint64_t numbers) {  // copied, for they may lie anywhere
-        const std::string_view bytes = constants.bytes(tensor, numbers * sizeof(float));
-        std::vector<float> values(numbers);
-        std::copy_n(bytes.data(), bytes.size(), reinterpret_cast<char*>(values.data()));
-        return values;
-    };
+std::vector<float> floats(const OnnxTensor& tensor, int64_t numbers, Constants& constants) {  // copied: they may lie anywhere
+    const std::string_view bytes = constants.bytes(tensor, static_cast<uint64_t>(numbers) * sizeof(float));
+    std::vector<float> values(static_cast<size_t>(numbers));
+    std::copy_n(bytes.data(), bytes.size(), reinterpret_cast<char*>(values.data()));
+    return values;
+}
+
+template <class Matrix>
+std::shared_ptr<const Matrix> pack(const ConstantProduct& product, Constants& constants);
+
+template <>
+std::shared_ptr<const PackedMatrix> pack(const ConstantProduct& product, Constants& constants) {
+    const int64_t count = product.inputs * product.outputs;
     BlockMatrix matrix;
     matrix.bits = product.bits;
     matrix.inputs = product.inputs;
     matrix.outputs = product.outputs;
     matrix.block = product.block;
-    const std::string_view integers = constants.bytes(product.integers, product.bits == 8 ? count : (count + 1) / 2);
-    matrix.integers = reinterpret_cast<const uint8_t*>(integers.data());
-    const std::vector<float> scales = floats(product.scales, count / static_cast<uint64_t>(product.block));
+    const auto bytes = static_cast<uint64_t>(product.bits == 8 ? count : (count + 1) / 2);
+    matrix.integers = reinterpret_cast<const uint8_t*>(constants.bytes(product.matrix, bytes).data());
+    const std::vector<float> scales = floats(*product.scales, count / product.block, constants);
     matrix.scales = scales.data();
     std::vector<float> bias;
-    if (product.bias) bias = floats(*product.bias, outputs);
+    if (product.bias) bias = floats(*product.bias, product.outputs, constants);
     matrix.bias = product.bias ? bias.data() : nullptr;
     return std::make_shared<const PackedMatrix>(matrix);
 }
 
-}  // namespace
+template <>
+std::shared_ptr<const Bfloat16Matrix> pack(const ConstantProduct& product, Constants& constants) {
+    const auto count = static_cast<uint64_t>(product.inputs) * static_cast<uint64_t>(product.outputs);
+    std::vector<float> bias;
+    if (product.bias) bias = floats(*product.bias, product.outputs, constants);
+    return std::make_shared<const Bfloat16Matrix>(constants.bytes(product.matrix, count * sizeof(float)), product.inputs,
+                                                  product.outputs, product.bias ? bias.data() : nullptr);
+}
 
-struct OwnOperators::Impl {
-    // Where the three constants of a matrix lie; graphs that name the same bytes share one.
-    using Stored = std::tuple<std::string, uint64_t, std::string, uint64_t, std::string, uint64_t>;
+// The matrices of a session in the layout of their kernels.
+template <class Matrix>
+class Packings {
+public:
+    std::vector<PackedProducts<Matrix>> products;  // of one x each
 
-    explicit Impl(const Ort& ort)
-        : ort(ort), ring(own_operator<RingKernel>(ort, nullptr)), cache(own_operator<CacheKernel>(ort, nullptr)),
-          product(own_operator<ProductsKernel>(ort, &products)) {}
-
-    std::shared_ptr<const PackedMatrix> packed(const BlockProduct& product, Constants& constants) {
-        const OnnxTensor bias = product.bias.value_or(OnnxTensor());
-        if (product.integers.location.empty() || product.scales.location.empty() || !bias.raw.empty()) {
-            return pack(product, constants);
+    // Returns how many.
+    size_t add(const std::vector<std::vector<ConstantProduct>>& groups, Constants& constants) {
+        size_t count = 0;
+        for (const auto& group : groups) {
+            PackedProducts<Matrix> packed;
+            for (const ConstantProduct& product : group) packed.push_back(one(product, constants));
+            count += packed.size();
+            products.push_back(std::move(packed));
         }
-        auto& matrix = matrices[{product.integers.location, product.integers.offset, product.scales.location,
-                                 product.scales.offset, bias.location, bias.offset}];
-        if (matrix == nullptr) matrix = pack(product, constants);
+        return count;
+    }
+
+private:
+    // Where the constants of a matrix lie; graphs that name the same bytes share one.
+    using Place = std::pair<std::string, uint64_t>;
+    using Stored = std::tuple<Place, Place, Place>;
+
+    std::shared_ptr<const Matrix> one(const ConstantProduct& product, Constants& constants) {
+        const OnnxTensor scales = product.scales.value_or(OnnxTensor()), bias = product.bias.value_or(OnnxTensor());
+        if (product.matrix.location.empty() || !scales.raw.empty() || !bias.raw.empty()) {
+            return pack<Matrix>(product, constants);
+        }
+        const auto place = [](const OnnxTensor& tensor) { return Place(tensor.location, tensor.offset); };
+        auto& matrix = matrices_[{place(product.matrix), place(scales), place(bias)}];
+        if (matrix == nullptr) matrix = pack<Matrix>(product, constants);
         return matrix;
     }
 
+    std::map<Stored, std::shared_ptr<const Matrix>> matrices_;
+};
+
+}  // namespace
+
+struct OwnOperators::Impl {
+    explicit Impl(const Ort& ort)
+        : ort(ort), ring(own_operator<RingKernel>(ort, nullptr)), cache(own_operator<CacheKernel>(ort, nullptr)),
+          block_product(own_operator<BlockProductsKernel>(ort, &blocks.products)),
+          bfloat16_product(own_operator<Bfloat16ProductsKernel>(ort, &bfloat16.products)) {}
+
     const Ort& ort;
-    ProductsKernel::Shared products;
-    std::map<Stored, std::shared_ptr<const PackedMatrix>> matrices;
+    Packings<PackedMatrix> blocks;
+    Packings<Bfloat16Matrix> bfloat16;
     OwnOperator<RingKernel> ring;
     OwnOperator<CacheKernel> cache;
-    OwnOperator<ProductsKernel> product;
+    OwnOperator<BlockProductsKernel> block_product;
+    OwnOperator<Bfloat16ProductsKernel> bfloat16_product;
     OrtCustomOpDomain* domain = nullptr;
 };
 
 OwnOperators::OwnOperators(const Ort& ort) : impl_(std::make_unique<Impl>(ort)) {
     const std::string what = "ONNX Runtime could not take an operator";
     ort.check(ort.CreateCustomOpDomain(OWN_DOMAIN, &impl_->domain), what);
-    const OrtCustomOp* const all[] = {&impl_->ring, &impl_->cache, &impl_->product};
+    const OrtCustomOp* const all[] = {&impl_->ring, &impl_->cache, &impl_->block_product, &impl_->bfloat16_product};
     for (const OrtCustomOp* own : all) ort.check(ort.CustomOpDomain_Add(impl_->domain, own), what);
 }
 
@@ -123,7 +161,7 @@ OwnOperators::~OwnOperators() {
 
 OrtCustomOpDomain* OwnOperators::domain() const { return impl_->domain; }
 
-DerivedGraph OwnOperators::derive(const Bundle& bundle, const Manifest& manifest, const Graph& graph) {
+DerivedGraph OwnOperators::derive(const Bundle& bundle, const Manifest& manifest, const Graph& graph, bool bfloat16) {
     const std::filesystem::path path = bundle.path / graph.file;
     const std::string model = InputFile(path, FS_ERROR_BUNDLE).read_all();
     try {
@@ -131,14 +169,12 @@ DerivedGraph OwnOperators::derive(const Bundle& bundle, const Manifest& manifest
         const size_t rings = takes_frames(graph) ? replace_ring_attention(onnx, states_of(graph, manifest, "ring")) : 0;
         const size_t caches = replace_cached_attention(onnx, states_of(graph, manifest, "linear"));
         size_t products = 0;
+        Constants constants(path.parent_path());
         if (fastest_block_kernels() != nullptr) {
-            Constants constants(path.parent_path());
-            for (const auto& group : replace_block_products(onnx, impl_->products.size())) {
-                PackedProducts packed;
-                for (const BlockProduct& product : group) packed.push_back(impl_->packed(product, constants));
-                products += packed.size();
-                impl_->products.push_back(std::move(packed));
-            }
+            products += impl_->blocks.add(replace_block_products(onnx, impl_->blocks.products.size()), constants);
+        }
+        if (bfloat16) {
+            products += impl_->bfloat16.add(replace_float_products(onnx, impl_->bfloat16.products.size()), constants);
         }
         return {onnx.write(), rings + caches + products};
     } catch (const ProtobufDamaged&) {

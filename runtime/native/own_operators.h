@@ -26,8 +26,9 @@ public:
     // For the options of sessions.
     OrtCustomOpDomain* domain() const;
 
-    // What to run in the place of a bundle's graph, whose file it reads. Throws Error.
-    DerivedGraph derive(const Bundle& bundle, const Manifest& manifest, const Graph& graph);
+    // What to run in the place of a bundle's graph, whose file it reads. `bfloat16`: products of float32 are computed in it;
+    // the processor has to have kernels for that. Throws Error.
+    DerivedGraph derive(const Bundle& bundle, const Manifest& manifest, const Graph& graph, bool bfloat16);
 
 private:
     struct Impl;

@@ -1,4 +1,5 @@
-// Of any graph: products with integers in blocks become nodes whose kernel is `multiply` of block_products.h.
+// Of any graph: products with a constant matrix become nodes whose kernels are those of block_products.h and
+// bfloat16_products.h.
 #pragma once
 
 #include <optional>
@@ -9,21 +10,28 @@
 
 namespace framestep {
 
-constexpr const char* PRODUCTS_OPERATOR = "BlockProducts";
+constexpr const char* BLOCK_PRODUCTS_OPERATOR = "BlockProducts";
+constexpr const char* BFLOAT16_PRODUCTS_OPERATOR = "Bfloat16Products";
 constexpr size_t MOST_PRODUCTS = 8;  // in one node
 
 // A product as a graph has it.
-struct BlockProduct {
-    int bits = 0;
-    int64_t inputs = 0, outputs = 0, block = 0;
-    OnnxTensor integers, scales;
+struct ConstantProduct {
+    int64_t inputs = 0, outputs = 0;
+    OnnxTensor matrix;             // integers in blocks, or float32
     std::optional<OnnxTensor> bias;
+    int bits = 0;                  // of the integers
+    int64_t block = 0;             // 0 for float32
+    std::optional<OnnxTensor> scales;
 };
 
-// Every `MatMul` with a blocked `DequantizeLinear` of symmetric INT8 or INT4 constants, with the `Add` of a constant
-// [outputs] where one follows, is replaced. Those of one x and one size of blocks become one node
-//     BlockProducts(x) -> y for each
+// Every `MatMul` with a constant matrix of a kind, with the `Add` of a constant [outputs] where one follows, is replaced.
+// Those of one x and one size of blocks become one node
+//     BlockProducts(x) -> y for each, or Bfloat16Products
 // with the attribute `products`: a number from `first` on, at which the result has them.
-std::vector<std::vector<BlockProduct>> replace_block_products(OnnxGraph& graph, size_t first);
+
+// Matrices that a blocked `DequantizeLinear` makes of symmetric INT8 or INT4 constants.
+std::vector<std::vector<ConstantProduct>> replace_block_products(OnnxGraph& graph, size_t first);
+// Matrices of float32.
+std::vector<std::vector<ConstantProduct>> replace_float_products(OnnxGraph& graph, size_t first);
 
 }  // namespace framestep

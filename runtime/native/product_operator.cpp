@@ -6,78 +6,94 @@ namespace framestep {
 namespace {
 
 constexpr size_t PART = 64 << 10;       // bytes of a matrix that a thread takes at a time
-constexpr int64_t FEW = 4;              // rows that one thread makes integers of faster than two
-constexpr int64_t ROWS_AT_ONCE = 256;  // whose integers are kept
+constexpr int64_t FEW = 4;              // rows that one thread rounds faster than two
+constexpr int64_t ROWS_AT_ONCE = 256;  // that are kept rounded
 
-struct Part {  // of a matrix, in groups
-    size_t matrix;
-    int64_t first, stop;
-};
+template <class Number>
+Number* room_for(std::vector<Number>& numbers, int64_t count) {
+    numbers.resize(std::max(numbers.size(), static_cast<size_t>(count)));
+    return numbers.data();
+}
 
-// Room for integers of rows, kept from run to run; each thread that calls runs has its own.
-struct Room {
-    std::vector<int8_t> integers;
-    std::vector<float> scales;
-    std::vector<int32_t> sums;
-
-    IntegerRows of(int64_t rows, int64_t inputs, int64_t blocks) {
-        const auto grow = [rows](auto& numbers, int64_t each) {
-            numbers.resize(std::max(numbers.size(), static_cast<size_t>(rows * each)));
-        };
-        grow(integers, inputs);
-        grow(scales, blocks);
-        grow(sums, blocks);
-        return {integers.data(), scales.data(), sums.data()};
-    }
-};
-
-}  // namespace
-
-ProductsKernel::ProductsKernel(const Ort& its, const Shared* shared, const OrtKernelInfo* info)
-    : ort(its), products_(shared->at(static_cast<size_t>(KernelCalls(its).integer(info, "products")))),
-      kernels_(*fastest_block_kernels()) {}
-
-void ProductsKernel::compute(OrtKernelContext* context) const {
-    const KernelCalls calls(ort);
+// y of each product. `round(x, first, stop)` rounds those rows of x, a run of them after the other; `multiply(matrix, count,
+// first, stop, y)` computes groups of y from the first `count` rounded rows. Both are called by several threads.
+template <class Matrix, class Reserve, class Round, class Multiply>
+void compute_products(const KernelCalls& calls, OrtKernelContext* context, const PackedProducts<Matrix>& products,
+                      const Reserve& reserve, const Round& round, const Multiply& multiply) {
     const OrtValue* input = calls.input(context, 0);
     TensorShape shape = calls.shape(input);
-    const int64_t inputs = products_.front()->inputs(), block = products_.front()->block();
+    const int64_t inputs = products.front()->inputs();
     if (shape.rank < 1 || shape.rank > TensorShape::MOST || shape.sizes[shape.rank - 1] != inputs) {
         throw Refused{"x has no rows of " + std::to_string(inputs) + " numbers"};
     }
     int64_t rows = 1;
     for (size_t axis = 0; axis + 1 < shape.rank; ++axis) rows *= shape.sizes[axis];
     float* results[MOST_PRODUCTS];
-    for (size_t index = 0; index < products_.size(); ++index) {
-        shape.sizes[shape.rank - 1] = products_[index]->outputs();
-        results[index] = calls.data<float>(calls.output(context, index, shape));
-    }
     int64_t parts[MOST_PRODUCTS], total = 0;
-    for (size_t index = 0; index < products_.size(); ++index) {
-        const PackedMatrix& matrix = *products_[index];
+    for (size_t index = 0; index < products.size(); ++index) {
+        const Matrix& matrix = *products[index];
+        shape.sizes[shape.rank - 1] = matrix.outputs();
+        results[index] = calls.data<float>(calls.output(context, index, shape));
         const auto bytes = static_cast<size_t>(matrix.groups()) * matrix.group_bytes();
         parts[index] = std::min(matrix.groups(), static_cast<int64_t>((bytes + PART - 1) / PART));
         total += parts[index];
     }
     const auto* x = calls.data<const float>(input);
-    thread_local Room room;
+    reserve(std::min(rows, ROWS_AT_ONCE));
     for (int64_t from = 0; from < rows; from += ROWS_AT_ONCE) {
         const int64_t count = std::min(ROWS_AT_ONCE, rows - from);
         const float* first_row = x + from * inputs;
-        const IntegerRows integers = room.of(count, inputs, inputs / block);
         if (count <= FEW) {
-            kernels_.quantize(first_row, inputs, block, 0, count, integers);
+            round(first_row, 0, count);
         } else {
-            calls.parallel(context, count, [&](int64_t row) { kernels_.quantize(first_row, inputs, block, row, row + 1, integers); });
+            calls.parallel(context, count, [&](int64_t row) { round(first_row, row, row + 1); });
         }
         calls.parallel(context, total, [&](int64_t part) {
             size_t index = 0;
             for (; part >= parts[index]; ++index) part -= parts[index];
-            const PackedMatrix& matrix = *products_[index];
-            kernels_.multiply(matrix, integers, count, part * matrix.groups() / parts[index],
-                              (part + 1) * matrix.groups() / parts[index], results[index] + from * matrix.outputs());
+            const Matrix& matrix = *products[index];
+            multiply(matrix, count, part * matrix.groups() / parts[index], (part + 1) * matrix.groups() / parts[index],
+                     results[index] + from * matrix.outputs());
         });
     }
+}
+
+}  // namespace
+
+void BlockProductsKernel::compute(OrtKernelContext* context) const {
+    struct Room {  // kept from run to run; each thread that calls runs has its own
+        std::vector<int8_t> integers;
+        std::vector<float> scales;
+        std::vector<int32_t> sums;
+    };
+    thread_local Room room;
+    const BlockKernels& kernels = *fastest_block_kernels();
+    const int64_t inputs = products_.front()->inputs(), block = products_.front()->block();
+    IntegerRows rows = {};
+    compute_products(
+        KernelCalls(ort), context, products_,
+        [&](int64_t count) {
+            const int64_t blocks = count * (inputs / block);
+            rows = {room_for(room.integers, count * inputs), room_for(room.scales, blocks), room_for(room.sums, blocks)};
+        },
+        [&](const float* x, int64_t first, int64_t stop) { kernels.quantize(x, inputs, block, first, stop, rows); },
+        [&](const PackedMatrix& matrix, int64_t count, int64_t first, int64_t stop, float* y) {
+            kernels.multiply(matrix, rows, count, first, stop, y);
+        });
+}
+
+void Bfloat16ProductsKernel::compute(OrtKernelContext* context) const {
+    thread_local std::vector<uint16_t> room;
+    const Bfloat16Kernels& kernels = *bfloat16_kernels();
+    const int64_t inputs = products_.front()->inputs();
+    uint16_t* rows = nullptr;
+    compute_products(
+        KernelCalls(ort), context, products_,
+        [&](int64_t count) { rows = room_for(room, count * Bfloat16Matrix::even(inputs)); },
+        [&](const float* x, int64_t first, int64_t stop) { kernels.round(x, inputs, first, stop, rows); },
+        [&](const Bfloat16Matrix& matrix, int64_t count, int64_t first, int64_t stop, float* y) {
+            kernels.multiply(matrix, rows, count, first, stop, y);
+        });
 }
 
 }  // namespace framestep

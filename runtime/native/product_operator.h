@@ -1,32 +1,47 @@
-// `BlockProducts` as an operator that ONNX Runtime calls.
+// `BlockProducts` and `Bfloat16Products` as operators that ONNX Runtime calls.
 #pragma once
 
 #include <memory>
 #include <vector>
 
+#include "bfloat16_products.h"
 #include "block_products.h"
 #include "own_operator.h"
 #include "product_graph.h"
 
 namespace framestep {
 
-using PackedProducts = std::vector<std::shared_ptr<const PackedMatrix>>;  // of one x
+template <class Matrix>
+using PackedProducts = std::vector<std::shared_ptr<const Matrix>>;  // of one x
 
+template <class Matrix>
 class ProductsKernel {
 public:
-    using Shared = std::vector<PackedProducts>;  // by the attribute `products`
-    static constexpr const char* NAME = PRODUCTS_OPERATOR;
+    using Shared = std::vector<PackedProducts<Matrix>>;  // by the attribute `products`
     static constexpr size_t INPUTS = 1, OUTPUTS = 0;
     static OrtElement input_type(size_t) { return ORT_FLOAT; }
 
-    ProductsKernel(const Ort& ort, const Shared* shared, const OrtKernelInfo* info);
-    void compute(OrtKernelContext* context) const;
+    ProductsKernel(const Ort& its, const Shared* shared, const OrtKernelInfo* info)
+        : ort(its), products_(shared->at(static_cast<size_t>(KernelCalls(its).integer(info, "products")))) {}
 
     const Ort& ort;
 
-private:
-    PackedProducts products_;
-    const BlockKernels& kernels_;
+protected:
+    PackedProducts<Matrix> products_;
+};
+
+class BlockProductsKernel : public ProductsKernel<PackedMatrix> {
+public:
+    static constexpr const char* NAME = BLOCK_PRODUCTS_OPERATOR;
+    using ProductsKernel::ProductsKernel;
+    void compute(OrtKernelContext* context) const;
+};
+
+class Bfloat16ProductsKernel : public ProductsKernel<Bfloat16Matrix> {
+public:
+    static constexpr const char* NAME = BFLOAT16_PRODUCTS_OPERATOR;
+    using ProductsKernel::ProductsKernel;
+    void compute(OrtKernelContext* context) const;
 };
 
 }  // namespace framestep

@@ -246,16 +246,72 @@ def test_products_are_those_of_float64_with_rows_rounded_to_integers(
     assert (np.abs(y - expected) <= 1e-6 * largest).all()
 
 
+# Products in bfloat16
+
+
+@pytest.fixture
+def bfloat16(parts: Parts) -> Parts:
+    if not parts.library.parts_multiplies_bfloat16():
+        pytest.skip("this processor has no such instructions")
+    return parts
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    inputs=st.integers(1, 70),
+    outputs=st.integers(1, 150),
+    rows=st.integers(1, 21),
+    part=st.integers(1, 4),
+    biased=st.booleans(),
+)
+@hypothesis_settings
+def test_products_are_those_of_float64_with_both_operands_rounded_to_bfloat16(
+    bfloat16: Parts, seed: int, inputs: int, outputs: int, rows: int, part: int, biased: bool
+) -> None:
+    rng = np.random.default_rng(seed)
+    matrix = (rng.standard_normal((inputs, outputs)) * np.exp(rng.normal(0, 3, outputs))).astype(np.float32)
+    x = (rng.standard_normal((rows, inputs)) * np.exp(rng.normal(0, 3, (rows, 1)))).astype(np.float32)
+    bias = rng.standard_normal(outputs).astype(np.float32) if biased else None
+    rounded = np.full((rows, inputs + inputs % 2), 99, ml_dtypes.bfloat16)
+    y = np.full((rows, outputs), np.nan, np.float32)
+    bfloat16.library.parts_multiply_bfloat16(
+        *sizes(inputs, outputs), *pointers(matrix, bias, x), *sizes(rows, part), *pointers(rounded, y)
+    )
+    kept = x.astype(ml_dtypes.bfloat16)
+    assert np.array_equal(rounded[:, :inputs], kept)
+    left, right = kept.astype(np.float64), matrix.astype(ml_dtypes.bfloat16).astype(np.float64)
+    expected = left @ right + (0 if bias is None else bias)
+    largest = np.abs(left) @ np.abs(right) + (0 if bias is None else np.abs(bias))
+    assert (np.abs(y - expected) <= 1e-6 * largest).all()
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("place", ["x", "matrix"])
+def test_a_number_that_is_not_finite_stays_so_in_bfloat16(bfloat16: Parts, number: float, place: str) -> None:
+    x, matrix = np.ones((9, 6), np.float32), np.ones((6, 50), np.float32)
+    {"x": x, "matrix": matrix}[place][5, 4] = number
+    rounded, y = np.empty((9, 6), np.uint16), np.empty((9, 50), np.float32)
+    bfloat16.library.parts_multiply_bfloat16(
+        *sizes(6, 50), *pointers(matrix, None, x), *sizes(9, 1), *pointers(rounded, y)
+    )
+    hit = np.zeros((9, 50), bool)
+    hit[5 if place == "x" else slice(None), 4 if place == "matrix" else slice(None)] = True
+    assert np.isfinite(y[~hit]).all()
+    np.testing.assert_array_equal(y[hit], number)
+
+
 # Derived graphs
 
 
-def derive(parts: Parts, model: onnx.ModelProto, folder: Path, rings: set[str] | None = None) -> onnx.ModelProto | None:
+def derive(
+    parts: Parts, model: onnx.ModelProto, folder: Path, rings: set[str] | None = None, products: str = ""
+) -> onnx.ModelProto | None:
     """What the library makes of a graph; None where it leaves it as it is."""
     past = {port.name for port in model.graph.input if port.name.endswith(".past")}
     path, out = folder / "graph.onnx", folder / "derived.onnx"
     path.write_bytes(model.SerializeToString())
     of_rings, caches = (",".join(sorted(names)).encode() for names in (past if rings is None else rings, past))
-    text = parts("derived_graph", os.fsencode(path), of_rings, caches, os.fsencode(out))
+    text = parts("derived_graph", os.fsencode(path), of_rings, caches, products.encode(), os.fsencode(out))
     return None if text == b"none" else onnx.load(out, load_external_data=False)
 
 
@@ -322,6 +378,52 @@ def test_a_ring_that_is_used_otherwise_keeps_its_nodes(
 
 def test_a_graph_without_rings_is_left_as_it_is(parts: Parts, tmp_path: Path, backbone: onnx.ModelProto) -> None:
     assert derive(parts, backbone, tmp_path, rings=set()) is None
+
+
+def constant_products(model: onnx.ModelProto) -> list[onnx.NodeProto]:
+    matrices = {item.name for item in model.graph.initializer if len(item.dims) == 2}
+    return [node for node in model.graph.node if node.op_type == "MatMul" and node.input[1] in matrices]
+
+
+def test_products_of_floats_become_nodes_of_ours_where_they_are_asked_for(
+    parts: Parts, tmp_path: Path, backbone: onnx.ModelProto
+) -> None:
+    products = constant_products(backbone)
+    assert len(products) > 10
+    derived = derive(parts, backbone, tmp_path, set(), "floats")
+    assert derived is not None and not constant_products(derived)
+    ours = [node for node in derived.graph.node if node.op_type == "Bfloat16Products"]
+    assert [node.input[0] for node in ours] == list(dict.fromkeys(node.input[0] for node in products))
+    made = {name for node in ours for name in node.output}
+    assert len(made) == len(products)
+    added = {node.input[0]: node.output[0] for node in backbone.graph.node if node.op_type == "Add"}
+    biases = {item.name for item in backbone.graph.initializer if len(item.dims) == 1}
+    sums = {node.input[0] for node in backbone.graph.node if node.op_type == "Add" and node.input[1] in biases}
+    assert made == {added[name] if name in sums else name for name in (node.output[0] for node in products)}
+    kept = {item.name for item in derived.graph.initializer}
+    assert kept.isdisjoint(node.input[1] for node in products)
+    read = {name for node in derived.graph.node for name in node.input}
+    assert read <= kept | {name for node in derived.graph.node for name in node.output} | {
+        port.name for port in derived.graph.input
+    }
+
+
+@pytest.mark.parametrize("change", ["a bias of another shape", "a product that is read twice"])
+def test_what_is_more_than_a_bias_is_added_as_before(
+    parts: Parts, tmp_path: Path, backbone: onnx.ModelProto, change: str
+) -> None:
+    biases = {item.name: item for item in backbone.graph.initializer if len(item.dims) == 1}
+    products = {node.output[0] for node in constant_products(backbone)}
+    addition = next(
+        node for node in backbone.graph.node if node.op_type == "Add" and node.input[0] in products and node.input[1] in biases
+    )  # fmt: skip
+    if change == "a bias of another shape":
+        biases[addition.input[1]].dims.insert(0, 1)
+    else:
+        read_elsewhere(backbone, addition.input[0])
+    derived = derive(parts, backbone, tmp_path, set(), "floats")
+    assert derived is not None and addition in derived.graph.node
+    assert any(addition.input[0] in node.output for node in derived.graph.node if node.op_type == "Bfloat16Products")
 
 
 @pytest.fixture(scope="module")
@@ -468,5 +570,6 @@ def test_a_damaged_graph_gives_no_crash(
         content[place % len(content)] = byte
     folder = tmp_path_factory.mktemp("damaged")
     (folder / "graph.onnx").write_bytes(content[: max(1, len(content) - cut)])
-    names = b"layer0.key.past", b"decoder.layer0.key.past,decoder.layer0.raw_key.past,decoder.layer0.value.past"
+    rings, caches = b"layer0.key.past", b"decoder.layer0.key.past,decoder.layer0.raw_key.past,decoder.layer0.value.past"
+    names = rings, caches, b"floats"
     parts("derived_graph", os.fsencode(folder / "graph.onnx"), *names, os.fsencode(folder / "derived.onnx"))

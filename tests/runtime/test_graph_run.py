@@ -12,6 +12,7 @@ import golden
 import numpy as np
 import pytest
 import torch
+from native_parts import own_operators
 
 import framestep
 from framestep.benchmarks.gpu.stand_in import stand_in
@@ -19,7 +20,6 @@ from framestep.export.decoder_checkpoint import read_decoder_checkpoint
 from framestep.export.decoder_export import DecoderOptions, export_decoder
 from framestep.runtime.bundle import Bundle
 from framestep.runtime.errors import EngineError, FramestepError
-from framestep.runtime.library import library
 from framestep.runtime.session import NonFiniteOutputError
 
 CAPACITY = 48
@@ -100,15 +100,6 @@ def multiplies_blocks() -> bool:
     """Whether this processor has the instructions that products with integers in blocks are made of."""
     flags = next((line for line in CPU.read_text("utf-8").splitlines() if line.startswith("flags")), "").split()
     return {"avx2", "fma"} <= set(flags)
-
-
-def own_operators(session) -> dict[str, int]:
-    native, info = library(), library().new("fs_graph_info")
-    found = {}
-    for index in range(3):
-        native.check(native.functions.fs_graph_describe(session._engine._session, index, info))
-        found[native.text(info.name)] = info.own_operators
-    return found
 
 
 def test_caches_are_run_by_operators_of_ours_unless_the_plain_engine_is_asked_for(exported):

@@ -10,6 +10,7 @@
 #include <string>
 
 #include "attention.h"
+#include "bfloat16_products.h"
 #include "block_products.h"
 #include "cache_graph.h"
 #include "engine_files.h"
@@ -201,8 +202,25 @@ void parts_multiply(int simd, int bits, int64_t inputs, int64_t outputs, int64_t
     }
 }
 
-// Writes the derived graph to `out`; the text is "none" where there is none. `rings` and `caches` are separated by commas.
-int parts_derived_graph(const char* path, const char* rings, const char* caches, const char* out, char** text) {
+int parts_multiplies_bfloat16() { return bfloat16_kernels() != nullptr; }
+
+// y = x matrix + bias, in parts of so many groups; rows are x as it was rounded.
+void parts_multiply_bfloat16(int64_t inputs, int64_t outputs, const float* matrix, const float* bias, const float* x,
+                             int64_t rows, int64_t part, uint16_t* rounded, float* y) {
+    const Bfloat16Kernels& kernels = *bfloat16_kernels();
+    const auto bytes = static_cast<size_t>(inputs * outputs) * sizeof(float);
+    const Bfloat16Matrix packed({reinterpret_cast<const char*>(matrix), bytes}, inputs, outputs, bias);
+    kernels.round(x, inputs, 0, rows / 2, rounded);
+    kernels.round(x, inputs, rows / 2, rows, rounded);
+    for (int64_t first = 0; first < packed.groups(); first += part) {
+        kernels.multiply(packed, rounded, rows, first, std::min(first + part, packed.groups()), y);
+    }
+}
+
+// Writes the derived graph to `out`; the text is "none" where there is none. `rings`, `caches` and `products` ("floats" or
+// nothing beside those of blocks) are separated by commas.
+int parts_derived_graph(const char* path, const char* rings, const char* caches, const char* products, const char* out,
+                        char** text) {
     const auto names = [](const std::string& all) {
         std::set<std::string> found;
         for (std::string left = all; !left.empty();) {
@@ -219,6 +237,7 @@ int parts_derived_graph(const char* path, const char* rings, const char* caches,
             replace_ring_attention(graph, names(rings));
             replace_cached_attention(graph, names(caches));
             replace_block_products(graph, 0);
+            if (names(products).count("floats") != 0) replace_float_products(graph, 0);
             const std::string derived = graph.write();
             if (derived.empty()) return "none";
             write_file(out, {derived});
