@@ -238,6 +238,14 @@ def test_help_loads_nothing_heavy() -> None:
     assert found.stdout.strip() == "[]"
 
 
+def test_it_is_a_module_too(tmp_path) -> None:
+    found = subprocess.run(
+        [sys.executable, "-m", "framestep", "frobnicate"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert (found.returncode, found.stdout) == (2, "")
+    assert found.stderr.startswith("framestep: No such command 'frobnicate'") and found.stderr.count("\n") == 1
+
+
 def test_the_version_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     import framestep
 
