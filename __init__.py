@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from .runtime.conversation import FrameSource
-    from .runtime.dialogue import DialogueOptions
+    from .runtime.dialogue_options import DialogueOptions
     from .runtime.events import Event
     from .runtime.questions import Question
     from .runtime.session import NonFiniteOutputError, Result, Session, Stream

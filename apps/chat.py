@@ -19,7 +19,7 @@ from typing import Any
 from ..runtime.bundle import Bundle
 from ..runtime.conversation import Conversation
 from ..runtime.converse import ASKED, open_conversation
-from ..runtime.dialogue import DialogueOptions
+from ..runtime.dialogue_options import DialogueOptions
 from ..runtime.errors import FramestepError, OutputError
 from ..runtime.events import Answer, AnswerText, Asked, Decision, Event, Notice, Withdrawn
 from ..runtime.following import Following
@@ -192,6 +192,8 @@ def chat(options: ChatOptions, write: Callable[[str], None], report: Report, lin
         stack.callback(opening.close)  # after the conversation, whose thread reads it
         conversation = open_conversation(session, opening, options.dialogue)
         stack.callback(conversation.close)
+        if options.max_turns is not None and not conversation.decides:
+            raise FramestepError("--max-turns: this model is asked and decides nothing turn by turn; leave it out")
         for question in options.questions:
             conversation.ask(question)
         session.warm_up(1)

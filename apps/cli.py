@@ -251,7 +251,7 @@ def chat(
 
     The transcript goes to standard output. Ctrl-C ends it in order and exits 0.
     """
-    from ..runtime.dialogue import DialogueOptions
+    from ..runtime.dialogue_options import DialogueOptions
     from .chat import ChatOptions, standard_input
     from .chat import chat as talk
 
@@ -316,7 +316,7 @@ def recall(
     as_json: JsonOption = False,
 ) -> None:
     """Compare when a model speaks with other weights or fewer tokens: the recall of each state over a video."""
-    from ..runtime.dialogue import DialogueOptions
+    from ..runtime.dialogue_options import DialogueOptions
     from .recall import RecallOptions
     from .recall import recall as compare
 

@@ -117,7 +117,8 @@ def _export_decoder(arguments: ExportArguments, source: str, progress: Progress)
 def decoder_notes(folder: Path, manifest: Manifest) -> list[str]:
     """What one should know of a decoder before one talks with it."""
     from ..runtime.chat_format import Words
-    from ..runtime.dialogue import DialogueOptions, turn_tokens
+    from ..runtime.dialogue import turn_tokens
+    from ..runtime.dialogue_options import DialogueOptions
 
     language = manifest.language
     if language is None or language.visual is None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..runtime.bundle import Bundle, Language
-from ..runtime.chat_format import STATES, TEMPLATES, Part, fill, stop_tokens
+from ..runtime.chat_format import STATES, TEMPLATES, Part, decides, fill, stop_tokens
 from ..runtime.dialogue import visual_tokens
 from ..runtime.errors import BundleError
 from ..runtime.onnx_files import weight_blocks
@@ -31,14 +31,13 @@ def describe_language(bundle: Bundle) -> dict[str, Any] | None:
     texts = _special_texts(bundle, language)
     named = {name: {"id": token, "text": texts.get(token)} for name, token in language.tokens.items()}
     template = TEMPLATES.get(language.chat)
-    decides = all(name in language.tokens for name in STATES)
     return {
         "capacity": capacity,
         "positions": language.positions,
         "chunk": language.chunk,
         "weights": WEIGHTS.get(bundle.manifest.precision, bundle.manifest.precision),
         "weight_blocks": weight_blocks(bundle.file(graphs[language.decoder].file)),
-        "decides": decides,
+        "decides": decides(language),
         "frames": next((state.capacity - 1 for state in bundle.manifest.states if state.name in rings), None),
         "frame_tokens": visual_tokens(bundle.manifest) if cross is None else None,
         "grid": bundle.manifest.grid,
@@ -47,7 +46,7 @@ def describe_language(bundle: Bundle) -> dict[str, Any] | None:
         "stop": [{"id": token, "text": texts.get(token)} for token in sorted(stop_tokens(language))],
         "chat": language.chat,
         "system": None if template is None else template.system,
-        "turn": None if template is None else _turn(bundle, language, decides, texts),
+        "turn": None if template is None else _turn(bundle, language, texts),
     }
 
 
@@ -82,7 +81,7 @@ def language_rows(told: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "turn" if number == 0 else "", line
 
 
-def _turn(bundle: Bundle, language: Language, decides: bool, texts: dict[int, str]) -> str:
+def _turn(bundle: Bundle, language: Language, texts: dict[int, str]) -> str:
     """A turn as it is written down. Capitals stand for what is said."""
     template, tokens = TEMPLATES[language.chat], language.tokens
 
@@ -93,7 +92,7 @@ def _turn(bundle: Bundle, language: Language, decides: bool, texts: dict[int, st
     if language.cross is None and language.visual is not None:
         marks = [[tokens[name]] if name in tokens else [] for name in ("vision_start", "vision_end")]
         frame = [*marks[0], f"[{visual_tokens(bundle.manifest)} tokens of a frame]", *marks[1]]
-    if decides:  # see `Dialogue`
+    if decides(language):  # see `Dialogue`
         user = [*parts(template.user, "QUESTION\n<7s-8s>\n"), *frame]
         said: list[Part] = [tokens["response"], " ANSWER"]
     else:  # see `Answering` and `Following`

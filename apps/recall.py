@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from ..runtime.bundle import Bundle
-from ..runtime.chat_format import STATES
+from ..runtime.chat_format import STATES, decides
 from ..runtime.conversation import Conversation
-from ..runtime.dialogue import DialogueOptions, choose_state, visual_tokens
+from ..runtime.dialogue import choose_state, visual_tokens
+from ..runtime.dialogue_options import DialogueOptions
 from ..runtime.errors import FramestepError
 from ..runtime.events import Decision
 from ..runtime.session import Session
@@ -161,7 +162,7 @@ def _decisions(
     silent = replace(dialogue, response_from=NEVER, standby_from=NEVER, max_tokens=1)
     bundle = Bundle.open(path)
     language = bundle.manifest.language
-    if language is not None and language.cross is not None:
+    if language is not None and not decides(language):
         raise FramestepError(f"{path}: does not decide when to speak; there is nothing to compare")
     progress(f"showing {options.source} to {path}" + (f", pruned at {dialogue.prune:g}" if dialogue.prune else ""))
     with (
@@ -171,8 +172,6 @@ def _decisions(
         if source.live:
             raise FramestepError(f"source {source.name}: is live; only a file can be shown to two models alike")
         with Conversation(session, source, silent) as conversation:
-            if not conversation.decides:
-                raise FramestepError(f"{path}: does not decide when to speak; there is nothing to compare")
             for question in options.questions:
                 conversation.ask(question)
             found = []

@@ -106,6 +106,8 @@ def run(options: RunOptions, status: Status) -> Summary:
     """
     bundle = Bundle.open(options.bundle)
     plan = plan_run(options, bundle.manifest)
+    if plan.note is not None:
+        status.report(plan.note)
     with ExitStack() as stack:
         session = stack.enter_context(
             Session(

@@ -56,7 +56,11 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to fetch from the session, and where it goes."""
+    """What to fetch from the session, and where it goes.
+
+    Attributes:
+        note: what one should know who asked for no output of a model that gives no scores.
+    """
 
     options: RunOptions
     labels: tuple[str, ...]
@@ -65,6 +69,7 @@ class Plan:
     listed: tuple[str, ...]
     saved: tuple[str, ...]
     rate: float | None
+    note: str | None = None
 
 
 def plan_run(options: RunOptions, manifest: Manifest) -> Plan:
@@ -127,7 +132,14 @@ def plan_run(options: RunOptions, manifest: Manifest) -> Plan:
     fetched = tuple(dict.fromkeys(wanted)) or (min(sizes, key=lambda name: sizes[name]),)
     background = manifest.labels.background if manifest.labels is not None else None
     rate = manifest.rate if options.rate is None else (options.rate or None)
-    return Plan(options, labels, background, fetched, listed, saved, rate)
+    note = None if labels or options.outputs or saved else _why_no_scores(options.bundle, manifest)
+    return Plan(options, labels, background, fetched, listed, saved, rate, note)
+
+
+def _why_no_scores(bundle: Path, manifest: Manifest) -> str:
+    if manifest.language is not None:
+        return f"{bundle}: a {manifest.family} is talked with: framestep chat {bundle}; this only encodes its frames"
+    return f"{bundle}: has no labels, so it gives no scores; `framestep label {bundle} --labels FILE` adds some"
 
 
 def _values(shape: Sequence[int | str], labels: int) -> int:

@@ -19,7 +19,8 @@ import numpy as np
 from framestep.apps.bench.dialogue import FRAMES, NEVER, QUESTION, SYSTEM, bench_dialogue
 from framestep.runtime.bundle import Bundle
 from framestep.runtime.chat_format import Words
-from framestep.runtime.dialogue import Dialogue, DialogueOptions, Seen
+from framestep.runtime.dialogue import Dialogue, Seen
+from framestep.runtime.dialogue_options import DialogueOptions
 from framestep.runtime.events import Decision
 from framestep.runtime.session import Session
 

@@ -11,8 +11,8 @@ from dataclasses import replace
 from .bundle import Manifest
 from .chat_format import Words, check_question
 from .decoding import CapacityError, Decoder, GraphRunner, Piece, Turn
-from .dialogue import Array, Clock, DialogueOptions, Seen, speak, visual_tokens
-from .errors import FramestepError
+from .dialogue import Array, Clock, Seen, speak, visual_tokens
+from .dialogue_options import DialogueOptions
 from .events import Asked, Event, Notice
 from .questions import Question, Questions
 from .sampling import Sampler
@@ -39,10 +39,11 @@ class Answering:
         options: DialogueOptions,
         clock: Clock = time.perf_counter,
     ) -> None:
-        if options.prune is not None:
-            raise FramestepError(
-                "prune: this model is asked about whole frames; only one that decides when to speak has it"
-            )
+        options.refuse(
+            "this model is asked about whole frames; only one that decides when to speak has it",
+            "prune", "eviction", "response_from", "standby_from",
+        )  # fmt: skip
+        options.refuse("of this model an answer does not follow the video", "words_per_second")
         self._words = words
         self._options = options
         self._clock = clock

@@ -125,7 +125,7 @@ class Words:
         self._tokenizer.no_padding()
         self.language = language
         self.template = TEMPLATES[language.chat]
-        self.decides = all(state in language.tokens for state in STATES)
+        self.decides = decides(language)
         self.stop = stop_tokens(language)
 
     def state(self, name: str) -> int:
@@ -177,6 +177,11 @@ class Words:
         except Exception:  # a token without text, of a vocabulary that is smaller than the model's
             found = "\ufffd"
         return found
+
+
+def decides(language: Language) -> bool:
+    """Whether the model says in each turn whether it is silent, waits or answers."""
+    return language.cross is None and all(state in language.tokens for state in STATES)
 
 
 def stop_tokens(language: Language) -> frozenset[int]:

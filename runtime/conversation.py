@@ -16,7 +16,8 @@ from typing import Protocol
 from .answering import Answering
 from .chat_format import Words
 from .decoding import Decoder
-from .dialogue import Array, Clock, Dialogue, DialogueOptions, Seen
+from .dialogue import Array, Clock, Dialogue, Seen
+from .dialogue_options import DialogueOptions
 from .errors import EngineError
 from .events import Event, Notice
 from .questions import Question

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from .conversation import Conversation, FrameSource
-from .dialogue import DialogueOptions
+from .dialogue_options import DialogueOptions
 from .errors import FramestepError
 from .events import Event, Notice
 from .following import Following

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from .bundle import Manifest
 from .chat_format import STATES, TextStream, Words, check_question
 from .decoding import CapacityError, Decoder, GraphRunner, Piece, Turn
-from .errors import FramestepError
+from .dialogue_options import DialogueOptions
 from .events import Answer, AnswerText, Asked, Decision, Event, Notice, Withdrawn
 from .pruning import Pruner
 from .questions import Question, Questions
@@ -31,62 +31,6 @@ from .session import NonFiniteOutputError
 Array = npt.NDArray[Any]
 Clock = Callable[[], float]
 LONG_AGO = 1e8  # seconds that a stream may have gone on; a turn's longest tag counts for its room
-
-
-@dataclass(frozen=True)
-class DialogueOptions:
-    """How to hold a dialogue.
-
-    Attributes:
-        turn: seconds of video in a turn.
-        rate: frames a second that the model is shown; None for the bundle's rate, or one where it has none.
-        system: the system prompt; None for the chat format's own.
-        eviction: what happens when the cache is full, "slots" or "cut"; see `Decoder`.
-        prune: leave out visual tokens that are as similar to the same place before, 0 to 1; None for none.
-        response_from, standby_from: probability from which the model answers or stands by, of the three states; None
-            for whatever is likeliest.
-        max_tokens: of an answer.
-        temperature, top_p, seed, top_k: see `Sampler`.
-        frames: newest frames that a question is about, where a model answers when asked; None for as many as it was
-            trained with, or eight, and as fit.
-        words_per_second: words of an answer for each second of a file, where an answer follows the video while it is
-            being spoken; live sources go on by themselves.
-    """
-
-    turn: float = 1.0
-    rate: float | None = None
-    system: str | None = None
-    eviction: str = "slots"
-    prune: float | None = None
-    response_from: float | None = None
-    standby_from: float | None = None
-    max_tokens: int = 512
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-    frames: int | None = None
-    words_per_second: float = 1.0
-    top_k: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, value in (("turn", self.turn), ("rate", self.rate), ("words_per_second", self.words_per_second)):
-            if value is not None and not 0 < value < float("inf"):
-                raise FramestepError(f"{name}: expected a number above 0, found {value}")
-        for name in ("response_from", "standby_from"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise FramestepError(f"{name}: expected a probability from 0 to 1, found {value}")
-        for name in ("max_tokens", "frames"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise FramestepError(f"{name}: expected at least 1, found {value}")
-
-    def frames_a_second(self, manifest: Manifest) -> float:
-        """What `rate` stands for."""
-        return self.rate or manifest.rate or 1.0
-
-    def frames_a_turn(self, manifest: Manifest) -> int:
-        return max(1, round(self.turn * self.frames_a_second(manifest)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,6 +82,8 @@ class Dialogue:
         options: DialogueOptions,
         clock: Clock = time.perf_counter,
     ) -> None:
+        options.refuse("this model decides when to speak; only one that is asked has it", "frames")
+        options.refuse("of this model an answer does not follow the video", "words_per_second")
         self._words = words
         self._options = options
         self._clock = clock
@@ -345,7 +291,8 @@ class Dialogue:
                 f"{what or 'a dialogue '}does not fit: the cache holds {self.decoder.capacity} tokens;"
                 f" the system prompt and standing questions take {stays}, a turn {self._turn_tokens}"
                 + (f", this {more}" if more else "")
-                + "; export the bundle with a larger --capacity"
+                + "; export the bundle with a larger --capacity or a smaller --frame-size,"
+                " or take a shorter --system, or fewer frames a turn (--rate, --turn)"
             )
 
 

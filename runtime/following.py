@@ -23,7 +23,8 @@ from .bundle import Manifest, Port
 from .chat_format import Words, check_question
 from .conversation import GLANCE, FrameSource
 from .decoding import Array, CapacityError, Decoder, GraphRunner, Piece, Turn
-from .dialogue import Clock, DialogueOptions, Seen, speak
+from .dialogue import Clock, Seen, speak
+from .dialogue_options import DialogueOptions
 from .errors import EngineError, FramestepError, SourceError
 from .events import Answer, AnswerText, Asked, Event, Notice
 from .frame_ring import EncodedFrame, FrameRing
@@ -216,9 +217,11 @@ class Following:
             raise EngineError(f"{session.bundle.path}: its text does not attend to frames")
         if not {language.embed, language.decoder, language.rebase, language.cross.graph} <= set(session.graphs):
             raise EngineError("this session was loaded without the decoder; load(path) without graphs does")
-        for name, found in (("prune", options.prune is not None), ("eviction", options.eviction != "slots")):
-            if found:
-                raise FramestepError(f"{name}: frames are no tokens of this model's dialogue; leave the option out")
+        options.refuse("frames are no tokens of this model's dialogue", "prune", "eviction")
+        options.refuse(
+            "this model answers when it is asked and sees the newest frames at every token",
+            "turn", "frames", "response_from", "standby_from",
+        )  # fmt: skip
         self._source, self._options, self._clock = source, options, clock
         self._words = Words(language, session.bundle.path)
         self._sampler = Sampler(options.temperature, options.top_p, options.seed, options.top_k)

@@ -16,7 +16,8 @@ import numpy as np
 
 from ...runtime.bundle import Bundle, write_file
 from ...runtime.chat_format import Words
-from ...runtime.dialogue import Dialogue, DialogueOptions, Seen
+from ...runtime.dialogue import Dialogue, Seen
+from ...runtime.dialogue_options import DialogueOptions
 from ...runtime.errors import FramestepError, OutputError
 from ...runtime.events import Answer, Decision
 from ...runtime.schema import to_json

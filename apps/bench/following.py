@@ -16,7 +16,7 @@ import numpy as np
 
 from ...runtime.bundle import Bundle, write_file
 from ...runtime.decoding import Turn
-from ...runtime.dialogue import DialogueOptions
+from ...runtime.dialogue_options import DialogueOptions
 from ...runtime.errors import FramestepError, OutputError
 from ...runtime.events import Answer, AnswerText, Asked
 from ...runtime.following import Following, FrameShown, Spoken, TextCache

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import framestep.apps.chat as chat_module
 from framestep.apps.chat import ChatOptions, Transcript, chat
 from framestep.apps.cli import app
-from framestep.runtime.dialogue import DialogueOptions
+from framestep.runtime.dialogue_options import DialogueOptions
 from framestep.runtime.errors import FramestepError
 from framestep.runtime.events import Answer, AnswerText, Asked, Decision, Notice, Withdrawn
 from framestep.runtime.sources import open_source
@@ -213,6 +213,15 @@ def test_what_cannot_be_is_refused_in_one_line(bundle, arguments, message):
     assert isinstance(result.exception, FramestepError)
     assert re.search(message, str(result.exception))
     assert "\n" not in str(result.exception)
+
+
+def test_run_says_how_to_talk_with_it(bundle, tmp_path):
+    arguments = ["run", str(bundle), "-s", SOURCE, "--max-frames", "2"]
+    said = f"warning: {bundle}: a qwen2_5_vl is talked with: framestep chat {bundle}; this only encodes its frames"
+    found = CliRunner().invoke(app, arguments)
+    assert (found.exit_code, found.stderr.splitlines()[:1]) == (0, [said])
+    found = CliRunner().invoke(app, [*arguments, "--save-features", str(tmp_path / "frames.npz")])
+    assert (found.exit_code, found.stderr) == (0, "")
 
 
 def test_a_bundle_that_does_not_speak_is_refused(golden_bundle):

@@ -54,7 +54,7 @@ def test_what_the_page_makes_is_exported_and_talked_with(tmp_path, monkeypatch):
     (commands,) = re.findall(r"^```bash\n(.*?)^```", page, re.M | re.S)
     monkeypatch.chdir(tmp_path)
     exec(compile(small, "streamchat.md", "exec"), {})
-    dialogue_models.byte_tokenizer(states=False).save("qwen2.5-folder/tokenizer.json")
+    dialogue_models.byte_tokenizer().save("qwen2.5-folder/tokenizer.json")
     exec(compile(create, "streamchat.md", "exec"), {})
     T, first = 10, np.array([0, 3, 5])
     sample = {"tokens": torch.arange(T), "positions": torch.arange(T), "times": torch.from_numpy(first),
@@ -65,6 +65,8 @@ def test_what_the_page_makes_is_exported_and_talked_with(tmp_path, monkeypatch):
         found = CliRunner().invoke(app, shlex.split(line)[1:])
         assert found.exit_code == 0, found.output
     assert "? What is happening?" in found.output
+    # the tokenizer has the three states, of which such a model takes no notice
+    assert "answers when asked" in CliRunner().invoke(app, ["inspect", "streamchat.bundle"]).output
 
 
 def test_inspect_tells_how_many_frames_text_attends_to(bundle):
@@ -77,6 +79,11 @@ def test_inspect_tells_how_many_frames_text_attends_to(bundle):
 def test_run_says_how_to_use_it(bundle):
     found = CliRunner().invoke(app, ["run", str(bundle), "--source", "synthetic"])
     assert str(found.exception) == f"{bundle}: a streamchat is talked with: framestep chat {bundle}"
+
+
+def test_turns_that_are_none_are_not_counted(bundle):
+    found = CliRunner().invoke(app, ["chat", str(bundle), "--source", "nowhere.mp4", "--max-turns", "3"])
+    assert "--max-turns: this model is asked and decides nothing turn by turn" in str(found.exception)
 
 
 def test_recall_says_that_it_decides_nothing(bundle):

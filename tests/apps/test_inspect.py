@@ -23,7 +23,8 @@ from framestep.export.decoder_export import DecoderOptions, export_decoder
 from framestep.runtime.answering import Answering
 from framestep.runtime.bundle import Bundle
 from framestep.runtime.chat_format import Words
-from framestep.runtime.dialogue import Dialogue, DialogueOptions, Seen
+from framestep.runtime.dialogue import Dialogue, Seen
+from framestep.runtime.dialogue_options import DialogueOptions
 from framestep.runtime.errors import BundleError
 
 LABELS = ("[person]", "a [/b] cat", "[bold]", "Größe 猫", "background")

@@ -284,6 +284,16 @@ def test_a_bundle_without_labels_gives_lines_without_scores(stage: Stage, tmp_pa
     assert "scores" not in line
     assert stage.session.outputs == ("pooled",)
     assert video_frames(tmp_path / "out.mp4") == 1
+    assert stage.status.reports == [
+        "b.bundle: has no labels, so it gives no scores; `framestep label b.bundle --labels FILE` adds some"
+    ]
+
+
+def test_who_asks_for_an_output_is_not_told_of_labels(stage: Stage, tmp_path: Path) -> None:
+    stage.manifest = manifest(labels=())
+    stage.run(StandInFile("clip.mp4", [DARK]), output=tmp_path / "out.jsonl", outputs=("pooled",))
+    stage.run(StandInFile("clip.mp4", [DARK]), save_features=tmp_path / "out.npz")
+    assert stage.status.reports == []
 
 
 def test_events_have_hysteresis_and_none_is_of_the_background(stage: Stage, tmp_path: Path) -> None:

@@ -19,9 +19,10 @@ from framestep.export.decoder_export import DecoderOptions, export_decoder
 from framestep.export.streamformer import StreamFormerConfig
 from framestep.runtime.bundle import Bundle
 from framestep.runtime.conversation import WAITING_TURNS, Conversation
-from framestep.runtime.dialogue import DialogueOptions, Question
+from framestep.runtime.dialogue_options import DialogueOptions
 from framestep.runtime.errors import EngineError, FramestepError, SourceError
 from framestep.runtime.events import Answer, AnswerText, Asked, Decision, Notice
+from framestep.runtime.questions import Question
 from framestep.runtime.sources.frame import Frame
 from framestep.runtime.sources.sampling import Sampler, tolerance
 
@@ -388,8 +389,11 @@ def test_a_model_without_the_states_answers_when_it_is_asked(tmp_path):
             with pytest.raises(FramestepError, match=message):
                 conversation.ask("why " * 300)
             assert conversation.questions() == {}
-        with pytest.raises(FramestepError, match="prune: this model is asked about whole frames"):
-            Conversation(session, Film([]), DialogueOptions(prune=0.9))
+        unheard = {"prune": 0.9, "eviction": "cut", "response_from": 0.5, "standby_from": 0.5, "words_per_second": 2.0}
+        for name, value in unheard.items():
+            with pytest.raises(FramestepError, match=rf"^{name}: .* model .*; leave the option out$"):
+                Conversation(session, Film([]), DialogueOptions(**{name: value}))
+        assert session.open_stream().slot == 0  # each gave its place back
 
 
 def test_a_question_that_leaves_no_room_for_all_frames_says_so(tmp_path):

@@ -15,9 +15,11 @@ from dialogue_models import END, FRAME, RESPONSE, SILENCE, STANDBY, START, Oracl
 
 import framestep
 from framestep.runtime.chat_format import TextStream, Words
-from framestep.runtime.dialogue import Dialogue, DialogueOptions, Question, Seen, choose_state, time_tag
+from framestep.runtime.dialogue import Dialogue, Seen, choose_state, time_tag
+from framestep.runtime.dialogue_options import DialogueOptions
 from framestep.runtime.errors import FramestepError
 from framestep.runtime.events import Answer, AnswerText, Asked, Decision
+from framestep.runtime.questions import Question
 
 CAPACITY = 480
 STATES = {"silence": SILENCE, "standby": STANDBY, "response": RESPONSE}
@@ -511,6 +513,11 @@ def test_impossible_options_are_refused(values, message):
         ({"top_k": 0}, "top_k: expected at least 1"),
         ({"prune": 2.0}, "prune: expected a cosine similarity"),
         ({"eviction": "lru"}, "eviction: expected slots or cut"),
+        (
+            {"frames": 4},
+            "frames: this model decides when to speak; only one that is asked has it; leave the option out",
+        ),
+        ({"words_per_second": 2.0}, "words_per_second: of this model an answer does not follow the video"),
         ({"rate": 400.0}, r"a dialogue does not fit: the cache holds 480 tokens; the system prompt .* a turn 16\d\d"),
     ],
 )

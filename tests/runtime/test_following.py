@@ -20,10 +20,11 @@ import framestep
 from framestep.export.streamchat_checkpoint import read_streamchat_checkpoint
 from framestep.export.streamchat_export import StreamChatOptions, export_streamchat, write_bundle
 from framestep.runtime.bundle import BundleWriter
-from framestep.runtime.dialogue import DialogueOptions, Question
+from framestep.runtime.dialogue_options import DialogueOptions
 from framestep.runtime.errors import FramestepError, SourceError
 from framestep.runtime.events import Answer, AnswerText, Asked, Notice
 from framestep.runtime.following import Following, FrameShown, Rebased, Spoken, words_begun
+from framestep.runtime.questions import Question
 from framestep.runtime.session import NonFiniteOutputError
 from framestep.runtime.sources.frame import Frame
 
@@ -391,6 +392,10 @@ def test_a_frame_path_that_gives_infinity_is_noticed_before_text_reads_it(made, 
         ({"rate": 5.0}, "rate: the bundle keeps 3 frames, less than one second at 5 a second; choose a lower rate"),
         ({"prune": 0.9}, "prune: frames are no tokens of this model's dialogue"),
         ({"eviction": "cut"}, "eviction: frames are no tokens of this model's dialogue"),
+        ({"turn": 2.0}, "turn: this model answers when it is asked"),
+        ({"frames": 2}, "frames: this model answers when it is asked"),
+        ({"response_from": 0.5}, "response_from: this model answers when it is asked"),
+        ({"standby_from": 0.5}, "standby_from: this model answers when it is asked"),
     ],
 )
 def test_options_that_do_not_fit_are_told_in_one_line(made, options, message):
