@@ -84,6 +84,8 @@ def open_source(
     report = on_report or logging.getLogger("framestep").warning
     timing = timing or LiveTiming()
     text = str(spec)
+    if not text.strip():
+        raise SourceError("source '': names nothing; expected a camera, an address, a file, a folder or `synthetic`")
 
     if isinstance(spec, int) or _names_usb_camera(spec):
         usb = UsbCamera(text, width=width, height=height, fps=camera_fps, fourcc=fourcc)

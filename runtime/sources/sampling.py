@@ -50,4 +50,4 @@ def tolerance(fps: float | None) -> float:
 def check_rate(rate: float | None) -> None:
     """Raise `SourceError` unless `rate` is None or a number of frames a second."""
     if rate is not None and not (math.isfinite(rate) and rate > 0):
-        raise SourceError(f"rate is {rate:g}: must be greater than 0 frames a second")
+        raise SourceError(f"rate is {rate:g}: must be a number of frames a second above 0")

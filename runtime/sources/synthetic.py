@@ -37,6 +37,9 @@ TURN = math.pi  # angle
 GROWTH = 1.5  # factor
 SHORTEST, LONGEST = 0.8, 2.0  # seconds of one motion
 
+LIMITS = {"seed": (0, 2**64 - 1), "frames": (1, 1_000_000), "width": (16, 16384), "height": (16, 16384)}
+MOST_FPS = 1000
+
 _SUBPIXEL = 4  # binary places of the coordinates that OpenCV draws at
 
 
@@ -142,11 +145,14 @@ def _parse(spec: str) -> _Scene:
             raise SourceError(f"source {spec}: {key} is {text!r}: must be a number") from error
         options[key] = value
     scene = _Scene(**options)
-    for key, least in (("seed", 0), ("frames", 1), ("width", 16), ("height", 16)):
-        if getattr(scene, key) < least:
-            raise SourceError(f"source {spec}: {key} is {getattr(scene, key)}: must be at least {least}")
-    if not (math.isfinite(scene.fps) and scene.fps > 0):
-        raise SourceError(f"source {spec}: fps is {scene.fps:g}: must be greater than 0")
+    for key, (least, most) in LIMITS.items():
+        value = getattr(scene, key)
+        if value < least:
+            raise SourceError(f"source {spec}: {key} is {value}: must be at least {least}")
+        if value > most:
+            raise SourceError(f"source {spec}: {key} is {value}: must be at most {most}")
+    if not 0 < scene.fps <= MOST_FPS:
+        raise SourceError(f"source {spec}: fps is {scene.fps:g}: must be greater than 0 and at most {MOST_FPS}")
     return scene
 
 

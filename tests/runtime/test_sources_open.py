@@ -28,6 +28,12 @@ def test_path_that_does_not_exist_is_an_error_that_names_it(tmp_path: Path) -> N
             open_source(spec)
 
 
+@pytest.mark.parametrize("spec", ["", "  "])
+def test_an_empty_name_is_not_the_folder_where_one_stands(spec: str) -> None:
+    with pytest.raises(SourceError, match="source '': names nothing"):
+        open_source(spec)
+
+
 def test_path_object_is_never_a_camera_number(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     folder.rename(folder.with_name("0"))
     monkeypatch.chdir(folder.parent)
