@@ -5,8 +5,8 @@
  *
  *     {"position":0,"latency_ms":8.213,"scores":{"a red car":0.0213,"opening a door":0.871}}
  *
- * A bundle without labels gives the shape and the norm of each output in the place of scores. Errors are one line on
- * standard error. Exit status: 0 after the last frame, 1 when something failed, 2 for wrong options.
+ * A bundle without labels gives the shape and the norm of each output in the place of scores, and says so on standard
+ * error, where errors are one line too. Exit status: 0 after the last frame, 1 when something failed, 2 for wrong options.
  */
 #define _POSIX_C_SOURCE 199309L /* clock_gettime */
 #include <framestep.h>
@@ -148,6 +148,9 @@ static int open_model(const struct options *options, struct model *model) {
     model->in_full = options->output_count > 0;
     if (done(fs_session_describe(model->session, &model->info)) && outputs_are_float32(model) &&
         done(fs_warm_up(model->session, 2)) && done(fs_stream_open(model->session, &model->stream))) {
+        if (model->info.labels == 0 && !model->in_full) {
+            complain("%s has no labels ('framestep label' adds them): shapes and norms instead of scores", options->bundle);
+        }
         return 1;
     }
     fs_session_close(model->session);
