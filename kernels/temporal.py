@@ -128,10 +128,11 @@ def temporal_kernel(
         k_step = tl.load(key_scale + h)[:, None]
         v_step = tl.load(value_scale + h)[:, None]
         one = tl.full([BLOCK_R, 1], 1.0, tl.float32)
-        k_new = tl.floor(k_new.to(tl.float32) * tl.div_rn(one, k_step) + 0.5)
-        k_new = tl.minimum(tl.maximum(k_new, -127.0), 127.0).to(tl.int8)
-        v_new = tl.floor(v_new.to(tl.float32) * tl.div_rn(one, v_step) + 0.5)
-        v_new = tl.minimum(tl.maximum(v_new, -127.0), 127.0).to(tl.int8)
+        # clamped before it is rounded: a product and a sum side by side become one instruction, which rounds otherwise
+        k_new = tl.minimum(tl.maximum(k_new.to(tl.float32) * tl.div_rn(one, k_step), -127.0), 127.0)
+        v_new = tl.minimum(tl.maximum(v_new.to(tl.float32) * tl.div_rn(one, v_step), -127.0), 127.0)
+        k_new = tl.floor(k_new + 0.5).to(tl.int8)
+        v_new = tl.floor(v_new + 0.5).to(tl.int8)
         q = q * k_step
 
     # the new slot is every split's first guess at the largest logit, so there always is one, and split 0 counts it

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -52,6 +53,13 @@ def test_the_step_kernel_loads_16_bytes_at_a_time_and_far_ahead(compiled):
     text = (compiled / "sm_90" / "temporal_fp16_w16.ptx").read_text()
     assert text.count("cp.async.cg.shared.global") >= 2 * 16  # two tiles of eight keys and eight values
     assert "ld.global.b16" not in text
+
+
+def test_an_int8_ring_is_rounded_as_the_reference_rounds_it(compiled):
+    text = (compiled / "sm_90" / "temporal_int8_w16.ptx").read_text()
+    half = "0f3F000000"
+    assert re.search(rf"\badd\S*\s[^;]*{half};", text)
+    assert not re.search(rf"\bfma\S*\s[^;]*{half};", text)  # rounds once where the product and the sum round twice
 
 
 def test_a_decoder_fetches_two_tiles_of_keys_and_values_ahead(compiled):
