@@ -85,8 +85,9 @@ typedef uint64_t fs_stream;
 /* How a session is to be opened. A member that is zero or null takes its default. */
 typedef struct fs_session_options {
     size_t struct_size;
-    const char *engine;    /* "auto" (default), "onnxruntime", "onnxruntime:plain" (with no operator but its own: slower on a
-                              CPU, to compare with) or, where it was built in, "tensorrt" */
+    const char *engine;    /* "auto" (default), "onnxruntime", "onnxruntime:bf16" (a CPU's products of float32 in bfloat16),
+                              "onnxruntime:plain" (with no operator but its own: slower on a CPU, to compare with) or,
+                              where it was built in, "tensorrt" */
     const char *device;    /* "auto" (default: the fastest there is), "cpu" or "cuda" */
     const char *precision; /* "auto" (default: the fastest in the bundle that the device runs well) or one of its own */
     const char *library;   /* path of ONNX Runtime's shared library, or of TensorRT's where that is the engine asked for.
@@ -134,7 +135,7 @@ typedef struct fs_graph_info {
     size_t outputs;
     size_t states;
     size_t own_operators; /* parts of it that framestep's own operators run in the place of the engine's: rings, caches,
-                             products with integers in blocks; 0 with "onnxruntime:plain" */
+                             products with integers in blocks or in bfloat16; 0 with "onnxruntime:plain" */
 } fs_graph_info;
 
 /* An input or an output of a graph. */

@@ -22,12 +22,12 @@ import numpy as np
 
 from ... import __version__
 from ...runtime.bundle import Bundle, Manifest
-from ...runtime.engines import choose_engine
+from ...runtime.engines import BFLOAT16, choose_engine
 from ...runtime.errors import FramestepError, OutputError
 from ...runtime.schema import to_json
 from .machine import examine_machine
 from .measure import BLOCK, CAMERA_FRAME, GUARANTEED, Job, PositionSamples
-from .paths import BASELINES, FRAMESTEP, GROUPS, RAISED_THRESHOLDS, PathSpec, window_of
+from .paths import BASELINES, BFLOAT16_PRODUCTS, FRAMESTEP, GROUPS, RAISED_THRESHOLDS, PathSpec, window_of
 from .progress import BenchStatus
 from .report import (
     LEAST_SAMPLES,
@@ -348,9 +348,10 @@ class _Run:
         if name == FRAMESTEP:
             title, description = "framestep", f"a session of one stream, {self.engine}."
             environment: dict[str, str] = {}
-            precision = {"fp32": "float32", "fp16": "float16"}.get(
-                self.bundle.manifest.precision, self.bundle.manifest.precision
-            )
+            stored = self.bundle.manifest.precision
+            precision = {"fp32": "float32", "fp16": "float16"}.get(stored, stored)
+            if self.options.engine == BFLOAT16:
+                precision = BFLOAT16_PRODUCTS
             verification = None
         else:
             baseline = BASELINES[name]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...runtime.bundle import Bundle, Manifest
+from ...runtime.engines import BFLOAT16
 from ...runtime.errors import EngineError, FramestepError
 
 Array = npt.NDArray[Any]
@@ -472,6 +473,7 @@ def bidirectional_difference(path: WholeClip, frames: Array) -> float:
 
 
 AGREEMENT = 2e-4
+BFLOAT16_PRODUCTS = "float32, products in bfloat16"
 BASELINES: dict[str, Baseline] = {
     "pytorch-recompute": Baseline(
         "PyTorch, recompute all frames",
@@ -530,6 +532,14 @@ BASELINES: dict[str, Baseline] = {
         {},
         lambda spec: OpenVinoRing(spec, None),
     ),
+    "framestep-bf16": Baseline(
+        "framestep, bfloat16",
+        "A session of one stream on the engine onnxruntime:bf16.",
+        BFLOAT16_PRODUCTS,
+        None,
+        {},
+        lambda spec: FramestepPath(replace(spec, engine=BFLOAT16)),
+    ),
 }
 
 # what `--compare` takes: a path, or a path in each of its variants
@@ -539,6 +549,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "pytorch-growing-cache": ("pytorch-growing-cache", "pytorch-growing-cache-tuned"),
     "pytorch-compile": ("pytorch-compile",),
     "openvino": ("openvino-f32", "openvino-default"),
+    "framestep-bf16": ("framestep-bf16",),
 }
 
 

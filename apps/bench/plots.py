@@ -28,6 +28,7 @@ STYLES: dict[str, tuple[str, str, str]] = {
     "pytorch-compile": ("#9c36b5", "-", "P"),
     "openvino-f32": ("#0c8599", "-", "X"),
     "openvino-default": ("#5bc0d0", "--", "*"),
+    "framestep-bf16": ("#5bb596", "--", "o"),
 }
 
 

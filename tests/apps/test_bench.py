@@ -198,6 +198,17 @@ def test_schema_page_names_every_key() -> None:
         assert keys(kind) <= named, kind
 
 
+def test_products_in_bfloat16_are_compared_like_a_baseline(golden_bundle: Path, tmp_path: Path) -> None:
+    report = bench(options(golden_bundle, tmp_path / "report", compare=("framestep-bf16",), checkpoint=None), Lines())
+    if any("needs a processor with AVX512-BF16" in line for line in report.problems):
+        pytest.skip("this processor has no AVX512-BF16")
+    found = report.path("framestep-bf16")
+    assert found.precision == "float32, products in bfloat16"
+    assert found.verification is not None and found.verification.tolerance is None
+    assert 1e-3 < found.verification.difference < 1
+    assert [item.position for item in found.positions] == [item.position for item in report.path("framestep").positions]
+
+
 def test_openvino_gives_the_sessions_outputs(golden_bundle: Path, tmp_path: Path) -> None:
     pytest.importorskip("openvino")
     report = bench(options(golden_bundle, tmp_path / "report", compare=("openvino",), checkpoint=None), Lines())
