@@ -13,6 +13,7 @@ score depends on small differences. What enters and leaves, saved states include
 from __future__ import annotations
 
 import importlib.util
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -40,6 +41,7 @@ PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float1
 MOST_GRAPHS = 64  # captured ranges of slots that are kept
 WARM_UPS = 3  # runs before a capture: libraries choose their kernels and allocate in the first ones
 PREFILL_FRAMES = 32  # at once; bounds the memory of `prefill`
+_capturing = threading.Lock()  # a capture begins with a wait for the whole device, which fails while another one runs
 
 
 class TorchEngine(BufferEngine):
@@ -191,7 +193,8 @@ class TorchEngine(BufferEngine):
 
     def close(self) -> None:
         if self._side is not None:
-            torch.cuda.synchronize()
+            with _capturing:
+                torch.cuda.synchronize()
         self._captured.clear()
         self._programs.clear()
         self._own_programs.clear()
@@ -205,16 +208,17 @@ class TorchEngine(BufferEngine):
         return Program(read_graph(bundle.file(graph.file)), position, rings, floats, self._device)
 
     def _capture(self, first: int, stop: int, side: torch.cuda.Stream) -> Any:
-        # A step may run twice on the same frame: it writes the same slot with the same keys and values.
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UPS):
-                self._step(first, stop)
-        side.synchronize()
         graph = torch.cuda.CUDAGraph()
-        # other sessions' threads go on allocating meanwhile
-        with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
-            self._step(first, stop)
+        with _capturing:
+            # A step may run twice on the same frame: it writes the same slot with the same keys and values.
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(WARM_UPS):
+                    self._step(first, stop)
+            side.synchronize()
+            # other sessions' threads go on allocating and stepping meanwhile
+            with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
+                self._step(first, stop)
         self._pool = graph.pool()  # one range runs at a time, so all may use the same memory
         while len(self._captured) >= MOST_GRAPHS:
             self._captured.popitem(last=False)

@@ -9,6 +9,9 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
+import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import golden
@@ -404,6 +407,42 @@ def test_on_cuda_each_range_of_slots_is_captured_once_and_labels_capture_again(c
     hidden = arrays["window_pooler_output"].shape[-1]
     session._engine.set_constants({"text_embeddings": np.zeros((1, hidden), np.float32)})
     assert not session._engine._captured
+
+
+def test_on_cuda_sessions_capture_in_turns(golden_bundle, arrays, monkeypatch):
+    at_work, most = [], []
+    with ExitStack() as stack:
+        sessions = [stack.enter_context(framestep.load(golden_bundle, engine="torch", device="cpu")) for _ in range(2)]
+        for session in sessions:
+            engine = session._engine
+            engine._frames, engine._positions = engine._frames.clone(), engine._positions.clone()
+            driver = Driver(engine)
+            driver.install(monkeypatch)
+            engine._side = driver.side
+
+        class Graph:
+            def replay(self) -> None: ...
+            def pool(self) -> None: ...
+
+        class Capture:
+            def __init__(self, graph, **options) -> None: ...
+
+            def __enter__(self) -> None:
+                at_work.append(None)
+                most.append(len(at_work))
+                time.sleep(0.05)
+
+            def __exit__(self, *error) -> None:
+                at_work.pop()
+
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+        monkeypatch.setattr(torch.cuda, "graph", Capture)
+        steps = [threading.Thread(target=s.open_stream().step, args=(arrays["frames"][0],)) for s in sessions]
+        for thread in steps:
+            thread.start()
+        for thread in steps:
+            thread.join()
+    assert most == [1, 1]
 
 
 def test_on_cuda_priming_runs_without_a_capture(cuda_session, arrays):
