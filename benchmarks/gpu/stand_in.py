@@ -131,8 +131,8 @@ def driver(machine: Machine) -> types.SimpleNamespace:
     class Stream:
         handle = 7
 
-        def __init__(self) -> None:
-            machine.record("Stream")
+        def __init__(self, flags: int = 0) -> None:
+            machine.record("Stream", flags)
 
         def synchronize(self) -> None:
             machine.record("Stream.synchronize")
@@ -317,7 +317,7 @@ class _Engine:
         self.machine, self.trt, self.entry, self.copies = machine, trt, entry, copies
         self.graph = manifest.graphs[entry.graph]
         self.chunk = 0 if manifest.language is None else manifest.language.chunk
-        self.num_optimization_profiles = len(profiles(manifest, self.graph, entry.streams, entry.flavour))
+        self.num_optimization_profiles = len(profiles(manifest, self.graph, entry.streams))
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # here states are copied, and it says so
         options.intra_op_num_threads = 1

@@ -23,6 +23,7 @@ from ..errors import EngineError
 
 Array = npt.NDArray[Any]
 ALIGNMENT = 256  # bytes; what TensorRT asks of an address, and what the driver gives
+NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING, which pycuda has no name for
 
 
 class DeviceError(EngineError):
@@ -48,7 +49,8 @@ class CudaDriver:
             raise EngineError(f"there is no NVIDIA GPU here that the driver can use ({_line(error)})") from None
         self._open = True
         with self.current():
-            self._stream = self._cuda.Stream()
+            # with another one, a call on the default stream, in whatever thread, would break a capture
+            self._stream = self._cuda.Stream(NON_BLOCKING)
 
     @property
     def stream(self) -> int:

@@ -95,6 +95,8 @@ class CompiledGraph:
             config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED  # it is we who capture
             kernels.use(config)
             context = self._engine.create_execution_context(config)
+        if context is None:
+            raise EngineError(f"{self.file}: TensorRT made no context: {self._messages.last_error()}")
         context.set_device_memory(*scratch)
         return context
 
@@ -105,7 +107,10 @@ class CompiledGraph:
                 raise EngineError(f"{self.file}: TensorRT refused the shape {list(shape)} of '{name}'")
             if not context.set_tensor_address(name, address):
                 raise EngineError(f"{self.file}: TensorRT refused the buffer of '{name}'")
-        missing = context.infer_shapes()
+        try:
+            missing = context.infer_shapes()
+        except RuntimeError:  # and no list
+            raise EngineError(f"{self.file}: TensorRT refused the shapes: {self._messages.last_error()}") from None
         if missing:
             raise EngineError(f"{self.file}: TensorRT wants shapes of {', '.join(missing)}")
 

@@ -26,11 +26,12 @@ trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed"
 from tensorrt_bundles import NoProgress  # noqa: E402
 
 import framestep  # noqa: E402
+from framestep.benchmarks.gpu import stand_in as stand_in_engine  # noqa: E402
 from framestep.benchmarks.gpu.stand_in import stand_in  # noqa: E402
 from framestep.export.tensorrt import build  # noqa: E402
 from framestep.export.tensorrt_network import BuildOptions  # noqa: E402
 from framestep.runtime.bundle import Bundle  # noqa: E402
-from framestep.runtime.engines.cuda_driver import ALIGNMENT  # noqa: E402
+from framestep.runtime.engines.cuda_driver import ALIGNMENT, NON_BLOCKING  # noqa: E402
 from framestep.runtime.engines.tensorrt import MOST_GRAPHS, TensorRtEngine  # noqa: E402
 from framestep.runtime.errors import EngineError  # noqa: E402
 
@@ -358,6 +359,27 @@ def test_too_little_memory_says_how_much_was_needed_and_free(built) -> None:
         ):
             engine_of(built)
         assert machine.memory == {} and machine.contexts == 0
+
+
+@pytest.mark.parametrize(
+    ("call", "message"), [("create_execution_context", "made no context"), ("infer_shapes", "refused the shapes")]
+)
+def test_a_context_that_tensorrt_does_not_make_is_one_line(built, machine, monkeypatch, call, message) -> None:
+    kind = stand_in_engine._Engine if call == "create_execution_context" else stand_in_engine._Context
+
+    def refuse(*given):
+        if call == "infer_shapes":
+            raise RuntimeError("inferShapes failed")
+
+    monkeypatch.setattr(kind, call, refuse)
+    with load(built) as session, pytest.raises(EngineError, match=message):
+        session.open_stream().step(golden.load()["frames"][0])
+
+
+def test_the_stream_waits_for_no_other(built, machine) -> None:
+    with load(built) as session:
+        session.warm_up()
+    assert ("Stream", (NON_BLOCKING,)) in machine.calls and ("Stream", ()) not in machine.calls
 
 
 def test_a_lost_device_is_one_line_and_closing_still_works(built, machine) -> None:
