@@ -15,6 +15,7 @@ from .. import __version__
 from ..runtime.errors import FramestepError
 
 INTERRUPTED = 130
+OUT_OF_MEMORY = ("can't allocate memory", "Insufficient memory")  # as PyTorch and OpenCV say it
 
 app = typer.Typer(
     name="framestep",
@@ -708,7 +709,11 @@ def _exit_status(arguments: list[str]) -> int:
         if error.filename is None:
             raise
         return _fail(f"{error.filename}: {error.strerror}", 2)
+    except MemoryError as error:
+        return _fail(f"not enough memory: {error}", 2)
     except Exception as error:
+        if any(text in str(error) for text in OUT_OF_MEMORY):
+            return _fail(f"not enough memory: {error}", 2)
         # A usage error. Its class is Click's in some versions of typer and typer's own in others.
         if not hasattr(error, "format_message"):
             raise
@@ -722,7 +727,3 @@ def _exit_status(arguments: list[str]) -> int:
 def _fail(message: str, status: int) -> int:
     print(f"framestep: {' '.join(message.split())}", file=sys.stderr)
     return status
-
-
-if __name__ == "__main__":
-    main()

@@ -13,6 +13,7 @@ from ..runtime.errors import CheckpointError
 from ..runtime.text import LabelError, read_labels
 
 SEED = 0
+SELDOM = 10  # turns between two re-basings that nobody minds
 
 Progress = Callable[[str], None]
 
@@ -117,7 +118,8 @@ def _export_decoder(arguments: ExportArguments, source: str, progress: Progress)
 def decoder_notes(folder: Path, manifest: Manifest) -> list[str]:
     """What one should know of a decoder before one talks with it."""
     from ..runtime.chat_format import Words
-    from ..runtime.dialogue import turn_tokens
+    from ..runtime.decoding import rows_and_capacity
+    from ..runtime.dialogue import turn_tokens, visual_tokens
     from ..runtime.dialogue_options import DialogueOptions
 
     language = manifest.language
@@ -131,13 +133,24 @@ def decoder_notes(folder: Path, manifest: Manifest) -> list[str]:
             "the checkpoint has no tokens for silence, standby and response: the model answers questions as they are"
             " asked"
         ]
-    room = next(int(p.shape[1]) for p in manifest.graphs[language.decoder].inputs if p.role == "slot_mask")
-    system, turn = len(words.opening(words.template.system)), turn_tokens(manifest, words, DialogueOptions())
-    if system + turn <= room:
+    (rows, room), options = rows_and_capacity(manifest), DialogueOptions()
+    system, turn = len(words.opening(words.template.system)), turn_tokens(manifest, words, options)
+    if system + turn > room:
+        shorter = ", or chat with a shorter --system" if turn < room else ""
+        return [
+            f"the cache of {room} tokens holds no dialogue: the system prompt takes {system}, a turn {turn};"
+            f" export with a larger --capacity or a smaller --frame-size{shorter}"
+        ]
+    # positions of a turn: a frame with rows and columns takes no more than the longer of them
+    shared = visual_tokens(manifest) - max(manifest.grid) if rows == 3 and manifest.grid is not None else 0
+    span = turn - options.frames_a_turn(manifest) * shared
+    left = language.positions - system - (room - system) // turn * span  # when the cache is full
+    capacity = system + ((language.positions - system) // span - SELDOM) * turn
+    if left >= span or capacity < system + turn:
         return []
     return [
-        f"the cache of {room} tokens holds no dialogue: the system prompt takes {system}, a turn {turn};"
-        " export with a larger --capacity, or chat with a shorter --system"
+        f"the cache of {room} tokens holds nearly as much as there are positions ({language.positions}): once it is"
+        f" full, all keys are turned to lower positions in every turn; with --capacity {capacity} in every tenth"
     ]
 
 
@@ -179,6 +192,8 @@ def _export_streamformer(arguments: ExportArguments, progress: Progress) -> dict
     sizes = {"base": BASE, "tiny": TINY}
     if (arguments.checkpoint is None) == (arguments.random_init is None):
         raise CheckpointError("give a CHECKPOINT, or --random-init base|tiny for random weights, and not both")
+    if arguments.config is not None and arguments.checkpoint is None:
+        raise CheckpointError("--config: says what a CHECKPOINT's weights are; --random-init has sizes of its own")
     size = parse_size(arguments.image_size) if arguments.image_size else None
     resize = arguments.resize or "crop"
     if resize not in ("crop", "stretch", "letterbox"):

@@ -50,6 +50,21 @@ def check_writable(path: Path, option: str) -> None:
         raise OutputError(f"{option} {path}: cannot be written: {_reason(error)}") from error
 
 
+def check_outside(path: Path, option: str, bundle: Path) -> None:
+    """Raises OutputError, naming `option` and `path`, where `path` lies in the bundle."""
+    if path.resolve().is_relative_to(bundle.resolve()):
+        raise OutputError(f"{option} {path}: lies in the bundle {bundle}; name another place")
+
+
+def identity(path: Path) -> object:
+    """Equal for two names of one file."""
+    try:
+        found = path.stat()
+    except OSError:
+        return path.resolve()
+    return found.st_dev, found.st_ino
+
+
 def check_new_folder(path: Path, option: str) -> None:
     """Raises OutputError, naming `option` and `path`, unless `path` is an empty folder or can become one. Changes
     nothing.

@@ -14,7 +14,7 @@ from ..runtime.bundle import LABEL_ROLES, STREAM_ROLES, Manifest
 from ..runtime.errors import FramestepError, OutputError
 from .annotate import check_overlay
 from .events import EventDetector
-from .record import check_new_folder, check_writable
+from .record import check_new_folder, check_outside, check_writable, identity
 
 LARGEST_LISTED = 4096  # values of one output that fit into a line of JSON
 OFF_PER_ON = 0.75
@@ -162,28 +162,17 @@ def _check_files(options: RunOptions) -> None:
         for path in asked[option]:
             if path.suffix.lower() != suffix:
                 raise OutputError(f"{option} {path}: is written as {suffix[1:]}; name it *{suffix}")
-    bundle = options.bundle.resolve()
-    taken = {_identity(Path(source).expanduser()): "--source" for source in options.sources}
+    taken = {identity(Path(source).expanduser()): "--source" for source in options.sources}
     for option, paths in asked.items():
         for path in paths:
-            if path.resolve().is_relative_to(bundle):
-                raise OutputError(f"{option} {path}: lies in the bundle {options.bundle}; name another place")
+            check_outside(path, option, options.bundle)
             if option == "--save-masks":
                 check_new_folder(path, option)
             else:
                 check_writable(path, option)
-            other = taken.setdefault(_identity(path), option)
+            other = taken.setdefault(identity(path), option)
             if other != option:
                 raise OutputError(f"{option} {path}: is also the file of {other}; name another")
-
-
-def _identity(path: Path) -> object:
-    """Equal for two names of one file."""
-    try:
-        found = path.stat()
-    except OSError:
-        return path.resolve()
-    return found.st_dev, found.st_ino
 
 
 def paths_for(path: Path | None, sources: Sequence[str]) -> list[Path]:

@@ -255,6 +255,12 @@ def _check_options(checkpoint: DecoderCheckpoint, options: DecoderOptions) -> No
         if any(side < unit or side % unit for side in options.frame_size):
             height, width = options.frame_size
             raise CheckpointError(f"--frame-size: expected multiples of {unit} pixels, found {height}x{width}")
+        height, width = options.frame_size
+        if (tokens := height * width // unit**2) > capacity:
+            raise CheckpointError(
+                f"--frame-size: a frame of {height}x{width} takes {tokens} tokens, more than the cache's {capacity};"
+                " choose a smaller one, or a larger --capacity"
+            )
     if options.window is not None:
         if checkpoint.tower is None:
             raise CheckpointError(f"--window: a {checkpoint.family} has no ring of frames; give --capacity in tokens")

@@ -110,7 +110,7 @@ class Decoder:
         self._language = manifest.language
         self._eviction = eviction
         self._names = _input_names(manifest)
-        self._rows, self.capacity = _rows_and_capacity(manifest)
+        self._rows, self.capacity = rows_and_capacity(manifest)
         self._grid = manifest.grid
         self._visible = np.zeros(self.capacity, bool)  # [C], what `slot_mask` is fed with
         self._positions = np.zeros((self._rows, self.capacity), np.int64)  # [R, C]
@@ -361,8 +361,8 @@ def _input_names(manifest: Manifest) -> dict[str, str]:
     return names
 
 
-def _rows_and_capacity(manifest: Manifest) -> tuple[int, int]:
-    """Rows of position ids, and slots."""
+def rows_and_capacity(manifest: Manifest) -> tuple[int, int]:
+    """Rows of position ids, and slots of the cache."""
     assert manifest.language is not None
     shapes = {port.role: port.shape for port in manifest.graphs[manifest.language.decoder].inputs}
     return int(shapes["position_ids"][1]), int(shapes["slot_mask"][1])

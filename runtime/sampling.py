@@ -20,6 +20,9 @@ class Sampler:
         top_p: draws among the fewest tokens that have this probability together, of those that `top_k` leaves.
         seed: of the draws.
         top_k: draws among so many of the likeliest tokens; None for all.
+
+    Raises:
+        FramestepError: a number out of its range, or one of a draw at temperature 0.
     """
 
     def __init__(self, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, top_k: int | None = None) -> None:
@@ -29,6 +32,11 @@ class Sampler:
             raise FramestepError(f"top_p: expected more than 0 and at most 1, found {top_p}")
         if top_k is not None and top_k < 1:
             raise FramestepError(f"top_k: expected at least 1, found {top_k}")
+        if seed < 0:
+            raise FramestepError(f"seed: expected 0 or more, found {seed}")
+        for name, given in (("top_p", top_p < 1), ("top_k", top_k is not None), ("seed", seed != 0)):
+            if given and temperature == 0:
+                raise FramestepError(f"{name}: is of draws, and none is made at temperature 0; give a higher one")
         self._temperature = temperature
         self._top_k = top_k
         self._top_p = top_p

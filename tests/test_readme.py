@@ -46,7 +46,7 @@ def test_block_runs_as_pasted(reader, number):
         for line in text.splitlines():
             program, command, *words = shlex.split(line)
             assert program == "framestep"
-            known = run([sys.executable, "-m", "framestep.apps.cli", command, "--help"], ROOT)
+            known = run([sys.executable, "-m", "framestep", command, "--help"], ROOT)
             assert {word for word in words if word.startswith("--")} <= set(re.findall(r"--[\w-]+", known))
         return
     if kind == "python":
@@ -59,7 +59,7 @@ def test_block_runs_as_pasted(reader, number):
             run(["make", "--dry-run", *words[1:]], ROOT)
         else:
             assert words[0] == "framestep"
-            run([sys.executable, "-m", "framestep.apps.cli", *words[1:]], reader)
+            run([sys.executable, "-m", "framestep", *words[1:]], reader)
 
 
 def test_blocks_left_their_results(reader):

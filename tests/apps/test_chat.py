@@ -215,6 +215,16 @@ def test_what_cannot_be_is_refused_in_one_line(bundle, arguments, message):
     assert "\n" not in str(result.exception)
 
 
+def test_neither_the_bundle_nor_the_source_is_written_over(bundle, tmp_path):
+    video = tmp_path / "clip.mp4"
+    video.write_bytes(b"a video")
+    manifest = (bundle / "manifest.json").read_bytes()
+    for output, message in ((bundle / "manifest.json", "lies in the bundle"), (video, "is also the file of --source")):
+        result = run(bundle, "-s", video, "--output", output)
+        assert message in str(result.exception)
+    assert (bundle / "manifest.json").read_bytes() == manifest and video.read_bytes() == b"a video"
+
+
 def test_run_says_how_to_talk_with_it(bundle, tmp_path):
     arguments = ["run", str(bundle), "-s", SOURCE, "--max-frames", "2"]
     said = f"warning: {bundle}: a qwen2_5_vl is talked with: framestep chat {bundle}; this only encodes its frames"

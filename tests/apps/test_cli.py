@@ -213,6 +213,29 @@ def test_an_interrupt_exits_130(monkeypatch, capsys) -> None:
     assert capsys.readouterr().err.strip() == "framestep: interrupted"
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 745. GiB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1500000000000 bytes."),
+    ],
+)
+def test_a_lack_of_memory_is_one_line(monkeypatch, capsys, error) -> None:
+    def hungry(*_) -> None:
+        raise error
+
+    monkeypatch.setattr(run_module, "run", hungry)
+    assert main(monkeypatch, "run", "b", "-s", "clip.mp4") == 2
+    assert capsys.readouterr().err == f"framestep: not enough memory: {error}\n"
+
+
+@pytest.mark.parametrize("option", ["--config", "--capacity"])
+def test_random_weights_have_no_config_and_no_cache_of_tokens(monkeypatch, capsys, tmp_path, option) -> None:
+    arguments = ["export", "--random-init", "tiny", "-o", str(tmp_path / "b"), option, "7"]
+    assert main(monkeypatch, *arguments) == 2
+    assert capsys.readouterr().err.startswith(f"framestep: {option}: ")
+
+
 def test_a_bug_shows_its_traceback(monkeypatch) -> None:
     def bug(*_) -> None:
         raise ZeroDivisionError

@@ -85,6 +85,27 @@ def test_an_export_tells_what_keeps_a_model_from_a_dialogue(pictured, tmp_path, 
     assert result.stdout.count("\n") == 2
 
 
+@pytest.mark.parametrize("capacity, often", [(1600, True), (1000, False)])
+def test_an_export_tells_of_a_cache_whose_positions_run_out_in_every_turn(pictured, tmp_path, capacity, often):
+    dialogue_models.byte_tokenizer().save(str(pictured / "tokenizer.json"))
+    values = json.loads((pictured / "config.json").read_text("utf-8"))["text_config"]
+    change(pictured, text_config={**values, "max_position_embeddings": 1600})
+    options = ["--capacity", str(capacity), "--frame-size", "28x56", "-o", str(tmp_path / "out.bundle")]
+    result = CliRunner().invoke(app, ["export", str(pictured), *options])
+    notes = re.findall(
+        r"^note: the cache of 1600 tokens .* \(1600\): .* in every turn; with --capacity (\d+) ", result.stdout, re.M
+    )
+    assert bool(notes) == often
+    found = []
+    for room in map(int, [capacity, *notes]):
+        again = ["--force", *options, "--capacity", str(room), "--json"]
+        assert CliRunner().invoke(app, ["export", str(pictured), *again]).exit_code == 0
+        source = "synthetic:frames=60,fps=1,width=56,height=28"
+        talk = CliRunner().invoke(app, ["chat", str(tmp_path / "out.bundle"), "-s", source, "--json"])
+        found.append(json.loads(talk.stdout)["rebased"])
+    assert found[0] > 20 and found[1] < 10 if often else found[0] < 10
+
+
 def test_older_files_have_flat_configs_and_other_prefixes(pictured, tmp_path):
     """As the hub's Qwen2.5-VL and Streamo are stored."""
     values = json.loads((pictured / "config.json").read_text("utf-8"))

@@ -165,7 +165,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_export_leaves_nothing(tmp_path, number):
     target = tmp_path / "x.bundle"
-    command = [sys.executable, "-m", "framestep.apps.cli", "export", str(golden.CHECKPOINT), "-o", str(target)]
+    command = [sys.executable, "-m", "framestep", "export", str(golden.CHECKPOINT), "-o", str(target)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
                                env={**os.environ, "PYTHONUNBUFFERED": "1"})  # fmt: skip
     while process.poll() is None and not list(tmp_path.iterdir()):

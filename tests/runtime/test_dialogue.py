@@ -511,6 +511,10 @@ def test_impossible_options_are_refused(values, message):
         ({"temperature": -1.0}, "temperature: expected 0 or more"),
         ({"top_p": 0.0}, "top_p: expected more than 0"),
         ({"top_k": 0}, "top_k: expected at least 1"),
+        ({"seed": -1, "temperature": 1.0}, "seed: expected 0 or more, found -1"),
+        ({"seed": 1}, "seed: is of draws, and none is made at temperature 0"),
+        ({"top_k": 3}, "top_k: is of draws"),
+        ({"top_p": 0.5}, "top_p: is of draws"),
         ({"prune": 2.0}, "prune: expected a cosine similarity"),
         ({"eviction": "lru"}, "eviction: expected slots or cut"),
         (
