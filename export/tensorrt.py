@@ -108,7 +108,7 @@ def build(bundle: Bundle, options: BuildOptions, progress: Progress) -> tuple[Bu
         bundle = _derive(bundle, options.precision)
         notes.append("the bundle had no fp16: derived from its fp32 graphs and added")
     flat = replace(bundle, manifest=bundle.manifest.at(options.precision))
-    graphs = [name for name, graph in flat.manifest.graphs.items() if profiles(flat.manifest, graph, 1, flavour)]
+    graphs = [name for name, graph in flat.manifest.graphs.items() if profiles(flat.manifest, graph, 1)]
     if not graphs:
         raise EngineError(f"{bundle.path}: has no graph that runs on streams")
     if options.attention == "triton" and not any(_has_rings(flat.manifest, name) for name in graphs):

@@ -12,12 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-
 from ..runtime.bundle import STREAMS, TOKENS, Bundle, Graph, Manifest, write_file
 from ..runtime.engines.cuda_driver import CudaDriver
 from ..runtime.engines.tensorrt_package import Messages
 from ..runtime.errors import EngineError
+from .tensorrt_attention import drop_unit_scales, fold_query_groups
 
 PRECISIONS = ("fp16", "fp16+int8", "fp32")
 ATTENTIONS = ("native", "triton", "auto")
@@ -104,12 +103,12 @@ class Target:
     here: str | None
 
 
-def profiles(manifest: Manifest, graph: Graph, streams: int, flavour: str) -> list[dict[str, tuple[int, int, int]]]:
+def profiles(manifest: Manifest, graph: Graph, streams: int) -> list[dict[str, tuple[int, int, int]]]:
     """Least, usual and most of each symbol in the shapes of a graph, for each of its optimisation profiles.
 
-    The full package chooses kernels when it builds, and one that is good at one row is not at many: there a graph of
-    tokens has a profile for a token at a time and, where a chunk has more, one for several. TensorRT for RTX chooses
-    when it meets a shape, and would write the weights down for each profile. Empty for a graph that does not run on
+    A kernel that is good at one row is not at many, so a graph of tokens has a profile for a token at a time and, where
+    a chunk has more, one for several. Both have room for two streams at least: TensorRT lays the weights of a product
+    with one row alone out in another way, and the engine would hold them twice. Empty for a graph that does not run on
     streams.
     """
     known = {STREAMS: (1, streams, streams), "C": LABELS}
@@ -121,8 +120,10 @@ def profiles(manifest: Manifest, graph: Graph, streams: int, flavour: str) -> li
     if manifest.language is None or not used <= {*known, TOKENS}:
         return []
     chunk = manifest.language.chunk
-    spans = [(1, 1, chunk)] if chunk == 1 or flavour == "tensorrt_rtx" else [(1, 1, 1), (2, chunk, chunk)]
-    return [{**known, TOKENS: span} for span in spans]
+    if chunk == 1:
+        return [{**known, TOKENS: (1, 1, 1)}]
+    known[STREAMS] = (1, streams, max(streams, 2))
+    return [{**known, TOKENS: span} for span in ((1, 1, 1), (2, chunk, chunk))]
 
 
 class EngineMaker:
@@ -157,18 +158,21 @@ class EngineMaker:
 
     def make(self) -> tuple[bytes, Network]:
         """The engine, and what the network was like."""
-        try:
-            return self._make(decompose=False)
-        except _NoFusedAttention:
-            return self._make(decompose=True)
+        for fold_single in (False, True):
+            try:
+                return self._make(fold_single, decompose=False)
+            except _NoFusedAttention:
+                continue
+        return self._make(fold_single=True, decompose=True)
 
-    def _make(self, decompose: bool) -> tuple[bytes, Network]:
+    def _make(self, fold_single: bool, decompose: bool) -> tuple[bytes, Network]:
         trt = self.trt
         self.messages.errors.clear()
         network = self.builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         by_plugin = self._parse(network)
-        layers = [network.get_layer(index) for index in range(network.num_layers)]
-        self._drop_unit_scales(layers)
+        drop_unit_scales(trt, _layers(network))
+        kept = fold_query_groups(trt, network, _layers(network), fold_single)
+        layers = _layers(network)
         found = self._examine(network, layers, by_plugin)
         attentions = [layer for layer in layers if layer.type == trt.LayerType.ATTENTION_INPUT]
         # its kernels are for half precision only: do not let TensorRT find that out, it is noisy about it
@@ -180,6 +184,7 @@ class EngineMaker:
                 layer.attention.decomposable = True
         config = self._configure()
         content = self._run(network, config)
+        del kept  # the network refers to these arrays
         self._write_timing_cache(config)
         return content, found
 
@@ -206,34 +211,6 @@ class EngineMaker:
         raise BuildError(
             f"{path}: TensorRT {self.trt.__version__} cannot read it (ONNX opset {_opset(path)}): {reasons[:800]}"
         )
-
-    def _drop_unit_scales(self, layers: Sequence[Any]) -> None:
-        """Let attentions whose scale is 1 read queries and keys themselves, not these times 1.
-
-        The parser multiplies both by the scale's root. TensorRT drops the multiplication, but leaves a copy in its
-        place: every key cache would be read and written once more in every step.
-        """
-        kinds = self.trt.LayerType
-        makers = {layer.get_output(index).name: layer for layer in layers for index in range(layer.num_outputs)}
-
-        def is_one(name: str) -> bool:
-            maker = makers.get(name)
-            while maker is not None and maker.type == kinds.CAST:
-                maker = makers.get(maker.get_input(0).name)
-            if maker is None or maker.type != kinds.CONSTANT:
-                return False
-            maker.__class__ = self.trt.IConstantLayer  # the bindings give every layer as its base class
-            return np.asarray(maker.weights).ravel().tolist() == [1.0]
-
-        for layer in layers:
-            if layer.type == kinds.ATTENTION_INPUT:
-                for index in range(2):
-                    maker = makers.get(layer.get_input(index).name)
-                    if maker is None or maker.type != kinds.ELEMENTWISE or not is_one(maker.get_input(1).name):
-                        continue
-                    maker.__class__ = self.trt.IElementWiseLayer
-                    if maker.op == self.trt.ElementWiseOperation.PROD:
-                        layer.set_input(index, maker.get_input(0))
 
     def _examine(self, network: Any, layers: Sequence[Any], by_plugin: Sequence[tuple[str, str]]) -> Network:
         """Compare the network with what the manifest says, and look at what became of states and attention."""
@@ -321,7 +298,7 @@ class EngineMaker:
             from .tensorrt_plugin import allow_aliases
 
             allow_aliases(trt, config)
-        for sizes in profiles(self.bundle.manifest, self.graph, options.streams, self.flavour):
+        for sizes in profiles(self.bundle.manifest, self.graph, options.streams):
             profile = self.builder.create_optimization_profile()
             for name, shape in self._input_shapes().items():
                 if any(isinstance(n, str) for n in shape):
@@ -375,6 +352,10 @@ class EngineMaker:
     def _write_timing_cache(self, config: Any) -> None:
         if self.flavour == "tensorrt":
             write_file(self._timing_cache_path(), [bytes(config.get_timing_cache().serialize())])
+
+
+def _layers(network: Any) -> list[Any]:
+    return [network.get_layer(index) for index in range(network.num_layers)]
 
 
 class _NoFusedAttention(Exception):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,6 +49,13 @@ def weight_bytes(bundle: Bundle, precision: str, graph: str) -> int:
         places = {entry.key: entry.value for entry in item.external_data}
         size += int(places.get("length", 0)) or len(item.SerializeToString())
     return size
+
+
+def readers_of_caches(plan: bytes) -> list[str]:
+    """Kernels of an engine that read keys or values and do not update them."""
+    cache = rb"\.(?:key|value)\.p"  # past or present: where a step only reads it
+    steps = re.findall(rb"function=\{ name=(\S+) [^\n]* input_args=\{([^}]*)\}[^}]* output_args=\{([^}]*)\}", plan)
+    return [name.decode() for name, read, written in steps if re.search(cache, read) and not re.search(cache, written)]
 
 
 class NoProgress:

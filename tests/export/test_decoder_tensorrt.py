@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import decoder_models
+import numpy as np
+import onnx
 import pytest
+from onnx import numpy_helper
 
 trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
 
-from tensorrt_bundles import NoProgress  # noqa: E402
+from tensorrt_bundles import NoProgress, readers_of_caches  # noqa: E402
 
 from framestep.benchmarks.gpu.stand_in import stand_in  # noqa: E402
 from framestep.export.decoder_checkpoint import read_decoder_checkpoint  # noqa: E402
 from framestep.export.decoder_export import DecoderOptions, write_bundle  # noqa: E402
 from framestep.export.streamformer import StreamFormerConfig  # noqa: E402
-from framestep.export.tensorrt import build  # noqa: E402
+from framestep.export.tensorrt import GraphReport, build  # noqa: E402
 from framestep.export.tensorrt_network import BuildOptions, profiles  # noqa: E402
 from framestep.runtime.bundle import Bundle, BundleWriter  # noqa: E402
 from framestep.runtime.errors import EngineError  # noqa: E402
@@ -26,10 +31,10 @@ OPTIONS = BuildOptions("fp16", 2, "tensorrt_rtx", ("8.6",))
 DECODER = {"decoder": (3 * LAYERS, LAYERS, LAYERS), "rebase": (LAYERS, 0, 0), "embed": (0, 0, 0)}
 
 
-def write(folder: Path, checkpoint: Path, precision: str, **options) -> Bundle:
+def write(folder: Path, checkpoint: Path, precision: str, capacity: int = CAPACITY, **options) -> Bundle:
     with BundleWriter(folder / "out.bundle") as writer:
         read = read_decoder_checkpoint(str(checkpoint))
-        write_bundle(read, writer, DecoderOptions(precision, CAPACITY, CHUNK, **options))
+        write_bundle(read, writer, DecoderOptions(precision, capacity, CHUNK, **options))
     return Bundle.open(folder / "out.bundle")
 
 
@@ -70,12 +75,11 @@ def plain(tmp_path_factory) -> dict[str, Bundle]:
 
 def test_tokens_have_a_profile_for_one_and_one_for_a_chunk(plain) -> None:
     manifest = plain["fp32"].manifest
-    one, many = profiles(manifest, manifest.graphs["decoder"], 3, "tensorrt")
+    one, many = profiles(manifest, manifest.graphs["decoder"], 3)
     assert one["S"] == many["S"] == (1, 3, 3)
     assert (one["T"], many["T"]) == ((1, 1, 1), (2, CHUNK, CHUNK))
-    (both,) = profiles(manifest, manifest.graphs["decoder"], 3, "tensorrt_rtx")
-    assert both["T"] == (1, 1, CHUNK)
-    assert [sorted(sizes) for sizes in profiles(manifest, manifest.graphs["rebase"], 3, "tensorrt")] == [["C", "S"]]
+    assert [sizes["S"] for sizes in profiles(manifest, manifest.graphs["decoder"], 1)] == [(1, 1, 2)] * 2
+    assert [sorted(sizes) for sizes in profiles(manifest, manifest.graphs["rebase"], 3)] == [["C", "S"]]
 
 
 @pytest.mark.filterwarnings("ignore:.*iming cache:DeprecationWarning")
@@ -98,8 +102,45 @@ def test_the_builder_is_given_all_profiles(plain, monkeypatch) -> None:
     ]
 
 
-def only_decoder(manifest, graph, streams, flavour):
-    return profiles(manifest, graph, streams, flavour) if graph.file == "decoder.onnx" else []
+def only_decoder(manifest, graph, streams):
+    return profiles(manifest, graph, streams) if graph.file == "decoder.onnx" else []
+
+
+def compile_decoder(bundle: Bundle, monkeypatch, **options) -> tuple[GraphReport, bytes]:
+    monkeypatch.setattr("framestep.export.tensorrt.profiles", only_decoder)
+    bundle, report = build(bundle, replace(OPTIONS, streams=1, **options), NoProgress())
+    return report.graphs[0], bundle.file(report.graphs[0].file).read_bytes()
+
+
+def test_a_token_reads_the_caches_where_they_are_and_a_chunk_copies_each_once(tmp_path, monkeypatch) -> None:
+    bundle = write(tmp_path, decoder_models.save(decoder_models.qwen2(), tmp_path / "checkpoint"), "fp16")
+    _, plan = compile_decoder(bundle, monkeypatch)
+    one, many = "_gemv_mha_v1", ["__myl_ReshTran", "__myl_ReshMove"]
+    assert sorted(readers_of_caches(plan)) == sorted([one] * LAYERS + many * LAYERS)  # and none that repeats heads
+    assert plan.count(b"function={ name=_gemm_mha_v2 ") == LAYERS
+    given = re.findall(rb"\n  inputs=\{([^}]*)\}", plan)
+    assert sum(names.count(b".present") for names in given) == 2 * 3 * LAYERS and b".past" not in b"".join(given)
+
+
+def test_both_profiles_share_the_weights(tmp_path, monkeypatch) -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 512}
+    bundle = write(tmp_path, decoder_models.save(decoder_models.qwen2(**sizes), tmp_path / "checkpoint"), "fp16")
+    _, plan = compile_decoder(bundle, monkeypatch)
+    found = {}
+    for item in onnx.load(bundle.file("decoder.onnx")).graph.initializer:
+        matrix = numpy_helper.to_array(item)
+        if item.name.startswith("layer") and matrix.ndim == 2:
+            found[item.name] = plan.count(matrix[0].tobytes()), plan.count(np.ascontiguousarray(matrix[:, 0]).tobytes())
+    assert len(found) == LAYERS * 7
+    assert set(found.values()) == {(1, 0)}  # row by row, once
+
+
+def test_a_cache_too_long_for_the_attention_of_one_row_has_the_other_one(tmp_path, monkeypatch) -> None:
+    sizes = {"max_position_embeddings": 25000}
+    checkpoint = decoder_models.save(decoder_models.qwen2(**sizes), tmp_path / "checkpoint")
+    item, plan = compile_decoder(write(tmp_path, checkpoint, "fp16", capacity=25000), monkeypatch)
+    assert item.fused == LAYERS
+    assert readers_of_caches(plan) == ["__myl_ReshTran", "__myl_ReshMove"] * LAYERS * 2
 
 
 @pytest.mark.parametrize(
