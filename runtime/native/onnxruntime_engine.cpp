@@ -79,6 +79,9 @@ Owned<OrtSessionOptions> session_options(const Ort& ort, const EngineOptions& en
     if (engine.device == "cuda") {
         Owned<OrtCudaOptions> cuda(ort.ReleaseCUDAProviderOptions);
         ort.check(ort.CreateCUDAProviderOptions(cuda.into()), "ONNX Runtime could not use CUDA");
+        // unless told otherwise it rounds the factors of float32 products to 10 bits
+        const char *const keys[] = {"use_tf32"}, *const values[] = {"0"};
+        ort.check(ort.UpdateCUDAProviderOptions(cuda.get(), keys, values, 1), "ONNX Runtime could not use CUDA");
         ort.check(ort.SessionOptionsAppendExecutionProvider_CUDA_V2(options.get(), cuda.get()),
                   "ONNX Runtime could not use CUDA");
     }
@@ -207,6 +210,7 @@ public:
             states_.push_back(allocate(shape, state->dtype, true, cuda));
         }
         if (cuda) {
+            for (const State* state : plan.states) make_copier(state->dtype);
             for (int slot = 0; slot < streams_; ++slot) {
                 for (size_t index = 0; index < states_.size(); ++index) zero_state(index, slot);
             }
@@ -489,13 +493,20 @@ private:
         return static_cast<size_t>(found - plan_.states.begin());
     }
 
+    // A session that copies numbers of a type, made once: it takes longer than many a copy.
+    void make_copier(fs_dtype dtype) {
+        Owned<OrtNativeSession>& session = copiers_.try_emplace(dtype, ort_.ReleaseSession).first->second;
+        if (session.get() != nullptr) return;
+        const std::string model = identity_model(element_of(dtype));
+        const Owned<OrtSessionOptions> options = session_options(ort_, options_, false);
+        ort_.check(ort_.CreateSessionFromArray(ort_.env, model.data(), model.size(), options.get(), session.into()),
+                   "ONNX Runtime could not copy a state");
+    }
+
     // Between a slot's state on the device and the host.
     void copy(const Buffer& state, uint8_t* device, void* host, bool to_device) const {
         const std::string what = "ONNX Runtime could not copy a state";
-        const std::string model = identity_model(element_of(state.dtype));
-        const Owned<OrtSessionOptions> options = session_options(ort_, options_, false);
-        Owned<OrtNativeSession> session(ort_.ReleaseSession);
-        ort_.check(ort_.CreateSessionFromArray(ort_.env, model.data(), model.size(), options.get(), session.into()), what);
+        OrtNativeSession* session = copiers_.at(state.dtype).get();
         const int64_t count = static_cast<int64_t>(state.row() / bytes_of(state.dtype));
         Owned<OrtValue> there(ort_.ReleaseValue), here(ort_.ReleaseValue);
         ort_.check(ort_.CreateTensorWithDataAsOrtValue(device_info_.get(), device, state.row(), &count, 1,
@@ -503,10 +514,10 @@ private:
         ort_.check(ort_.CreateTensorWithDataAsOrtValue(memory_info_.get(), host, state.row(), &count, 1,
                                                        element_of(state.dtype), here.into()), what);
         Owned<OrtIoBinding> binding(ort_.ReleaseIoBinding);
-        ort_.check(ort_.CreateIoBinding(session.get(), binding.into()), what);
+        ort_.check(ort_.CreateIoBinding(session, binding.into()), what);
         ort_.check(ort_.BindInput(binding.get(), "x", to_device ? here.get() : there.get()), what);
         ort_.check(ort_.BindOutput(binding.get(), "y", to_device ? there.get() : here.get()), what);
-        ort_.check(ort_.RunWithBinding(session.get(), nullptr, binding.get()), what);
+        ort_.check(ort_.RunWithBinding(session, nullptr, binding.get()), what);
     }
 
     static void check_label_port(const Graph& graph, const Port& port, const std::map<std::string, Buffer>& made) {
@@ -614,6 +625,7 @@ private:
     std::vector<Owned<OrtNativeSession>> sessions_;  // as in the plan
     std::vector<size_t> own_operators_;              // as in the plan
     Owned<OrtAllocator> device_allocator_;           // of the first session: freed before it
+    std::map<fs_dtype, Owned<OrtNativeSession>> copiers_;  // of states on a device, by type
     int64_t streams_;
     Buffer frames_;
     Buffer positions_;

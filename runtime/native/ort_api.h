@@ -100,6 +100,7 @@ constexpr int ORT_MEMORY_DEFAULT = 0;    // memory type
     X(137, BindOutput, OrtIoBinding*, const char* name, const OrtValue*)                                             \
     X(204, SessionOptionsAppendExecutionProvider_CUDA_V2, OrtSessionOptions*, const OrtCudaOptions*)                 \
     X(205, CreateCUDAProviderOptions, OrtCudaOptions**)                                                              \
+    X(206, UpdateCUDAProviderOptions, OrtCudaOptions*, const char* const* keys, const char* const* values, size_t)   \
     X(274, KernelContext_ParallelFor, const OrtKernelContext*, void (*call)(void* user, size_t index), size_t total,  \
       size_t batches, void* user)
 
