@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,11 +27,17 @@ class Clip:
         name: where it is from.
         frames: uint8 [T, height, width, 3], at the model's size.
         truth: index of each frame's label among the bundle's labels, int64 [T]; None where it is not known.
+        order: the frames as they are played, int64 of any length; None for each once.
     """
 
     name: str
     frames: np.ndarray
     truth: np.ndarray | None = None
+    order: np.ndarray | None = None
+
+    def played(self) -> Iterator[np.ndarray]:
+        """The frames in their order; none is copied, however long it is."""
+        return iter(self.frames) if self.order is None else (self.frames[index] for index in self.order)
 
 
 def read_clips(specs: Sequence[str], manifest: Manifest, most: int) -> list[Clip]:

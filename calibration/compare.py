@@ -74,7 +74,7 @@ def compare(reference: Bundle, other: Bundle, clips: Sequence[Clip]) -> Comparis
         for clip in clips:
             left_stream.reset()
             right_stream.reset()
-            for age, rgb in enumerate(clip.frames):
+            for age, rgb in enumerate(clip.played()):
                 expected = left_stream.step(rgb)
                 try:
                     found = right_stream.step(rgb)
@@ -107,7 +107,7 @@ def long_clip(clips: Sequence[Clip], length: int) -> Clip:
     """The longest clip, played forwards and backwards until it has `length` frames."""
     longest = max(clips, key=lambda clip: len(clip.frames))
     order = there_and_back(len(longest.frames), length)
-    return Clip(f"{longest.name} (there and back)", longest.frames[order])
+    return Clip(f"{longest.name} (there and back)", longest.frames, order=order)
 
 
 def _cosine(a: np.ndarray, b: np.ndarray) -> float:

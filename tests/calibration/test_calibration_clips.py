@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from framestep.apps.record import VideoRecorder
-from framestep.calibration.clips import read_clips, there_and_back
+from framestep.calibration.clips import Clip, read_clips, there_and_back
+from framestep.calibration.compare import long_clip
 from framestep.calibration.errors import CalibrationError
 from framestep.runtime.bundle import Bundle
 from framestep.runtime.errors import SourceError
@@ -68,3 +69,14 @@ def test_a_long_stream_is_made_without_a_jump() -> None:
     order = there_and_back(4, 11)
     assert order.tolist() == [0, 1, 2, 3, 2, 1, 0, 1, 2, 3, 2]
     assert there_and_back(1, 3).tolist() == [0, 0, 0]
+
+
+def test_a_long_clip_is_a_short_one_played_there_and_back_and_takes_no_memory() -> None:
+    frames = np.arange(3 * 2 * 2 * 3, dtype=np.uint8).reshape(3, 2, 2, 3)
+    long = long_clip([Clip("short", frames[:1]), Clip("longest", frames)], 1_000_000)
+    assert long.frames is frames
+    first = [frame for frame, _ in zip(long.played(), range(7), strict=False)]
+    assert [int(frame[0, 0, 0]) // 12 for frame in first] == [0, 1, 2, 1, 0, 1, 2]
+    assert all(frame.base is not None for frame in first)
+    assert sum(1 for _ in long.played()) == 1_000_000
+    assert [frame.tolist() for frame in Clip("once", frames).played()] == frames.tolist()
