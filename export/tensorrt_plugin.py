@@ -10,6 +10,7 @@ that carry its six inputs, and in the parsed network the plugin is put in their 
 # which are known only where it is installed.
 # mypy: disable-error-code="valid-type,name-defined,attr-defined"
 
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,15 +96,14 @@ def insert_plugins(trt: Any, network: Any, sites: Sequence[Site], position: str,
         position: name of the input that counts a stream's frames.
         capability: of the GPU to compile for, such as "8.7".
     """
-    create = register(trt)
     layers = [network.get_layer(index) for index in range(network.num_layers)]
     by_name = {layer.name: layer for layer in layers}
     counter = next(item for item in (network.get_input(i) for i in range(network.num_inputs)) if item.name == position)
     for site in sites:
         carriers = {name: by_name[f"{site.name}/{name}"] for name in INPUTS}
         given = [carriers[name].get_input(0) for name in INPUTS]
-        plugin = create(*given, counter, scale=site.scale, capability=int(capability.replace(".", "")))
-        layer = network.add_plugin(plugin, aot=True)
+        create = register(trt, site.scale, int(capability.replace(".", "")))
+        layer = network.add_plugin(create(*given, counter), aot=True)
         layer.name = site.name
         for index, name in enumerate(OUTPUTS):
             old, new = carriers[name].get_output(0), layer.get_output(index)
@@ -120,17 +120,22 @@ def insert_plugins(trt: Any, network: Any, sites: Sequence[Site], position: str,
                 network.mark_output(new)
 
 
-def register(trt: Any) -> Any:
-    """Register the plugin once, and return what makes one from tensors."""
+def register(trt: Any, scale: float, capability: int) -> Any:
+    """Register the plugin once for a scale and a GPU, and return what makes one from tensors.
+
+    Both are part of its name. As its attributes they would come back as arrays of one number, which TensorRT's bindings
+    turn into numbers in a way that NumPy refuses from 2.4 on.
+    """
     import importlib
 
     trtp = importlib.import_module(f"{trt.__name__}.plugin")
     desc = trtp.TensorDesc
+    name = f"{NAME}_{capability}_{struct.pack('>f', scale).hex()}"
     known = getattr(trtp.op, NAMESPACE, None)
-    if known is not None and hasattr(known, NAME):
-        return getattr(known, NAME)
+    if known is not None and hasattr(known, name):
+        return getattr(known, name)
 
-    @trtp.register(f"{NAMESPACE}::{NAME}")
+    @trtp.register(f"{NAMESPACE}::{name}")
     def describe(
         query: desc,
         key: desc,
@@ -138,12 +143,10 @@ def register(trt: Any) -> Any:
         key_ring: desc,
         value_ring: desc,
         position: desc,
-        scale: float,
-        capability: int,
     ) -> Tuple[desc, desc, desc]:  # noqa: UP006
         return query.like(), key_ring.aliased(), value_ring.aliased()
 
-    @trtp.aot_impl(f"{NAMESPACE}::{NAME}")
+    @trtp.aot_impl(f"{NAMESPACE}::{name}")
     def implement(
         query: desc,
         key: desc,
@@ -151,8 +154,6 @@ def register(trt: Any) -> Any:
         key_ring: desc,
         value_ring: desc,
         position: desc,
-        scale: float,
-        capability: int,
         outputs: Tuple[desc],  # noqa: UP006
         tactic: int,
     ) -> Tuple[str, str, trtp.KernelLaunchParams, trtp.SymExprs]:  # noqa: UP006
@@ -168,7 +169,7 @@ def register(trt: Any) -> Any:
         launch.shared_mem = kernel.shared_bytes
         return kernel.entry, kernel.ptx, launch, trtp.SymIntExprs(0)
 
-    return getattr(getattr(trtp.op, NAMESPACE), NAME)
+    return getattr(getattr(trtp.op, NAMESPACE), name)
 
 
 def allow_aliases(trt: Any, config: Any) -> None:

@@ -118,7 +118,7 @@ def plugins(monkeypatch):
                 setattr(module, kind, function)
 
                 def create(*tensors, **attributes):
-                    module.created.append((tensors, attributes))
+                    module.created.append((name, tensors, attributes))
                     return tensors
 
                 setattr(module.op, namespace, types.SimpleNamespace(**{name: create}))
@@ -141,15 +141,15 @@ def test_rings_are_declared_as_their_own_outputs_memory(plugins, monkeypatch) ->
     )  # fmt: skip
     package = types.ModuleType("tensorrt")
     package.DataType = trt.DataType
-    register(package)
+    register(package, 0.5, 87)
     row, ring = Desc(("S", 64, 1, 24), trt.DataType.HALF), Desc(("S", 64, 16, 24), trt.DataType.HALF)
     rings = ring, Desc(("S", 64, 16, 24), trt.DataType.HALF)
-    out, keys, values = plugins.describe(row, row, row, *rings, Desc(("S",), trt.DataType.INT64), 0.5, 87)
+    out, keys, values = plugins.describe(row, row, row, *rings, Desc(("S",), trt.DataType.INT64))
     assert (out.shape, out.aliased_to) == (row.shape, None)
     assert keys.aliased_to is rings[0] and values.aliased_to is rings[1]
     assert all(isinstance(item.annotation, type) for item in inspect.signature(plugins.describe).parameters.values())
     assert len(typing.get_args(inspect.signature(plugins.implement).return_annotation)) == 4  # TensorRT wants them
-    entry, ptx, launch, extra = plugins.implement(row, row, row, *rings, None, 0.5, 87, (out, keys, values), None)
+    entry, ptx, launch, extra = plugins.implement(row, row, row, *rings, None, (out, keys, values), None)
     assert (entry, ptx, extra) == ("temporal", repr((64, 16, 24, "fp16", 0.5, 87)), [])
     assert (launch.grid_x, launch.grid_y, launch.grid_z) == (12, 1, "S")
     assert (launch.block_x, launch.shared_mem) == (64, 1024)
@@ -199,9 +199,10 @@ def test_a_build_puts_one_plugin_in_the_place_of_each_pair_of_rings(copied, plug
     network = report.graphs[0].network
     assert (network.cache_updates, network.copied_states, network.attentions) == (6, (), 4)  # the others stay
     assert bundle.manifest.engines[report.graphs[0].file].attention == "triton"
-    tensors, attributes = plugins.created[0]
+    name, tensors, attributes = plugins.created[0]
     assert [tensor.name for tensor in tensors[3:]] == ["layer0.key.past", "layer0.value.past", "position"]
-    assert attributes == {"scale": 1.0, "capability": 86}
+    assert (name, attributes) == ("temporal_attention_86_3f800000", {})  # NumPy breaks what TensorRT does with them
+    assert [made for made, _, _ in plugins.created] == [name] * 3
 
 
 @quiet_cache
