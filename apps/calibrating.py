@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.bundle import Bundle, check_replaceable
-from ..runtime.errors import FramestepError
+from ..runtime.errors import FramestepError, OutputError
 
 MOST_CHECKED = 4000  # frames of the clips that accuracy is measured on
 
@@ -54,6 +54,11 @@ def calibrate(arguments: CalibrateArguments, progress: Callable[[str], None]) ->
         drift_frames=arguments.drift_frames,
     )
     check_replaceable(arguments.output, arguments.force)  # before clips are read
+    if arguments.output.resolve() == bundle.path.resolve() and not arguments.keep_float:
+        raise OutputError(
+            f"{arguments.output}: is the bundle itself, whose float32 graphs would be lost;"
+            " name another or give --keep-float"
+        )
     clips = read_clips(arguments.video, bundle.manifest, arguments.frames)
     if arguments.check:
         check = read_clips(arguments.check, bundle.manifest, MOST_CHECKED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import signal
 import sys
@@ -706,9 +707,9 @@ def _exit_status(arguments: list[str]) -> int:
             raise
         return _fail(f"frames are read and drawn with OpenCV ({error}): pip install opencv-python", 2)
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno != errno.ENOSPC:
             raise
-        return _fail(f"{error.filename}: {error.strerror}", 2)
+        return _fail(": ".join(str(part) for part in (error.filename, error.strerror) if part), 2)
     except MemoryError as error:
         return _fail(f"not enough memory: {error}", 2)
     except Exception as error:

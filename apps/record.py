@@ -197,7 +197,8 @@ class VideoRecorder:
     def _encoder(self, fps: float, size: tuple[int, int]) -> cv2.VideoWriter:
         writer = cv2.VideoWriter(str(self._partial), cv2.VideoWriter.fourcc(*"mp4v"), fps, size)
         if not writer.isOpened():
-            raise OutputError(f"{self.path}: cannot be written: OpenCV's encoder (mp4v) did not open {self._partial}")
+            picture = f"{size[0]}x{size[1]} at {fps:g} frames a second"
+            raise OutputError(f"{self.path}: cannot be written: OpenCV's encoder (mp4v) takes no {picture} here")
         return writer
 
     def _flush_early(self) -> None:

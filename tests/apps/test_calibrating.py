@@ -68,3 +68,13 @@ def test_what_cannot_be_done_is_one_line(golden_bundle, tmp_path, monkeypatch, c
     told = capsys.readouterr().err.strip().splitlines()[-1]
     assert told.startswith("framestep: ") and message in told
     assert not list(tmp_path.iterdir())
+
+
+def test_a_bundle_does_not_lose_its_float_graphs_to_itself(golden_bundle, tmp_path, monkeypatch, capsys) -> None:
+    same = tmp_path / "same.bundle"
+    same.symlink_to(golden_bundle)
+    arguments = ["calibrate", golden_bundle, "--video", "absent.mp4", "-o", same, "--force"]
+    assert main(monkeypatch, *arguments) == 2
+    assert "same.bundle: is the bundle itself, whose float32 graphs would be lost" in capsys.readouterr().err
+    assert main(monkeypatch, *arguments, "--keep-float") == 2
+    assert "absent.mp4: no such file" in capsys.readouterr().err

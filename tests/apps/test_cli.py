@@ -1,5 +1,6 @@
 """The command line: what it prints where, and how it exits."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -285,3 +286,12 @@ def test_a_file_that_the_system_refuses_is_one_line(
     monkeypatch.setattr(run_module, "run", refused)
     assert main(monkeypatch, "run", "x.bundle", "--source", "clip.mp4") == 2
     assert capsys.readouterr().err == "framestep: /somewhere/backbone.bin: Permission denied\n"
+
+
+def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def full(*given):
+        raise OSError(errno.ENOSPC, "No space left on device")  # as a write says it, which knows no name
+
+    monkeypatch.setattr(run_module, "run", full)
+    assert main(monkeypatch, "run", "x.bundle", "--source", "clip.mp4") == 2
+    assert capsys.readouterr().err == "framestep: No space left on device\n"
