@@ -9,6 +9,7 @@ decoder speaks, and put on the stream call by call for several.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -29,6 +30,8 @@ from .tensorrt_package import choose_flavour, import_flavour, installed_flavours
 Array = npt.NDArray[Any]
 MOST_GRAPHS = 64  # captured ranges of slots that are kept
 WARM_UPS = 2  # runs before a capture: TensorRT sets itself up for new shapes in the first one
+# Where engines and contexts come and go TensorRT may wait for the whole device, which breaks a capture in any thread.
+_alone = threading.RLock()
 
 
 class TensorRtEngine(BufferEngine):
@@ -77,7 +80,7 @@ class TensorRtEngine(BufferEngine):
         frame = manifest.frame
         self._declared = {state.name: state for state in manifest.states}
         try:
-            with self._driver.current():
+            with _alone, self._driver.current():
                 self._loaded += [CompiledGraph(trt, self._driver, bundle, name, target, streams) for name in graphs]
                 for name in own_graphs:
                     compiled = CompiledGraph(trt, self._driver, bundle, name, target, 1)
@@ -113,7 +116,7 @@ class TensorRtEngine(BufferEngine):
         for item in self._loaded:
             if item.labels is not None and labels > item.labels:
                 raise EngineError(f"{labels} labels are more than the {item.labels} that the engine {item.file} takes")
-        with self._turn, self._driver.current():
+        with self._turn, _alone, self._driver.current():
             for name, value in values.items():
                 if name in self._constants:
                     self._driver.free(self._constants.pop(name).address)
@@ -127,10 +130,11 @@ class TensorRtEngine(BufferEngine):
         with self._at_work():
             if (first, stop) not in self._captured:
                 start = self._first_aligned(first)
-                for item in self._loaded:  # a captured graph keeps using its contexts
-                    item.contexts[first, stop] = self._context(item, start, stop)
-                # A step may run twice on the same frame: it writes the same slot with the same keys and values.
-                self._capture((first, stop), lambda: self._step(first, stop, start))
+                with _alone:
+                    for item in self._loaded:  # a captured graph keeps using its contexts
+                        item.contexts[first, stop] = self._context(item, start, stop)
+                    # A step may run twice on the same frame: it writes the same slot with the same keys and values.
+                    self._capture((first, stop), lambda: self._step(first, stop, start))
             self._launch((first, stop))
             self._driver.wait()
 
@@ -147,9 +151,10 @@ class TensorRtEngine(BufferEngine):
                 own.view(key, tokens)[...] = array
             if tokens == 1:
                 if (name, slot) not in self._captured:
-                    own.compiled.contexts[name, slot] = self._own_context(own, slot, 1, captured=True)
-                    # Twice the same: it writes the same slots with the same numbers.
-                    self._capture((name, slot), lambda: self._run_own(own, slot, 1, (name, slot)))
+                    with _alone:
+                        own.compiled.contexts[name, slot] = self._own_context(own, slot, 1, captured=True)
+                        # Twice the same: it writes the same slots with the same numbers.
+                        self._capture((name, slot), lambda: self._run_own(own, slot, 1, (name, slot)))
                 self._launch((name, slot))
             else:
                 own.compiled.contexts[name] = self._own_context(own, slot, tokens, captured=False)
@@ -244,7 +249,8 @@ class TensorRtEngine(BufferEngine):
         item = own.compiled
         context = None if captured else item.contexts.get(own.name)
         if context is None:
-            context = item.new_context(self._scratch, self._kernels, captured)
+            with _alone:
+                context = item.new_context(self._scratch, self._kernels, captured)
             several = not captured and item.profiles > 1
             if several and not context.set_optimization_profile_async(1, self._driver.stream):
                 raise EngineError(f"{item.file}: TensorRT refused the profile for several tokens")
@@ -362,11 +368,12 @@ def _flavour_of(manifest: Manifest) -> str:
 
 def _release(driver: CudaDriver, loaded: list[CompiledGraph], own: dict[str, OwnGraph], kernels: KernelCache) -> None:
     """Free TensorRT's objects, `kernels` after the contexts that have them, then the memory that they used."""
-    try:
-        with driver.current():
+    with _alone:
+        try:
+            with driver.current():
+                loaded.clear()
+                own.clear()
+        except FramestepError:
             loaded.clear()
             own.clear()
-    except FramestepError:
-        loaded.clear()
-        own.clear()
-    driver.close()
+        driver.close()

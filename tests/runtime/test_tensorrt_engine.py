@@ -31,7 +31,7 @@ from framestep.benchmarks.gpu.stand_in import stand_in  # noqa: E402
 from framestep.export.tensorrt import build  # noqa: E402
 from framestep.export.tensorrt_network import BuildOptions  # noqa: E402
 from framestep.runtime.bundle import Bundle  # noqa: E402
-from framestep.runtime.engines.cuda_driver import ALIGNMENT, NON_BLOCKING  # noqa: E402
+from framestep.runtime.engines.cuda_driver import ALIGNMENT, NON_BLOCKING, CudaDriver  # noqa: E402
 from framestep.runtime.engines.tensorrt import MOST_GRAPHS, TensorRtEngine  # noqa: E402
 from framestep.runtime.errors import EngineError  # noqa: E402
 
@@ -262,6 +262,26 @@ def test_sessions_in_several_threads_do_not_disturb_each_other(built, machine) -
     for which in range(2):
         golden.assert_close(found[which], arrays["window_pooler_output"][:20])
     assert machine.contexts == 0
+
+
+def test_nothing_is_loaded_while_another_thread_captures(built, machine, monkeypatch) -> None:
+    capture, loaded = CudaDriver.capture, []
+    other = threading.Thread(target=lambda: loaded.append(engine_of(built)))
+
+    def captured(driver, work):
+        before = machine.names().count("Runtime")
+        other.start()
+        other.join(0.2)
+        assert machine.names().count("Runtime") == before
+        return capture(driver, work)
+
+    monkeypatch.setattr(CudaDriver, "capture", captured)
+    engine = engine_of(built)
+    engine.run_range(0, 1)
+    other.join()
+    for made in (engine, *loaded):
+        made.close()
+    assert len(loaded) == 1
 
 
 # Bad input
