@@ -33,6 +33,12 @@ constexpr size_t ALIGNMENT = 256;   // bytes; what TensorRT asks of an address, 
 constexpr size_t MOST_GRAPHS = 64;  // captured ranges of slots that are kept
 constexpr int WARM_UPS = 2;         // runs before a capture: TensorRT sets itself up for new shapes in the first one
 
+// Where engines and contexts come and go TensorRT may wait for the whole device, which breaks a capture in any thread.
+std::mutex& alone() {
+    static auto& lock = *new std::mutex;
+    return lock;
+}
+
 // TensorRT's library, loaded once and never unloaded.
 struct Library {
     std::string path;
@@ -161,6 +167,7 @@ public:
     TensorRtEngine(const Bundle& bundle, const Manifest& manifest, const Plan& plan, const EngineOptions& options)
         : library_(load_library(options.library)), plan_(plan), streams_(options.streams) {
         try {
+            const std::lock_guard guard(alone());
             open(bundle, manifest);
         } catch (...) {
             release();
@@ -186,6 +193,7 @@ public:
                                                  std::to_string(one.file->labels) + " that the engine " + one.file->file + " takes");
             }
         }
+        const std::lock_guard guard(alone());
         const Cuda::Current current(cuda_);
         std::map<std::string, Buffer> made;
         const auto put = [&](const char* role, std::vector<int64_t> shape, const float* values) {
@@ -264,6 +272,7 @@ private:
 
     // TensorRT's objects, before the memory that they use.
     void release() noexcept {
+        const std::lock_guard guard(alone());
         cuda_.give_back([this] {
             ranges_.clear();
             loaded_.clear();
@@ -365,6 +374,7 @@ private:
         const std::pair<int, int> key(first, stop);
         const auto known = ranges_.find(key);
         if (known != ranges_.end()) return known->second;
+        const std::lock_guard guard(alone());
         if (ranges_.size() >= MOST_GRAPHS) {
             ranges_.erase(std::min_element(ranges_.begin(), ranges_.end(), [](const auto& one, const auto& other) {
                 return one.second.used < other.second.used;
