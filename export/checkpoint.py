@@ -164,8 +164,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         from safetensors.torch import load_file
 
         try:
-            return load_file(path)
-        except (SafetensorError, OSError) as error:
+            with path.open("rb"):  # whose error says what is wrong where the reader's does not
+                return load_file(path)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
+        except SafetensorError as error:
             raise CheckpointError(f"{path}: damaged or truncated safetensors file: {error}") from None
     try:
         # the reference's training script stores its command-line arguments too

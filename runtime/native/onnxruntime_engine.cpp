@@ -452,7 +452,9 @@ private:
         if (port.role == "output") return values_.at(port.name);
         const auto found = labels_.find(port.role);
         if (found == labels_.end()) {
-            throw Error(FS_ERROR_ENGINE, "input '" + port.name + "' needs labels; set them before the first step");
+            throw Error(FS_ERROR_ENGINE, "input '" + port.name +
+                                               "' needs labels; set them before the first step, or add them to the bundle"
+                                               " with 'framestep label'");
         }
         return found->second;
     }

@@ -132,6 +132,12 @@ def test_frames_of_any_size_and_format_give_what_python_gives(frames, layout):
     assert float(np.abs(found - expected).max()) <= SAME
 
 
+def test_scores_without_labels_say_where_labels_come_from(frames, golden_bundle):
+    pictures = golden.load()["frames"][:1]
+    lines, message = frames(pictures, *GOLDEN_SIZE, *in_full("scores"), str(golden_bundle), status=1)
+    assert lines == [] and "needs labels; set them before the first step, or add them to the bundle with 'fr" in message
+
+
 def test_a_bundle_without_labels_gives_shapes_and_norms(frames, golden_bundle):
     pictures = golden.load()["frames"][:2]
     told = f"frames: {golden_bundle} has no labels ('framestep label' adds them): shapes and norms instead of scores\n"
