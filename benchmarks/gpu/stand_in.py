@@ -140,6 +140,8 @@ def driver(machine: Machine) -> types.SimpleNamespace:
 
     def mem_alloc(size: int) -> Allocation:
         machine.record("mem_alloc", size)
+        if size <= 0:
+            raise CudaError("cuMemAlloc failed: invalid argument")
         assert machine.capturing is None, "an allocation inside a capture"
         if size > machine.free:
             raise CudaMemoryError("cuMemAlloc failed: out of memory")
@@ -151,6 +153,8 @@ def driver(machine: Machine) -> types.SimpleNamespace:
 
     def pagelocked_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         machine.record("pagelocked_empty", shape, dtype)
+        if 0 in shape:
+            raise CudaError("cuMemHostAlloc failed: invalid argument")
         array = np.full(shape, 1, dtype)
         machine.pinned.add(array.ctypes.data)
         return array

@@ -107,6 +107,8 @@ class CudaDriver:
 
     def pinned(self, shape: Sequence[int], dtype: str) -> Array:
         """Zeroed host memory that the GPU copies from and to."""
+        if 0 in shape:  # the driver refuses to allocate nothing
+            return np.zeros(shape, dtype)
         array: Array = self._cuda.pagelocked_empty(tuple(shape), np.dtype(dtype))
         array[...] = 0
         return array
