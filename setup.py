@@ -9,6 +9,7 @@ from pathlib import Path
 from setuptools import Command, Distribution, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build import build
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 SOURCE = ROOT / "runtime" / "native"
@@ -62,6 +63,13 @@ class build_native(Command):
         return [str(path.relative_to(ROOT)) for path in (*files, ROOT / "include" / "framestep.h")]
 
 
+class build_modules(build_py):
+    """The package's folder is the checkout's, so this file lies in it."""
+
+    def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
+        return [found for found in super().find_package_modules(package, package_dir) if found[1] != "setup"]
+
+
 class wheel_for_every_python(bdist_wheel):
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]
@@ -75,5 +83,5 @@ class NativeDistribution(Distribution):
 build.sub_commands = [*build.sub_commands, ("build_native", None)]
 setup(
     distclass=NativeDistribution,
-    cmdclass={"build_native": build_native, "bdist_wheel": wheel_for_every_python},
+    cmdclass={"build_native": build_native, "build_py": build_modules, "bdist_wheel": wheel_for_every_python},
 )

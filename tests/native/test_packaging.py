@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,15 @@ def test_a_source_archive_has_every_file_of_the_native_build():
     )
     files = {path.name for path in NATIVE.iterdir() if path.is_file() and path.suffix != ".so"}
     assert files == {path.name for pattern in patterns for path in NATIVE.glob(pattern)}
+
+
+def test_a_wheel_has_the_command_as_a_module_and_no_setup(tmp_path):
+    pytest.importorskip("setuptools")
+    command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    files = {path.name for path in (tmp_path / "framestep").glob("*.py")}
+    assert files == {"__init__.py", "__main__.py"}
+    assert (tmp_path / "framestep" / "include" / "framestep.h").is_file()
 
 
 @pytest.mark.parametrize("libraries", ["lib", "lib64", "lib/x86_64-linux-gnu"])
