@@ -24,6 +24,7 @@ from ..errors import EngineError
 Array = npt.NDArray[Any]
 ALIGNMENT = 256  # bytes; what TensorRT asks of an address, and what the driver gives
 NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING, which pycuda has no name for
+CAPTURES = 3  # attempts
 
 
 class DeviceError(EngineError):
@@ -138,8 +139,15 @@ class CudaDriver:
     def capture(self, work: Callable[[], None]) -> Any:
         """A CUDA graph of what `work` puts on the stream, for `launch`.
 
-        Other threads may go on using the GPU meanwhile.
+        Other threads may go on using the GPU meanwhile. Where one of them waits for the whole device, as libraries do,
+        that breaks the capture, and `work` is captured again; nothing of it has run.
         """
+        for _ in range(CAPTURES - 1):
+            with suppress(EngineError, self._cuda.Error):
+                return self._capture(work)
+        return self._capture(work)
+
+    def _capture(self, work: Callable[[], None]) -> Any:
         cu = self._graphs
         handle = cu.CUstream(self.stream)
         self._check(cu.cuStreamBeginCapture(handle, cu.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL))

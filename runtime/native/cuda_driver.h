@@ -120,8 +120,31 @@ private:
 class CudaGraph {
 public:
     CudaGraph() = default;
+    // Where another thread waits for the whole device, as libraries do, that breaks a capture, and `work` is captured again;
+    // nothing of it has run.
     template <class Work>
     CudaGraph(const Cuda& cuda, Work work) : cuda_(&cuda) {
+        for (int left = CAPTURES; left > 0; --left) {
+            try {
+                capture(work);
+                return;
+            } catch (const Error&) {
+                if (left == 1) throw;
+            }
+        }
+    }
+    CudaGraph(CudaGraph&& other) noexcept { *this = std::move(other); }
+    CudaGraph& operator=(CudaGraph&& other) noexcept;
+    ~CudaGraph();
+
+    void launch() const { cuda_->check(cuda_->calls.cuGraphLaunch(captured_, cuda_->stream())); }
+
+private:
+    static constexpr int CAPTURES = 3;  // attempts
+
+    template <class Work>
+    void capture(Work& work) {
+        const Cuda& cuda = *cuda_;
         cuda.check(cuda.calls.cuStreamBeginCapture(cuda.stream(), CU_STREAM_CAPTURE_MODE_THREAD_LOCAL));
         CUgraph graph = nullptr;
         try {
@@ -136,13 +159,7 @@ public:
         cuda.calls.cuGraphDestroy(graph);
         cuda.check(result);
     }
-    CudaGraph(CudaGraph&& other) noexcept { *this = std::move(other); }
-    CudaGraph& operator=(CudaGraph&& other) noexcept;
-    ~CudaGraph();
 
-    void launch() const { cuda_->check(cuda_->calls.cuGraphLaunch(captured_, cuda_->stream())); }
-
-private:
     const Cuda* cuda_ = nullptr;
     CUgraphExec captured_ = nullptr;
 };

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from framestep.benchmarks.gpu.stand_in import stand_in  # noqa: E402
 from framestep.export.tensorrt import build  # noqa: E402
 from framestep.export.tensorrt_network import BuildOptions  # noqa: E402
 from framestep.runtime.bundle import Bundle  # noqa: E402
-from framestep.runtime.engines.cuda_driver import ALIGNMENT, NON_BLOCKING, CudaDriver  # noqa: E402
+from framestep.runtime.engines.cuda_driver import ALIGNMENT, CAPTURES, NON_BLOCKING, CudaDriver  # noqa: E402
 from framestep.runtime.engines.tensorrt import MOST_GRAPHS, TensorRtEngine  # noqa: E402
 from framestep.runtime.errors import EngineError  # noqa: E402
 
@@ -262,6 +263,27 @@ def test_sessions_in_several_threads_do_not_disturb_each_other(built, machine) -
     for which in range(2):
         golden.assert_close(found[which], arrays["window_pooler_output"][:20])
     assert machine.contexts == 0
+
+
+@pytest.mark.parametrize("broken", [1, CAPTURES])
+def test_a_capture_that_another_library_broke_is_made_again(built, machine, monkeypatch, broken) -> None:
+    driver = sys.modules["cuda.bindings.driver"]
+    end, ends = driver.cuStreamEndCapture, []
+
+    def end_capture(stream):
+        ends.append(end(stream))
+        invalid = types.SimpleNamespace(name="CUDA_ERROR_STREAM_CAPTURE_INVALIDATED"), None
+        return invalid if len(ends) <= broken else ends[-1]
+
+    monkeypatch.setattr(driver, "cuStreamEndCapture", end_capture)
+    engine = engine_of(built)
+    if broken < CAPTURES:
+        engine.run_range(0, 1)
+    else:
+        with pytest.raises(EngineError, match="CAPTURE_INVALIDATED"):
+            engine.run_range(0, 1)
+    assert len(ends) == min(broken + 1, CAPTURES) and machine.graphs == (broken < CAPTURES)
+    engine.close()
 
 
 def test_nothing_is_loaded_while_another_thread_captures(built, machine, monkeypatch) -> None:
