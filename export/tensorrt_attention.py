@@ -1,4 +1,9 @@
-"""Attention layers of a TensorRT network, rewritten before it is built so that no step copies a cache needlessly.
+"""Attention layers of a TensorRT network, rewritten before it is built.
+
+TensorRT has two fused attentions. The one for a single row of queries reads caches where they are, and knows query
+heads that share a key head. The one for several rows wants a copy of the caches, repeated for each query head; and it
+sums the products of queries and keys in FP16, unless these sums are cast to float32 before the softmax, which an
+attention layer cannot say.
 
 Sizes in shape comments: S streams, T new tokens, C slots of a cache, H query heads, G key and value heads, d head_dim.
 """
@@ -11,6 +16,8 @@ from typing import Any
 import numpy as np
 
 QUERY, KEY, VALUE, MASK = range(4)  # inputs of an attention layer
+# of a cache; the attention for a single row has 48 KiB for its scores, and keeps those of a longer cache in FP16
+MOST_SLOTS = 12000
 
 
 def drop_unit_scales(trt: Any, layers: Sequence[Any]) -> None:
@@ -42,90 +49,103 @@ def drop_unit_scales(trt: Any, layers: Sequence[Any]) -> None:
                     layer.set_input(index, maker.get_input(0))
 
 
-def fold_query_groups(trt: Any, network: Any, layers: Sequence[Any], also_single: bool) -> list[Any]:
-    """Let the query heads that share a key head be rows of one head, [S, G, H / G * T, d], where T is not fixed.
+def split_by_tokens(trt: Any, network: Any, layers: Sequence[Any]) -> list[Any]:
+    """Attend in one way for a single token and in another for several, where T is not fixed.
 
-    TensorRT has two fused attentions. For a single row of queries one reads the caches where they are, and knows
-    shared heads. For several rows the other one wants a copy of the caches, and does not: keys and values would be
-    written once for each query head in every step. So several tokens are folded and a single one is not.
-
-    Which of the two it is depends on T, in the shapes alone: 2 - T, but not less than 0, is 1 for a single token.
-    An optimisation profile with T fixed to 1 and one with T from 2 on each have that number as a constant.
+    The attention layer keeps the first 2 - T rows, but not less than none: the only one, or none of several. The others
+    attend in layers written out, with float32 scores, and the query heads of a key head as rows of one head:
+    [S, G, H / G * T, d]. In an optimisation profile with T fixed to 1, and in one with T from 2 on, one of the two has
+    no rows, and TensorRT leaves it out.
 
     Args:
         layers: of the network.
-        also_single: fold a single token's heads too, for caches that are too long for the attention of one row.
 
     Returns:
         The arrays that the network refers to: keep them until it is built.
     """
-    writer = _ShapeWriter(trt, network)
+    writer = _Writer(trt, network)
     readers: dict[str, list[tuple[Any, int]]] = {}
     for layer in layers:
         for index in range(layer.num_inputs):
             if (tensor := layer.get_input(index)) is not None:
                 readers.setdefault(tensor.name, []).append((layer, index))
-    folds: dict[tuple[str, int, int], _Fold] = {}
+    splits: dict[tuple[str, int], _Split] = {}
     for layer in layers:
         if layer.type != trt.LayerType.ATTENTION_INPUT or layer.num_inputs <= MASK:
             continue
         query, key, value, mask = (layer.get_input(index) for index in range(MASK + 1))
-        if mask is None or len(query.shape) != 4 or mask.shape[1] != 1:
-            continue
         (_, H, T, d), (_, G, C, _) = query.shape, key.shape
-        if T != -1 or min(H, G, C, d) < 1 or H == G:
+        if mask is None or mask.shape[1] != 1 or T != -1 or min(H, G, C, d) < 1:
             continue
-        sizes = (mask.name, H, G)
-        fold = folds[sizes] = folds.get(sizes) or _Fold(writer, mask, H, G, C, also_single)
-        for index, cache in ((KEY, key), (VALUE, value)):
-            layer.set_input(index, writer.reshape(cache, fold.streams, fold.groups, C, d))
-        layer.set_input(MASK, fold.mask)
-        layer.set_input(QUERY, writer.reshape(query, fold.streams, fold.heads, fold.rows, d))
+        split = splits[mask.name, H // G] = splits.get((mask.name, H // G)) or _Split(writer, mask, H // G, C)
         layer.__class__ = trt.IAttentionInputLayer  # the bindings give every layer as its base class
         made = layer.attention.get_output(0)
-        unfolded = writer.reshape(made, fold.streams, H, fold.tokens, d)
+        several = split.several(query, key, value)
+        whole = several
+        if C <= MOST_SLOTS:
+            layer.set_input(QUERY, split.single(query))
+            layer.set_input(MASK, split.single(mask))
+            whole = writer.join(made, several, axis=2)
         for reader, index in readers[made.name]:
-            reader.set_input(index, unfolded)
+            reader.set_input(index, whole)
     return writer.arrays
 
 
-class _Fold:
-    """Sizes of folded attentions under one mask, and that mask.
+class _Split:
+    """The rows under one mask: which are a single token's, and attention of the others.
 
-    Attributes:
-        streams, tokens: S and T.
-        heads, rows: of queries: H and T, or G and H / G * T.
-        groups: G, as a number that the network does not know: it checks that H is a multiple of it, and cannot for
-            `heads`, which it does not know either.
-        mask: bool [S, 1, rows, C].
+    Args:
+        mask: bool [S, 1, T, C].
+        R: query heads for each key head.
     """
 
-    def __init__(self, writer: _ShapeWriter, mask: Any, H: int, G: int, C: int, also_single: bool) -> None:
-        R = H // G
+    def __init__(self, writer: _Writer, mask: Any, R: int, C: int) -> None:
+        self.writer, self.R = writer, R
         ops = writer.trt.ElementWiseOperation
         of = writer.shape(mask)
-        self.streams, self.tokens = writer.size(of, 0), writer.size(of, 2)
-        left = writer.constant(0) if also_single else writer.apply(ops.SUB, 2, self.tokens)
-        single = writer.apply(ops.MAX, left, 0)
-        together = writer.apply(ops.SUB, R, writer.apply(ops.PROD, single, R - 1))  # query heads: R, or 1
-        self.heads = writer.apply(ops.SUM, G, writer.apply(ops.PROD, single, H - G))
-        self.groups = writer.apply(ops.PROD, writer.apply(ops.MIN, self.tokens, 1), G)
-        self.rows = writer.apply(ops.PROD, together, self.tokens)
-        repeated = writer.network.add_slice(mask, (0, 0, 0, 0), (0, 0, 0, 0), (1, 0, 1, 1))
-        repeated.set_input(2, writer.join(self.streams, together, self.tokens, C))
-        self.mask = writer.reshape(repeated.get_output(0), self.streams, 1, self.rows, C)
+        self.streams, tokens = writer.size(of, 0), writer.size(of, 2)
+        self.one = writer.sizes(0)
+        if C <= MOST_SLOTS:
+            self.one = writer.apply(ops.MAX, writer.apply(ops.SUB, writer.sizes(2), tokens), writer.sizes(0))
+        self.others = writer.apply(ops.SUB, tokens, self.one)
+        self.rows = writer.apply(ops.PROD, self.others, writer.sizes(R))
+        seen = self._rows(mask, self.one, self.others)
+        seen = writer.join(*[seen] * R, axis=2)  # [S, 1, R * others, C]
+        self.bias = writer.select(seen, 0.0, -np.inf)
+
+    def single(self, tensor: Any) -> Any:
+        """[S, H or 1, T, d or C], only its row where T is 1."""
+        return self._rows(tensor, self.writer.sizes(0), self.one)
+
+    def several(self, query: Any, key: Any, value: Any) -> Any:
+        """The others of query [S, H, T, d] attend to key and value [S, G, C, d]."""
+        writer, trt = self.writer, self.writer.trt
+        (_, H, _, d), G = query.shape, key.shape[1]
+        q = writer.reshape(self._rows(query, self.one, self.others), self.streams, G, self.rows, d)
+        scores = writer.cast(writer.product(q, key, trt.MatrixOperation.TRANSPOSE), trt.float32)
+        scores = writer.apply(trt.ElementWiseOperation.SUM, scores, self.bias)
+        weights = writer.cast(writer.softmax(scores), query.dtype)
+        y = writer.product(weights, value, trt.MatrixOperation.NONE)
+        return writer.reshape(y, self.streams, H, self.others, d)
+
+    def _rows(self, tensor: Any, first: Any, count: Any) -> Any:
+        """Rows [S, heads, count, width] of [S, heads, T, width]."""
+        writer, (_, heads, _, width) = self.writer, tensor.shape
+        layer = writer.network.add_slice(tensor, (0, 0, 0, 0), (0, 0, 0, 0), (1, 1, 1, 1))
+        layer.set_input(1, writer.join(writer.sizes(0, 0), first, writer.sizes(0), axis=0))
+        layer.set_input(2, writer.join(self.streams, writer.sizes(heads), count, writer.sizes(width), axis=0))
+        return layer.get_output(0)
 
 
-class _ShapeWriter:
-    """Adds arithmetic of shapes to a network. A size is a number, or a tensor of one."""
+class _Writer:
+    """Adds layers to a network."""
 
     def __init__(self, trt: Any, network: Any) -> None:
         self.trt, self.network = trt, network
         self.arrays: list[Any] = []
 
-    def constant(self, number: int) -> Any:
-        self.arrays.append(np.array([number], np.int64))
-        return self.network.add_constant((1,), self.arrays[-1]).get_output(0)
+    def sizes(self, *numbers: int) -> Any:
+        return self._constant(np.array(numbers, np.int64))
 
     def shape(self, tensor: Any) -> Any:
         return self.network.add_shape(tensor).get_output(0)
@@ -134,17 +154,34 @@ class _ShapeWriter:
         return self.network.add_slice(shape, (axis,), (1,), (1,)).get_output(0)
 
     def apply(self, operation: Any, first: Any, second: Any) -> Any:
-        return self.network.add_elementwise(self._tensor(first), self._tensor(second), operation).get_output(0)
+        return self.network.add_elementwise(first, second, operation).get_output(0)
 
-    def join(self, *sizes: Any) -> Any:
-        layer = self.network.add_concatenation([self._tensor(size) for size in sizes])
-        layer.axis = 0
+    def join(self, *tensors: Any, axis: int) -> Any:
+        layer = self.network.add_concatenation(list(tensors))
+        layer.axis = axis
         return layer.get_output(0)
 
     def reshape(self, tensor: Any, *sizes: Any) -> Any:
         layer = self.network.add_shuffle(tensor)
-        layer.set_input(1, self.join(*sizes))
+        layer.set_input(1, self.join(*(self.sizes(n) if isinstance(n, int) else n for n in sizes), axis=0))
         return layer.get_output(0)
 
-    def _tensor(self, size: Any) -> Any:
-        return self.constant(size) if isinstance(size, int) else size
+    def cast(self, tensor: Any, dtype: Any) -> Any:
+        return tensor if tensor.dtype == dtype else self.network.add_cast(tensor, dtype).get_output(0)
+
+    def select(self, condition: Any, first: float, second: float) -> Any:
+        numbers = (self._constant(np.full((1, 1, 1, 1), number, np.float32)) for number in (first, second))
+        return self.network.add_select(condition, *numbers).get_output(0)
+
+    def product(self, first: Any, second: Any, operation: Any) -> Any:
+        none = self.trt.MatrixOperation.NONE
+        return self.network.add_matrix_multiply(first, none, second, operation).get_output(0)
+
+    def softmax(self, scores: Any) -> Any:
+        layer = self.network.add_softmax(scores)
+        layer.axes = 1 << 3
+        return layer.get_output(0)
+
+    def _constant(self, array: Any) -> Any:
+        self.arrays.append(array)
+        return self.network.add_constant(array.shape, array).get_output(0)

@@ -16,7 +16,7 @@ from ..runtime.bundle import STREAMS, TOKENS, Bundle, Graph, Manifest, write_fil
 from ..runtime.engines.cuda_driver import CudaDriver
 from ..runtime.engines.tensorrt_package import Messages
 from ..runtime.errors import EngineError
-from .tensorrt_attention import drop_unit_scales, fold_query_groups
+from .tensorrt_attention import drop_unit_scales, split_by_tokens
 
 PRECISIONS = ("fp16", "fp16+int8", "fp32")
 ATTENTIONS = ("native", "triton", "auto")
@@ -158,20 +158,18 @@ class EngineMaker:
 
     def make(self) -> tuple[bytes, Network]:
         """The engine, and what the network was like."""
-        for fold_single in (False, True):
-            try:
-                return self._make(fold_single, decompose=False)
-            except _NoFusedAttention:
-                continue
-        return self._make(fold_single=True, decompose=True)
+        try:
+            return self._make(decompose=False)
+        except _NoFusedAttention:
+            return self._make(decompose=True)
 
-    def _make(self, fold_single: bool, decompose: bool) -> tuple[bytes, Network]:
+    def _make(self, decompose: bool) -> tuple[bytes, Network]:
         trt = self.trt
         self.messages.errors.clear()
         network = self.builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         by_plugin = self._parse(network)
         drop_unit_scales(trt, _layers(network))
-        kept = fold_query_groups(trt, network, _layers(network), fold_single)
+        kept = split_by_tokens(trt, network, _layers(network))
         layers = _layers(network)
         found = self._examine(network, layers, by_plugin)
         attentions = [layer for layer in layers if layer.type == trt.LayerType.ATTENTION_INPUT]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from framestep.export.decoder_checkpoint import read_decoder_checkpoint  # noqa:
 from framestep.export.decoder_export import DecoderOptions, write_bundle  # noqa: E402
 from framestep.export.streamformer import StreamFormerConfig  # noqa: E402
 from framestep.export.tensorrt import GraphReport, build  # noqa: E402
+from framestep.export.tensorrt_attention import MOST_SLOTS  # noqa: E402
 from framestep.export.tensorrt_network import BuildOptions, profiles  # noqa: E402
 from framestep.runtime.bundle import Bundle, BundleWriter  # noqa: E402
 from framestep.runtime.errors import EngineError  # noqa: E402
@@ -112,12 +114,20 @@ def compile_decoder(bundle: Bundle, monkeypatch, **options) -> tuple[GraphReport
     return report.graphs[0], bundle.file(report.graphs[0].file).read_bytes()
 
 
+def scores_of(plan: bytes) -> set[bytes]:
+    """What the attentions of several rows sum the products of queries and keys in, and those of one row keep it in."""
+    several = re.findall(rb"Kernel_traits_v2\w*<\s*fmha::\w+_hmma_(\w+)_traits", plan)
+    return {*several, *re.findall(rb"reduce<__myln_(\w+), MaxOp<", plan)}
+
+
 def test_a_token_reads_the_caches_where_they_are_and_a_chunk_copies_each_once(tmp_path, monkeypatch) -> None:
-    bundle = write(tmp_path, decoder_models.save(decoder_models.qwen2(), tmp_path / "checkpoint"), "fp16")
-    _, plan = compile_decoder(bundle, monkeypatch)
-    one, many = "_gemv_mha_v1", ["__myl_ReshTran", "__myl_ReshMove"]
-    assert sorted(readers_of_caches(plan)) == sorted([one] * LAYERS + many * LAYERS)  # and none that repeats heads
+    checkpoint = decoder_models.save(decoder_models.qwen2(), tmp_path / "checkpoint")
+    _, plan = compile_decoder(write(tmp_path, checkpoint, "fp16", capacity=512), monkeypatch)
+    read = Counter(readers_of_caches(plan))
+    assert read.pop("_gemv_mha_v1") == LAYERS
+    assert sum(read.values()) == 2 * LAYERS and not any("Repl" in name for name in read)  # no head's is repeated
     assert plan.count(b"function={ name=_gemm_mha_v2 ") == LAYERS
+    assert scores_of(plan) == {b"fp32", b"float"}
     given = re.findall(rb"\n  inputs=\{([^}]*)\}", plan)
     assert sum(names.count(b".present") for names in given) == 2 * 3 * LAYERS and b".past" not in b"".join(given)
 
@@ -135,12 +145,17 @@ def test_both_profiles_share_the_weights(tmp_path, monkeypatch) -> None:
     assert set(found.values()) == {(1, 0)}  # row by row, once
 
 
-def test_a_cache_too_long_for_the_attention_of_one_row_has_the_other_one(tmp_path, monkeypatch) -> None:
-    sizes = {"max_position_embeddings": 25000}
-    checkpoint = decoder_models.save(decoder_models.qwen2(**sizes), tmp_path / "checkpoint")
-    item, plan = compile_decoder(write(tmp_path, checkpoint, "fp16", capacity=25000), monkeypatch)
+@pytest.mark.parametrize(
+    ("capacity", "single", "scores"), [(MOST_SLOTS, LAYERS, {b"fp32", b"float"}), (MOST_SLOTS + 1, 0, {b"fp32"})]
+)
+def test_scores_of_a_long_cache_are_float32_too(tmp_path, monkeypatch, capacity, single, scores) -> None:
+    """The attention of a single row would keep so many in FP16."""
+    checkpoint = decoder_models.save(decoder_models.qwen2(max_position_embeddings=capacity), tmp_path / "checkpoint")
+    item, plan = compile_decoder(write(tmp_path, checkpoint, "fp16", capacity=capacity), monkeypatch)
     assert item.fused == LAYERS
-    assert readers_of_caches(plan) == ["__myl_ReshTran", "__myl_ReshMove"] * LAYERS * 2
+    assert plan.count(b"function={ name=_gemv_mha_v1 ") == single
+    assert plan.count(b"function={ name=_gemm_mha_v2 ") == 2 * LAYERS - single
+    assert scores_of(plan) == scores
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,7 @@ def test_fp16_graphs_build_with_native_caches_and_fused_attention(built) -> None
 def test_text_reads_text_and_frames_where_they_are(built) -> None:
     bundle, report = built
     plan = bundle.file(next(item.file for item in report.graphs if item.graph == "decoder")).read_bytes()
-    layers = LAYERS + BLOCKS  # a token, and then several, which copy each cache once
-    expected = Counter({"_gemv_mha_v1": layers, "__myl_ReshTran": layers, "__myl_ReshMove": layers})
-    assert Counter(readers_of_caches(plan)) == expected
+    read = Counter(readers_of_caches(plan))
+    assert read.pop("_gemv_mha_v1") == LAYERS + BLOCKS
+    # several tokens copy each cache once
+    assert sum(read.values()) == 2 * (LAYERS + BLOCKS) and not any("Repl" in name for name in read)

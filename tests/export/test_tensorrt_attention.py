@@ -10,7 +10,8 @@ from onnx import TensorProto, helper
 
 trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
 
-from framestep.export.tensorrt_attention import drop_unit_scales, fold_query_groups  # noqa: E402
+from framestep.export import tensorrt_attention  # noqa: E402
+from framestep.export.tensorrt_attention import drop_unit_scales, split_by_tokens  # noqa: E402
 
 HEADS, KV_HEADS, SLOTS, SIZE = 6, 2, 16, 8
 
@@ -38,13 +39,14 @@ class Interpreter:
     """Computes what a network of a few kinds of layers says.
 
     Attributes:
-        attended: shape of the queries of the last attention.
+        single, several: shapes of the queries of the attention layer, and of those that are written out.
     """
 
     def __init__(self, network, feeds: dict[str, np.ndarray]) -> None:
         layers = [network.get_layer(index) for index in range(network.num_layers)]
         self.makers = {layer.get_output(0).name: layer for layer in layers}
         self.values = dict(feeds)
+        self.single = self.several = None
 
     def value(self, tensor) -> np.ndarray:
         if tensor.name not in self.values:
@@ -86,39 +88,54 @@ class Interpreter:
 
     def slice(self, layer, given):
         layer.__class__ = trt.ISliceLayer
-        x, sizes = given[0], tuple(layer.shape) if len(given) < 3 else given[2]
-        places = zip(tuple(layer.start), sizes, tuple(layer.stride), strict=True)
-        return x[np.ix_(*(first + step * np.arange(size) for first, size, step in places))]
+        start = tuple(layer.start) if len(given) < 2 or given[1] is None else given[1]
+        sizes = tuple(layer.shape) if len(given) < 3 or given[2] is None else given[2]
+        places = zip(start, sizes, tuple(layer.stride), strict=True)
+        return given[0][np.ix_(*(first + step * np.arange(size) for first, size, step in places))]
+
+    def select(self, layer, given):
+        return np.where(*given)
+
+    def matrix_multiply(self, layer, given):
+        layer.__class__ = trt.IMatrixMultiplyLayer
+        first, second = given
+        if layer.op1 == trt.MatrixOperation.TRANSPOSE:
+            self.several, second = first.shape, second.swapaxes(2, 3)
+        return first @ second
+
+    def softmax(self, layer, given):
+        layer.__class__ = trt.ISoftMaxLayer
+        assert layer.axes == 1 << 3
+        return self.softmax_of(given[0])
 
     def attention_input(self, layer, given):
         query, keys, values, mask = given
-        self.attended = query.shape
+        self.single = query.shape
         keys, values = (np.repeat(x, query.shape[1] // x.shape[1], 1) for x in (keys, values))
-        scores = np.where(mask, query @ keys.swapaxes(2, 3), -np.inf)
-        weights = np.exp(scores - scores.max(-1, keepdims=True))
-        return weights / weights.sum(-1, keepdims=True) @ values
+        return self.softmax_of(np.where(mask, query @ keys.swapaxes(2, 3), -np.inf)) @ values
 
     def attention_output(self, layer, given):
         return given[0]
 
+    @staticmethod
+    def softmax_of(scores):
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        return weights / weights.sum(-1, keepdims=True)
+
 
 @pytest.mark.parametrize("scale", [1.0, 0.25])
 @pytest.mark.parametrize(
-    ("tokens", "also_single", "queries"),
-    [
-        (1, False, (2, HEADS, 1, SIZE)),
-        (1, True, (2, KV_HEADS, 3, SIZE)),
-        (2, False, (2, KV_HEADS, 6, SIZE)),
-        (5, False, (2, KV_HEADS, 15, SIZE)),
-    ],
+    ("tokens", "most_slots", "single", "several"),
+    [(1, SLOTS, 1, 0), (2, SLOTS, 0, 2), (5, SLOTS, 0, 5), (1, SLOTS - 1, None, 1), (5, SLOTS - 1, None, 5)],
 )
-def test_folded_heads_attend_to_what_they_attended_to(tokens, also_single, queries, scale) -> None:
+def test_split_attention_attends_to_the_same(tokens, most_slots, single, several, scale, monkeypatch) -> None:
+    monkeypatch.setattr(tensorrt_attention, "MOST_SLOTS", most_slots)
     logger = trt.Logger(trt.Logger.ERROR)
     network = trt.Builder(logger).create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     assert trt.OnnxParser(network, logger).parse(model(scale).SerializeToString())
     layers = [network.get_layer(index) for index in range(network.num_layers)]
     drop_unit_scales(trt, layers)
-    kept = fold_query_groups(trt, network, layers, also_single)
+    kept = split_by_tokens(trt, network, layers)
     random = np.random.default_rng(0)
     feeds = {
         "query": random.standard_normal((2, HEADS, tokens, SIZE)).astype(np.float32),
@@ -126,10 +143,11 @@ def test_folded_heads_attend_to_what_they_attended_to(tokens, also_single, queri
         "values": random.standard_normal((2, KV_HEADS, SLOTS, SIZE)).astype(np.float32),
         "mask": np.concatenate([random.random((2, 1, tokens, SLOTS - 1)) < 0.5, np.ones((2, 1, tokens, 1), bool)], -1),
     }
-    (expected,) = onnxruntime.InferenceSession(
-        model(scale).SerializeToString(), providers=["CPUExecutionProvider"]
-    ).run(None, feeds)
+    content = model(scale).SerializeToString()
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    (expected,) = session.run(None, feeds)
     interpreter = Interpreter(network, feeds)
     np.testing.assert_allclose(interpreter.value(network.get_output(0)), expected, atol=1e-5)
-    assert interpreter.attended == queries
+    assert interpreter.single == (None if single is None else (2, HEADS, single, SIZE))
+    assert interpreter.several == (2, KV_HEADS, HEADS // KV_HEADS * several, SIZE)  # heads that share keys are rows
     assert kept
