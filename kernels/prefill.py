@@ -20,8 +20,9 @@ from torch import Tensor
 from .merge import LOG2E
 from .softmax import attend_tile
 
-TILE = 64  # most frames or slots of one tile
+TILE = 64  # frames or slots of one tile, at most
 LEAST_TILE = 16  # of a matrix product
+TILE_BYTES = 16384  # of a program's queries, of a tile's keys, and of its values: six of them fit on small GPUs
 WARPS = 4  # at most
 WRITE_ROWS = 16  # rows of one program of the update
 
@@ -43,8 +44,9 @@ class Launch:
 
 def plan(frames: int, window: int, head_dim: int, itemsize: int) -> Launch:
     """The launch for so many frames over a window."""
-    most = min(TILE, max(LEAST_TILE, triton.next_power_of_2(frames)))
-    slots = min(TILE, max(LEAST_TILE, triton.next_power_of_2(window)))
+    tile = min(TILE, TILE_BYTES // (triton.next_power_of_2(head_dim) * itemsize))
+    most = min(tile, max(LEAST_TILE, triton.next_power_of_2(frames)))
+    slots = min(tile, max(LEAST_TILE, triton.next_power_of_2(window)))
     # a warp's matrix product has 16 rows; more warps would compute the same numbers and wait for each other
     share = most // LEAST_TILE * triton.cdiv(triton.next_power_of_2(head_dim), 64)
     # float32 products are made of ordinary multiplications, which take a warp more registers than it has

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import triton
 from attention_inputs import TOLERANCE, error, ring_inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -54,3 +55,12 @@ def test_many_frames_over_many_tiles(device):
     expected = reference.causal_prefill(*wide, inputs.scale)
     assert error(prefill.launch(*inputs.tensors(), inputs.scale), expected) <= TOLERANCE[torch.float32]
     assert torch.equal(inputs.value_ring.double(), wide[4])
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("head_dim", [16, 64, 96, 128])
+def test_tiles_fit_into_the_shared_memory_of_small_gpus(head_dim, itemsize):
+    cut = prefill.plan(1000, 4096, head_dim, itemsize)
+    assert min(cut.frames, cut.slots) >= 16
+    row = triton.next_power_of_2(head_dim) * itemsize
+    assert (cut.frames + 5 * cut.slots) * row <= 99 << 10  # the queries, and keys and values of the tiles in flight
