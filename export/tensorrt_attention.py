@@ -75,7 +75,9 @@ def split_by_tokens(trt: Any, network: Any, layers: Sequence[Any]) -> list[Any]:
             continue
         query, key, value, mask = (layer.get_input(index) for index in range(MASK + 1))
         (_, H, T, d), (_, G, C, _) = query.shape, key.shape
-        if mask is None or mask.shape[1] != 1 or T != -1 or min(H, G, C, d) < 1:
+        if mask is None or mask.shape[1] != 1 or T != -1 or min(H, C, d) < 1:
+            continue
+        if G < 2:  # written out for one head, it is not fused
             continue
         split = splits[mask.name, H // G] = splits.get((mask.name, H // G)) or _Split(writer, mask, H // G, C)
         layer.__class__ = trt.IAttentionInputLayer  # the bindings give every layer as its base class

@@ -132,6 +132,12 @@ def test_a_token_reads_the_caches_where_they_are_and_a_chunk_copies_each_once(tm
     assert sum(names.count(b".present") for names in given) == 2 * 3 * LAYERS and b".past" not in b"".join(given)
 
 
+def test_attention_with_one_key_head_stays_fused(tmp_path, monkeypatch) -> None:
+    checkpoint = decoder_models.save(decoder_models.llama(num_key_value_heads=1), tmp_path / "checkpoint")
+    _, plan = compile_decoder(write(tmp_path, checkpoint, "fp16"), monkeypatch)
+    assert plan.count(b"function={ name=_gemv_mha_v1 ") == LAYERS == plan.count(b"function={ name=_gemm_mha_v2 ")
+
+
 def test_both_profiles_share_the_weights(tmp_path, monkeypatch) -> None:
     sizes = {"hidden_size": 256, "intermediate_size": 512}
     bundle = write(tmp_path, decoder_models.save(decoder_models.qwen2(**sizes), tmp_path / "checkpoint"), "fp16")
