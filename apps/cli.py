@@ -588,6 +588,7 @@ def doctor(as_json: JsonOption = False) -> None:
 
 @app.command()
 def bench(
+    context: typer.Context,
     bundle: BundleArgument,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the report.")] = Path("report"),
     frames: Annotated[
@@ -619,6 +620,7 @@ def bench(
     from .bench import bench as run_bench
     from .bench.bench import parse_numbers
     from .bench.progress import bench_status_for
+    from .record import check_outside
 
     options = BenchOptions(
         bundle=bundle,
@@ -636,6 +638,9 @@ def bench(
         threads=threads,
         checkpoint=checkpoint,
     )
+    check_outside(output, "--output", bundle)
+    if checkpoint is not None and not options.compare:
+        raise FramestepError("--checkpoint: is what PyTorch's baselines run; name some with --compare, or leave it out")
     opened = Bundle.open(bundle)
     if opened.manifest.language is not None:
         if options.compare or checkpoint is not None:
@@ -643,6 +648,12 @@ def bench(
                 "--compare and --checkpoint: baselines are of models without a decoder; 'framestep recall' compares"
                 " the decisions of two bundles"
             )
+        for name in ("streams", "processes", "steady", "every_frame", "budget_s"):
+            if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE":
+                raise FramestepError(
+                    f"--{name.replace('_', '-')}: a decoder is measured by turns of one stream in one process;"
+                    " it has --frames and --samples"
+                )
         from .bench.dialogue import DialogueReport, bench_dialogue
         from .bench.following import FollowingReport, bench_following
 

@@ -48,6 +48,7 @@ from .report import (
 )
 
 MOST_ROUNDS = 10  # of interleaved turns
+MOST = 10**9  # of positions, and of streams
 START_S = 4.0  # guess of what it takes to start a process and load a model
 
 
@@ -123,6 +124,8 @@ def parse_numbers(text: str, option: str) -> tuple[int, ...]:
         raise FramestepError(f"{option}: expected numbers such as 1,4,16, found '{text}'") from None
     if not numbers or numbers[0] < 1:
         raise FramestepError(f"{option}: expected numbers of at least 1, found '{text}'")
+    if numbers[-1] > MOST:
+        raise FramestepError(f"{option}: expected numbers of at most {MOST}, found '{text}'")
     return tuple(numbers)
 
 

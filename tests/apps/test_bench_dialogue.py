@@ -50,3 +50,28 @@ def test_what_cannot_be_talked_with_has_no_turns_to_measure(tmp_path):
     assert isinstance(result.exception, FramestepError)
     assert "there are no turns to measure" in str(result.exception)
     assert not (tmp_path / "report").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("--streams", "4"), ("--processes", "2"), ("--steady", "3"), ("--every-frame",), ("--budget-s", "3")],
+)
+def test_options_of_other_models_are_not_passed_over(bundle, tmp_path, arguments):
+    result = CliRunner().invoke(app, ["bench", str(bundle), "-o", str(tmp_path / "report"), *arguments])
+    assert str(result.exception).startswith(f"{arguments[0]}: a decoder is measured by turns")
+    assert not (tmp_path / "report").exists()
+
+
+@pytest.mark.parametrize(
+    "folder, arguments, message",
+    [
+        ("report", ("--checkpoint", "nowhere"), "--checkpoint: is what PyTorch's baselines run"),
+        ("out.bundle", (), "lies in the bundle"),
+        ("out.bundle/report", (), "lies in the bundle"),
+    ],
+)
+def test_a_report_that_would_mislead_or_lie_in_the_bundle_is_refused(bundle, folder, arguments, message):
+    before = sorted(bundle.iterdir())
+    result = CliRunner().invoke(app, ["bench", str(bundle), "-o", str(bundle.parent / folder), *arguments])
+    assert message in str(result.exception)
+    assert sorted(bundle.iterdir()) == before
