@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import colorsys
 import unicodedata
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -387,9 +388,8 @@ def _stroke(scale: float) -> int:
 def _shortened(text: str, scale: float, room: int) -> str:
     if _text_width(text, scale) <= room:
         return text
-    while text and _text_width(text + "...", scale) > room:
-        text = text[:-1]
-    return text + "..."
+    count = bisect_right(range(len(text)), room, key=lambda count: _text_width(text[:count] + "...", scale)) - 1
+    return text[: max(0, count)] + "..."
 
 
 def _score_text(score: float) -> str:

@@ -87,6 +87,8 @@ def plan_run(options: RunOptions, manifest: Manifest) -> Plan:
     if not sizes:
         raise FramestepError(f"{options.bundle}: a {manifest.family} sees no frames; there is nothing to run on video")
     EventDetector((), options.on, options.off_threshold)
+    if options.off is not None and options.events is None:
+        raise FramestepError(f"--off {options.off:g}: says when segments end; add --events FILE.jsonl")
     for name in options.outputs:
         if name not in sizes:
             raise FramestepError(f"--outputs {name}: no such output; this bundle has {', '.join(sizes)}")

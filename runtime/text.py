@@ -37,6 +37,9 @@ PATCH_TEMPLATES = ("{}",)
 BATCH = 64  # texts that go through a text tower at once
 
 
+LONGEST_LABEL = 1000  # characters; models read some tens of tokens
+
+
 class LabelError(FramestepError):
     """Labels, templates or text embeddings are missing, malformed or do not fit the model."""
 
@@ -45,10 +48,10 @@ def read_labels(path: Path) -> list[str]:
     """Read a file of labels: one a line; blank lines and lines that start with `#` are skipped.
 
     Raises:
-        LabelError: the file cannot be read, holds no label, or holds one twice.
+        LabelError: the file cannot be read, holds no label, one twice, or one that nobody can show.
     """
     try:
-        lines = path.read_text("utf-8-sig").splitlines()
+        lines = path.read_text("utf-8-sig").split("\n")
     except OSError as error:
         raise LabelError(f"{path}: cannot read labels: {error.strerror or error}") from None
     except UnicodeDecodeError:
@@ -58,6 +61,8 @@ def read_labels(path: Path) -> list[str]:
         label = line.strip()
         if not label or label.startswith("#"):
             continue
+        if why := _no_label(label):
+            raise LabelError(f"{path}: line {number} {why}")
         if label in first_seen:
             raise LabelError(
                 f"{path}: line {number} repeats the label '{label}' of line {first_seen[label]}; remove one"
@@ -187,9 +192,20 @@ def check_labels(labels: Sequence[str]) -> None:
     for index, label in enumerate(labels):
         if not isinstance(label, str) or not label.strip():
             raise LabelError(f"labels[{index}]: expected a text, found {label!r}")
+        if why := _no_label(label):
+            raise LabelError(f"labels[{index}] {why}")
         if label in seen:
             raise LabelError(f"labels[{index}]: '{label}' is given twice")
         seen.add(label)
+
+
+def _no_label(label: str) -> str | None:
+    """Why a text cannot be shown as a label, after what names it; None where it can."""
+    if len(label) > LONGEST_LABEL:
+        return f"has {len(label)} characters; a label has at most {LONGEST_LABEL}"
+    if any(ord(letter) < 32 or 127 <= ord(letter) < 160 for letter in label):
+        return f"holds control characters: {label!r}"
+    return None
 
 
 def _check_templates(templates: Sequence[str]) -> None:

@@ -137,3 +137,14 @@ def test_an_unknown_overlay_label_is_refused_with_those_there_are() -> None:
         check_overlay("all", ())
     check_overlay("all", LABELS)
     check_overlay("a dog", LABELS)
+
+
+@pytest.mark.parametrize("room", [0, 5, 40, 41, 200])
+def test_a_label_of_any_length_is_cut_to_the_room_there_is(room: int) -> None:
+    text = "a label that goes on " * 5000
+    cut = annotate._shortened(text, 0.5, room)
+    left = cut.removesuffix("...")
+    assert text.startswith(left) and len(left) < 40
+    assert not left or annotate._text_width(cut, 0.5) <= room
+    assert annotate._text_width(text[: len(left) + 1] + "...", 0.5) > room
+    assert annotate._shortened("short", 0.5, 1000) == "short"

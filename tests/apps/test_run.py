@@ -552,6 +552,7 @@ def test_a_run_ends_when_nothing_can_be_written_any_more(stage: Stage) -> None:
         ({"output": "out", "outputs": ("features",)}, "--outputs features: 8192 values"),
         ({"outputs": ("pooled",)}, "--outputs pooled: .*--output"),
         ({"on": 0.5, "off": 0.7}, r"--off 0.7: .*--on \(0.5\)"),
+        ({"on": 0.5, "off": 0.3}, r"--off 0.3: says when segments end; add --events FILE.jsonl"),
         ({"show": True}, "--show: "),
     ],
 )

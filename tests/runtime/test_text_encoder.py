@@ -97,6 +97,19 @@ def test_repeated_label_is_refused_with_both_lines(tmp_path: Path) -> None:
         read_labels(path)
 
 
+@pytest.mark.parametrize(
+    ("label", "why"),
+    [("x" * 1001, "has 1001 characters; a label has at most 1000"), ("a\x1b[2J", r"holds control characters: 'a\\x1b")],
+)
+def test_labels_that_nobody_can_show_are_refused(tmp_path: Path, label: str, why: str) -> None:
+    path = tmp_path / "labels.txt"
+    path.write_text(f"cat\n{label}\n")
+    with pytest.raises(LabelError, match=rf"labels\.txt: line 2 {why}"):
+        read_labels(path)
+    with pytest.raises(LabelError, match=rf"labels\[1\] {why}"):
+        label_embeddings(lambda texts: np.ones((len(texts), 2), np.float32), ["cat", label], ["{}"])
+
+
 def test_unreadable_labels_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "labels.txt"
     with pytest.raises(LabelError, match=r"labels\.txt: cannot read labels: No such file"):
