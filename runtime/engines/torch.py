@@ -16,7 +16,7 @@ import importlib.util
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -41,7 +41,9 @@ PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float1
 MOST_GRAPHS = 64  # captured ranges of slots that are kept
 WARM_UPS = 3  # runs before a capture: libraries choose their kernels and allocate in the first ones
 PREFILL_FRAMES = 32  # at once; bounds the memory of `prefill`
-_capturing = threading.Lock()  # a capture begins with a wait for the whole device, which fails while another one runs
+# A capture begins with a wait for the whole device, which fails while another one runs; and products have one precision
+# in the whole process.
+_capturing = threading.RLock()
 
 
 class TorchEngine(BufferEngine):
@@ -123,7 +125,8 @@ class TorchEngine(BufferEngine):
         """One step of the slots first..stop; every slot in the range runs, in place."""
         with self._guard("a step"):
             if self._side is None:
-                self._step(first, stop)
+                with self._arithmetic():
+                    self._step(first, stop)
                 return
             graph = self._captured.get((first, stop))
             if graph is None:
@@ -135,7 +138,7 @@ class TorchEngine(BufferEngine):
     def run_graph(self, slot: int, name: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """See `BufferEngine.run_graph`. Nothing is captured: T differs from run to run."""
         graph = self._own_graphs[name]
-        with self._guard(f"the graph '{name}'"):
+        with self._guard(f"the graph '{name}'"), self._arithmetic():
             given = {key: torch.tensor(array, device=self._device) for key, array in inputs.items()}
             given.update({use.input: self._states[use.state][slot : slot + 1] for use in graph.states})
             found = self._own_programs[name](given, _step)
@@ -155,7 +158,7 @@ class TorchEngine(BufferEngine):
             frames: uint8 [T, height, width, 3]. `positions[slot]` is the index of the first, and afterwards of the
                 last one, whose `outputs` are given.
         """
-        with self._guard("a prefill"):
+        with self._guard("a prefill"), self._arithmetic():
             for start in range(0, len(frames), PREFILL_FRAMES):
                 part = torch.tensor(frames[start : start + PREFILL_FRAMES], device=self._device)
                 first = int(self.positions[slot])
@@ -209,7 +212,7 @@ class TorchEngine(BufferEngine):
 
     def _capture(self, first: int, stop: int, side: torch.cuda.Stream) -> Any:
         graph = torch.cuda.CUDAGraph()
-        with _capturing:
+        with self._arithmetic():
             # A step may run twice on the same frame: it writes the same slot with the same keys and values.
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
@@ -274,21 +277,28 @@ class TorchEngine(BufferEngine):
 
     @contextmanager
     def _guard(self, what: str) -> Iterator[None]:
-        """PyTorch's process-wide settings as this engine wants them, and its errors as ours."""
-        before = torch.get_float32_matmul_precision()
-        wanted = "high" if self._tf32 else "highest"
+        """PyTorch's threads as this engine wants them, and its errors as ours."""
         try:
-            if before != wanted:
-                torch.set_float32_matmul_precision(wanted)
             if self._device.type == "cpu" and torch.get_num_threads() != self._threads:
                 torch.set_num_threads(self._threads)
             with torch.inference_mode():
                 yield
         except (RuntimeError, ValueError, IndexError) as error:
             raise EngineError(f"PyTorch failed in {what}: {_line(error)}") from None
-        finally:
-            if before != wanted:
-                torch.set_float32_matmul_precision(before)
+
+    @contextmanager
+    def _arithmetic(self) -> Iterator[None]:
+        """The precision of products as this engine wants it. What was captured has it already."""
+        with nullcontext() if self._side is None else _capturing:
+            before = torch.get_float32_matmul_precision()
+            wanted = "high" if self._tf32 else "highest"
+            try:
+                if before != wanted:
+                    torch.set_float32_matmul_precision(wanted)
+                yield
+            finally:
+                if before != wanted:
+                    torch.set_float32_matmul_precision(before)
 
 
 def available_devices() -> list[str]:

@@ -409,6 +409,21 @@ def test_on_cuda_each_range_of_slots_is_captured_once_and_labels_capture_again(c
     assert not session._engine._captured
 
 
+def test_on_cuda_the_precision_of_products_is_set_to_capture_and_not_to_launch(golden_bundle, arrays, monkeypatch):
+    asked = []
+    with framestep.load(golden_bundle, engine="torch:tf32", device="cpu") as session:
+        engine = session._engine
+        engine._frames, engine._positions = engine._frames.clone(), engine._positions.clone()
+        driver = Driver(engine)
+        driver.install(monkeypatch)
+        engine._side = driver.side
+        monkeypatch.setattr(torch, "set_float32_matmul_precision", asked.append)
+        stream = session.open_stream()
+        for frame in arrays["frames"][:3]:
+            stream.step(frame)
+    assert asked == ["high", "highest"]
+
+
 def test_on_cuda_sessions_capture_in_turns(golden_bundle, arrays, monkeypatch):
     at_work, most = [], []
     with ExitStack() as stack:
