@@ -39,8 +39,8 @@ from framestep.runtime.errors import BundleError, EngineError  # noqa: E402
 
 CARDS = ("8.6", "8.9", "12.0")
 MOST_SECONDS = 60.0  # of the processor: about 12 on this project's machines
-# of the engine, over the weights' bytes: beside INT8 weights 95 kernels of 0.15 MB weigh more; see benchmarks/NOTES.md
-MOST_BYTES = {"fp16": 1.1, "fp16+int8": 1.13}
+# of the engine, over the weights' bytes; with room for several streams its kernels weigh more, see benchmarks/NOTES.md
+MOST_BYTES = {("fp16", 4): 1.1, ("fp16+int8", 1): 1.1, ("fp16+int8", 4): 1.13}
 
 
 @pytest.fixture(scope="module")
@@ -60,12 +60,12 @@ def base(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("precision", ["fp16", "fp16+int8"])
-def test_the_base_model_becomes_an_engine_that_updates_its_caches_in_place(base, precision) -> None:
+@pytest.mark.parametrize(("precision", "streams"), MOST_BYTES)
+def test_the_base_model_becomes_an_engine_that_updates_its_caches_in_place(base, precision, streams) -> None:
     progress = NoProgress()
     begin = time.process_time()
     bundle, report = build(
-        Bundle.open(base, verify=False), BuildOptions(precision, 4, compute_capabilities=CARDS), progress
+        Bundle.open(base, verify=False), BuildOptions(precision, streams, compute_capabilities=CARDS), progress
     )
     backbone = next(item for item in report.graphs if item.graph == "backbone")
     layers = BASE.num_hidden_layers
@@ -73,7 +73,7 @@ def test_the_base_model_becomes_an_engine_that_updates_its_caches_in_place(base,
     assert backbone.network.cache_updates == 2 * layers
     assert backbone.network.copied_states == () == backbone.network.cast_states
     assert backbone.network.attentions == 2 * layers + 1 == backbone.fused
-    assert backbone.bytes < MOST_BYTES[precision] * weight_bytes(bundle, precision, "backbone")
+    assert backbone.bytes < MOST_BYTES[precision, streams] * weight_bytes(bundle, precision, "backbone")
     assert time.process_time() - begin < MOST_SECONDS
     assert report.compute_capabilities == CARDS
     assert report.state_bytes == bundle.manifest.at(precision).states[0].bytes_per_stream() * 2 * layers
