@@ -33,6 +33,7 @@ from .tensorrt_network import (
 
 PORTABLE = "8.0+"  # what TensorRT for RTX builds for where nothing is named, and the full package on demand
 WARM_STEPS, TIMED_STEPS, ROUNDS = 50, 200, 2  # of each engine in turn, where the faster one is kept
+PLUGIN_ERRORS = (AttributeError, ImportError, TypeError, ValueError)  # TensorRT calls its interface experimental
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,7 @@ class _Work:
         flat, native = self.new(flat, name, "native")
         try:
             flat, ours = self.new(flat, name, "triton")
-        except EngineError as error:
+        except (EngineError, *PLUGIN_ERRORS) as error:
             self.notes.append(f"{name}: attention native, the other could not be built: {error}")
             return flat, native
         found = {"native": native, "triton": ours}

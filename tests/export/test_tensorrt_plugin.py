@@ -241,9 +241,10 @@ def test_auto_measures_both_in_turn_as_a_session_runs_them(copied, asked, monkey
 
 
 @quiet_cache
-def test_auto_keeps_its_own_attention_where_ours_cannot_be_built(copied, asked, monkeypatch) -> None:
+@pytest.mark.parametrize("kind", [EngineError, TypeError])
+def test_auto_keeps_its_own_attention_where_ours_cannot_be_built(copied, asked, monkeypatch, kind) -> None:
     def refuse(*given) -> None:
-        raise EngineError("no compiler")
+        raise kind("no compiler")
 
     monkeypatch.setattr("framestep.export.tensorrt_plugin.insert_plugins", refuse)
     with stand_in(copied, flavour="tensorrt"):
