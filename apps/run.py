@@ -106,8 +106,6 @@ def run(options: RunOptions, status: Status) -> Summary:
     """
     bundle = Bundle.open(options.bundle)
     plan = plan_run(options, bundle.manifest)
-    if plan.note is not None:
-        status.report(plan.note)
     with ExitStack() as stack:
         session = stack.enter_context(
             Session(
@@ -127,6 +125,8 @@ def run(options: RunOptions, status: Status) -> Summary:
         for number, (name, stream) in enumerate(zip(options.sources, streams, strict=True)):
             source = stack.enter_context(_open_source(name, options, plan.rate, status))
             lanes.append(_Lane(number, source, stream, session.preprocess, plan))
+        if plan.note is not None:  # when nothing can be wrong any more that would make it idle talk
+            status.report(plan.note)
         stopping = stack.enter_context(stop_on_signals())
         sinks = open_sinks(plan, [lane.source for lane in lanes], session.preprocess, stopping.ask)
         return _Run(options, session, lanes, sinks, status, stopping).to_end()
