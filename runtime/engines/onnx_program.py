@@ -4,6 +4,7 @@ The rewrites change no arithmetic but the order of sums:
 - `TensorScatter` of keys and of values and the `Attention` over both become one `RingAttention`, where slot and mask
   are a ring's: slot `position mod window`, slots `<= position` visible; an INT8 ring's `QuantizeLinear` and
   `DequantizeLinear` go into it, and their scales become two more inputs, a number for each head;
+- the same around a cache that is linear, with any slot and mask, becomes one `CachedAttention`;
 - `MatMul` by a constant and `Add` of a constant vector become one `Linear`, and several of one input one `LinearGroup`;
 - `Add` and the `LayerNormalization` of its sum become one `ResidualNorm`.
 """
@@ -23,6 +24,7 @@ from ..errors import EngineError
 
 Array = npt.NDArray[Any]
 RING = "RingAttention"
+CACHED = "CachedAttention"
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ def rewrite(graph: OnnxGraph, position: str, rings: Sequence[tuple[str, str]]) -
         rings: input and output of each state of the graph.
     """
     graph = _merge_rings(graph, position, rings)
+    graph = _merge_caches(graph, rings)
     graph = _merge_linears(graph)
     graph = _group_linears(graph)
     return _merge_norms(graph)
@@ -124,24 +127,13 @@ def _merge_rings(graph: OnnxGraph, position: str, rings: Sequence[tuple[str, str
         query, key, value, mask = node.inputs
         read = [_read_ring(makers, uses, name) for name in (key, value)]
         updated = [name for name, _ in read]
-        scatters = [makers.get(name) for name in updated]
-        pasts = []
-        for scatter in scatters:
-            if scatter is None or scatter.op != "TensorScatter" or len(scatter.inputs) != 3:
-                break
-            past, _, slot = scatter.inputs
-            if present.get(scatter.outputs[0]) != past or uses[past] != 1 or uses[scatter.outputs[0]] != 1:
-                break
-            if scatter.attributes.get("axis", -2) not in (2, -2):
-                break
-            pasts.append((past, slot))
-        if len(pasts) != 2 or pasts[0][1] != pasts[1][1] or pasts[0][0] == pasts[1][0]:
+        updates = _updates(makers, uses, present, updated)
+        if updates is None:
             continue
-        window = _ring_window(graph, makers, pasts[0][1], mask, position)
+        pasts, new, slot = updates
+        window = _ring_window(graph, makers, slot, mask, position)
         if window is None:
             continue
-        assert scatters[0] is not None and scatters[1] is not None
-        new = [scatters[0].inputs[1], scatters[1].inputs[1]]
         attributes = {**node.attributes, "window": window}
         scales: tuple[str, ...] = ()
         if any(steps is not None for _, steps in read):
@@ -158,8 +150,7 @@ def _merge_rings(graph: OnnxGraph, position: str, rings: Sequence[tuple[str, str
             node.name,
             (
                 *(_rows_source(graph, makers, name) for name in (query, *new)),
-                pasts[0][0],
-                pasts[1][0],
+                *pasts,
                 position,
                 *scales,
             ),
@@ -169,6 +160,49 @@ def _merge_rings(graph: OnnxGraph, position: str, rings: Sequence[tuple[str, str
         gone.update(updated)
     nodes = [merged.get(node.outputs[0], node) for node in graph.nodes if node.outputs[0] not in gone]
     return _without_unused(replace(graph, nodes=tuple(nodes), constants=constants))
+
+
+def _merge_caches(graph: OnnxGraph, states: Sequence[tuple[str, str]]) -> OnnxGraph:
+    makers = {output: node for node in graph.nodes for output in node.outputs}
+    uses = Counter(name for node in graph.nodes for name in node.inputs)
+    present = {output: past for past, output in states}
+    merged: dict[str, Node] = {}  # by the attention's output
+    gone: set[str] = set()
+    for node in graph.nodes:
+        if node.op != "Attention" or len(node.inputs) != 4 or set(node.attributes) - {"scale"}:
+            continue
+        query, key, value, mask = node.inputs
+        updates = _updates(makers, uses, present, [key, value])
+        if updates is None or any(makers[name].attributes.get("mode", "linear") != "linear" for name in (key, value)):
+            continue
+        pasts, new, slot = updates
+        inputs = (query, *new, *pasts, slot, mask)
+        merged[node.outputs[0]] = Node(CACHED, node.name, inputs, (*node.outputs, key, value), node.attributes)
+        gone.update((key, value))
+    nodes = [merged.get(node.outputs[0], node) for node in graph.nodes if node.outputs[0] not in gone]
+    return replace(graph, nodes=tuple(nodes))
+
+
+def _updates(
+    makers: dict[str, Node], uses: Counter[str], present: dict[str, str], updated: Sequence[str]
+) -> tuple[list[str], list[str], str] | None:
+    """Two states, what is written into them, and the slot, where `updated` are made by a `TensorScatter` over axis 2
+    each, from one slot on, and are read once."""
+    found = []
+    for name in updated:
+        scatter = makers.get(name)
+        if scatter is None or scatter.op != "TensorScatter" or len(scatter.inputs) != 3:
+            return None
+        past, new, slot = scatter.inputs
+        if present.get(name) != past or uses[past] != 1 or uses[name] != 1:
+            return None
+        if scatter.attributes.get("axis", -2) not in (2, -2):
+            return None
+        found.append((past, new, slot))
+    (past, new, slot), (other_past, other_new, other_slot) = found
+    if slot != other_slot or past == other_past:
+        return None
+    return [past, other_past], [new, other_new], slot
 
 
 def _read_ring(makers: dict[str, Node], uses: Counter[str], name: str) -> tuple[str, str | None]:

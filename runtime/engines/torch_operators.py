@@ -7,13 +7,15 @@ node's inputs. `HOST_INPUTS` are the inputs that steer shapes; they are needed o
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .onnx_program import Node
+from ...kernels import operators
+from .onnx_program import CACHED, Node
 
 Compute = Callable[..., Any]  # inputs to the output, or to a tuple of outputs
 
@@ -56,6 +58,33 @@ def attention(node: Node) -> Compute:
         grouped = query.shape[1] != key.shape[1]
         mixed = F.scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=grouped)
         return mixed.transpose(1, 2).flatten(2) if flat else mixed
+
+    return compute
+
+
+def cached_attention(node: Node) -> Compute:
+    """query [S, H, T, d], new key and value [S, G, T, d], caches [S, G, C, d], first slot [S], mask [S, 1, T, C].
+
+    Few tokens take our kernel; it writes the caches as it reads them.
+    """
+    scatter = tensor_scatter(replace(node, attributes={"axis": 2}))
+    attend = attention(replace(node, inputs=node.inputs[:4], outputs=node.outputs[:1]))
+
+    def compute(
+        query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, first: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        T, d = query.shape[-2:]
+        fits = T <= operators.MOST_TOKENS and operators.LEAST_HEAD_DIM <= d <= operators.MOST_HEAD_DIM
+        if fits and mask.dtype == torch.bool and mask.shape[1] == 1:
+            scale = node.attributes.get("scale", d**-0.5)
+            mixed = operators.decode_attention(
+                query, key, value, key_cache, value_cache, first, mask[:, 0].contiguous(), scale
+            )
+        else:
+            for cache, new in ((key_cache, key), (value_cache, value)):
+                scatter(cache, new, first)
+            mixed = attend(query, key_cache, value_cache, mask)
+        return mixed, key_cache, value_cache
 
     return compute
 
@@ -322,6 +351,7 @@ OPERATORS: dict[str, Callable[[Node], Compute]] = {
     "Add": lambda node: torch.add,
     "And": lambda node: torch.logical_and,
     "Attention": attention,
+    CACHED: cached_attention,
     "Cast": cast,
     "Clip": clip,
     "Concat": lambda node: lambda *parts: torch.cat(parts, dim=node.attributes["axis"]),

@@ -13,6 +13,7 @@ from framestep.export.decoder_checkpoint import read_decoder_checkpoint
 from framestep.export.decoder_export import DecoderOptions, write_bundle
 from framestep.export.stored_weights import StoredWeights
 from framestep.export.streamformer import StreamFormerConfig
+from framestep.kernels import operators
 from framestep.runtime.bundle import Bundle, BundleWriter
 
 CAPACITY, TOKENS = 48, 20
@@ -29,14 +30,16 @@ def random_tokens(count: int = TOKENS) -> np.ndarray:
     return np.random.default_rng(0).integers(0, decoder_models.VOCABULARY, count)
 
 
-def say(stream, tokens: np.ndarray, at: int, rows: int = 1, seen: np.ndarray | None = None) -> np.ndarray:
+def say(
+    stream, tokens: np.ndarray, at: int, rows: int = 1, seen: np.ndarray | None = None, capacity: int = CAPACITY
+) -> np.ndarray:
     """Logits after tokens, or what was seen [T, D] in the place of the first of them."""
     embeddings = stream.run("embed", {"tokens": tokens})["embeddings"]
     if seen is not None:
         embeddings[: len(seen)] = seen
     positions = at + np.arange(len(tokens)) + np.arange(rows)[:, None]
     inputs = {"embeddings": embeddings, "position_ids": positions, "write_index": np.array(at)}
-    return stream.run("decoder", {**inputs, "slot_mask": np.arange(CAPACITY) < at})["logits"]
+    return stream.run("decoder", {**inputs, "slot_mask": np.arange(capacity) < at})["logits"]
 
 
 @pytest.mark.parametrize("precision", ["w8", "w4"])
@@ -61,6 +64,31 @@ def test_half_precision_is_near_float32(tmp_path) -> None:
     with torch.inference_mode():
         expected = model(torch.from_numpy(random_tokens())[None]).logits[0, [18, 19]].numpy()
     assert np.linalg.norm(found - expected) < 2e-2 * np.linalg.norm(expected)
+
+
+def test_steps_of_few_tokens_take_our_attention_and_those_of_many_pytorchs(tmp_path, monkeypatch) -> None:
+    model = decoder_models.qwen2()
+    decoder_models.save(model, tmp_path / "checkpoint")
+    checkpoint = read_decoder_checkpoint(str(tmp_path / "checkpoint"))
+    with BundleWriter(tmp_path / "out.bundle") as writer:
+        write_bundle(checkpoint, writer, DecoderOptions("fp32", 128))
+    taken, ours = [], operators.decode_attention
+
+    def decode_attention(query, *others):
+        taken.append(query.shape[2])
+        return ours(query, *others)
+
+    monkeypatch.setattr(operators, "decode_attention", decode_attention)
+    tokens, layers = random_tokens(100), decoder_models.SIZES["num_hidden_layers"]
+    at, found = 0, []
+    with framestep.load(tmp_path / "out.bundle", engine="torch") as session, session.open_stream() as stream:
+        for count in (70, 1, 3, 26):
+            found.append(say(stream, tokens[at : at + count], at, capacity=128))
+            at += count
+    assert taken == [1] * layers + [3] * layers + [26] * layers
+    with torch.inference_mode():
+        expected = model(torch.from_numpy(tokens)[None]).logits[0, [69, 70, 73, 99]].numpy()
+    golden.assert_close(np.stack(found), expected)
 
 
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "videoqa, max, frame", "videoqa, average, grid"])
