@@ -88,8 +88,7 @@ def rewrite(graph: OnnxGraph, position: str, rings: Sequence[tuple[str, str]]) -
         position: the input that counts a stream's frames.
         rings: input and output of each state of the graph.
     """
-    graph = _merge_rings(graph, position, rings)
-    graph = _merge_caches(graph, rings)
+    graph = _merge_attentions(graph, position, rings)
     graph = _merge_linears(graph)
     graph = _group_linears(graph)
     return _merge_norms(graph)
@@ -114,10 +113,10 @@ def _array(tensor: Any, folder: Path) -> Array:
     return np.asarray(np.memmap(file, dtype, "r", offset, shape))
 
 
-def _merge_rings(graph: OnnxGraph, position: str, rings: Sequence[tuple[str, str]]) -> OnnxGraph:
+def _merge_attentions(graph: OnnxGraph, position: str, states: Sequence[tuple[str, str]]) -> OnnxGraph:
     makers = {output: node for node in graph.nodes for output in node.outputs}
     uses = Counter(name for node in graph.nodes for name in node.inputs)
-    present = {output: past for past, output in rings}
+    present = {output: past for past, output in states}
     constants = dict(graph.constants)
     merged: dict[str, Node] = {}  # by the attention's output
     gone: set[str] = set()
@@ -133,6 +132,11 @@ def _merge_rings(graph: OnnxGraph, position: str, rings: Sequence[tuple[str, str
         pasts, new, slot = updates
         window = _ring_window(graph, makers, slot, mask, position)
         if window is None:
+            modes = {makers[name].attributes.get("mode", "linear") for name in updated}
+            if updated == [key, value] and modes == {"linear"}:
+                inputs = (query, *new, *pasts, slot, mask)
+                merged[node.outputs[0]] = Node(CACHED, node.name, inputs, (*node.outputs, *updated), node.attributes)
+                gone.update(updated)
             continue
         attributes = {**node.attributes, "window": window}
         scales: tuple[str, ...] = ()
@@ -160,27 +164,6 @@ def _merge_rings(graph: OnnxGraph, position: str, rings: Sequence[tuple[str, str
         gone.update(updated)
     nodes = [merged.get(node.outputs[0], node) for node in graph.nodes if node.outputs[0] not in gone]
     return _without_unused(replace(graph, nodes=tuple(nodes), constants=constants))
-
-
-def _merge_caches(graph: OnnxGraph, states: Sequence[tuple[str, str]]) -> OnnxGraph:
-    makers = {output: node for node in graph.nodes for output in node.outputs}
-    uses = Counter(name for node in graph.nodes for name in node.inputs)
-    present = {output: past for past, output in states}
-    merged: dict[str, Node] = {}  # by the attention's output
-    gone: set[str] = set()
-    for node in graph.nodes:
-        if node.op != "Attention" or len(node.inputs) != 4 or set(node.attributes) - {"scale"}:
-            continue
-        query, key, value, mask = node.inputs
-        updates = _updates(makers, uses, present, [key, value])
-        if updates is None or any(makers[name].attributes.get("mode", "linear") != "linear" for name in (key, value)):
-            continue
-        pasts, new, slot = updates
-        inputs = (query, *new, *pasts, slot, mask)
-        merged[node.outputs[0]] = Node(CACHED, node.name, inputs, (*node.outputs, key, value), node.attributes)
-        gone.update((key, value))
-    nodes = [merged.get(node.outputs[0], node) for node in graph.nodes if node.outputs[0] not in gone]
-    return replace(graph, nodes=tuple(nodes))
 
 
 def _updates(
