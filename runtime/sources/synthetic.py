@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
@@ -73,7 +74,7 @@ class SyntheticSource(Source):
         self._background = _background(self.scene, rng)
         self._shape = str(rng.choice(SHAPES))
         self._colour = COLOURS[rng.integers(len(COLOURS))]
-        self._poses = _choreography(self.scene, rng)
+        self._choreography = _Choreography(self.scene, rng)
         self._report_rate_above_fps(rate)
 
     def read(self, timeout: float | None = None) -> Frame | None:
@@ -110,7 +111,7 @@ class SyntheticSource(Source):
     def _pose(self, index: int) -> _Pose:
         if not 0 <= index < self.scene.frames:
             raise IndexError(f"frame {index} of a scene of {self.scene.frames}")
-        return self._poses[index]
+        return self._choreography.pose(index)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,22 +157,55 @@ def _parse(spec: str) -> _Scene:
     return scene
 
 
-def _choreography(scene: _Scene, rng: np.random.Generator) -> list[_Pose]:
-    """One pose a frame: motions drawn at random, each from where the last one ended, all within the frame."""
-    side = min(scene.width, scene.height)
-    pose = _Pose("still", scene.width / 2, scene.height / 2, side * rng.uniform(SMALLEST, LARGEST))
-    poses = [pose]
-    while len(poses) < scene.frames:
-        steps = max(1, round(rng.uniform(SHORTEST, LONGEST) * scene.fps))
-        start_angle = rng.uniform(0, 2 * math.pi)
+@dataclass(frozen=True, slots=True)
+class _Motion:
+    """A motion from a pose, seen from frame `first` on; `angle` is where an orbit begins."""
+
+    name: str
+    first: int
+    start: _Pose
+    angle: float
+
+
+class _Choreography:
+    """Motions drawn at random, each from where the last one ended, all within the frame; drawn as far as frames are
+    asked for.
+    """
+
+    def __init__(self, scene: _Scene, rng: np.random.Generator) -> None:
+        self._scene = scene
+        self._rng = rng
+        self._side = min(scene.width, scene.height)
+        radius = self._side * rng.uniform(SMALLEST, LARGEST)
+        self._start = self._last = _Pose("still", scene.width / 2, scene.height / 2, radius)
+        self._motions: list[_Motion] = []
+        self._known = 1  # frames
+
+    def pose(self, index: int) -> _Pose:
+        """In frame `index`."""
+        if index == 0:
+            return self._start
+        while self._known <= index:
+            self._draw_motion()
+        motion = self._motions[bisect_right(self._motions, index, key=lambda motion: motion.first) - 1]
+        return self._moved(motion, index - motion.first + 1)
+
+    def _draw_motion(self) -> None:
+        steps = max(1, round(self._rng.uniform(SHORTEST, LONGEST) * self._scene.fps))
+        angle = self._rng.uniform(0, 2 * math.pi)
         # In random order, so that the first that fits is a fair draw; standing still always fits.
-        for motion in [str(name) for name in rng.permutation(MOTIONS)] + ["still"]:
-            path = [_move(pose, motion, step / scene.fps, start_angle, side) for step in range(1, steps + 1)]
-            if (motion != pose.label or motion == "still") and all(_fits(p, scene) for p in path):
+        for name in [str(name) for name in self._rng.permutation(MOTIONS)] + ["still"]:
+            motion = _Motion(name, self._known, self._last, angle)
+            if name != "still" and name == self._last.label:
+                continue
+            if all(_fits(self._moved(motion, step), self._scene) for step in range(1, steps + 1)):
                 break
-        poses += path
-        pose = path[-1]
-    return poses[: scene.frames]
+        self._motions.append(motion)
+        self._last = self._moved(motion, steps)
+        self._known += steps
+
+    def _moved(self, motion: _Motion, steps: int) -> _Pose:
+        return _move(motion.start, motion.name, steps / self._scene.fps, motion.angle, self._side)
 
 
 def _move(start: _Pose, motion: str, seconds: float, angle: float, side: int) -> _Pose:

@@ -79,6 +79,13 @@ def test_labels_name_the_motion_that_the_boxes_make() -> None:
     assert seen == set(MOTIONS)
 
 
+def test_no_frame_is_prepared_before_it_is_asked_for() -> None:
+    source = opened("synthetic:frames=1000000,seed=2")
+    assert source.read().index == 0 and source._choreography._known < 100
+    short = opened("synthetic:frames=300,seed=2")
+    assert [source.truth(index) for index in (299, 0, 150)] == [short.truth(index) for index in (299, 0, 150)]
+
+
 def segments(labels: list[str]) -> list[tuple[int, int]]:
     starts = [0, *(i for i in range(1, len(labels)) if labels[i] != labels[i - 1])]
     return list(zip(starts, [*starts[1:], len(labels)], strict=True))
