@@ -308,7 +308,10 @@ class TensorRtEngine(BufferEngine):
         if port.role == "output":
             return self._values[port.name]
         if port.role not in self._constants:
-            raise EngineError(f"input '{port.name}' needs labels; set them before the first step")
+            raise EngineError(
+                f"input '{port.name}' needs labels; set them before the first step, or add them to the bundle with"
+                " 'framestep label'"
+            )
         return self._constants[port.role]
 
     def _allocate_outputs(self, sizes: Mapping[str, int]) -> None:

@@ -458,7 +458,9 @@ private:
         if (fed != inputs_.end()) return fed->second;
         const auto found = labels_.find(port.role);
         if (found == labels_.end()) {
-            throw Error(FS_ERROR_ENGINE, "input '" + port.name + "' needs labels; set them before the first step");
+            throw Error(FS_ERROR_ENGINE, "input '" + port.name +
+                                               "' needs labels; set them before the first step, or add them to the bundle"
+                                               " with 'framestep label'");
         }
         return found->second;
     }
