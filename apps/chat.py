@@ -26,7 +26,7 @@ from ..runtime.following import Following
 from ..runtime.session import Session
 from ..runtime.sources import open_source
 from .latency import Latencies, Percentiles
-from .record import JsonLines, check_outside, check_writable, identity
+from .record import JsonLines, check_outside_bundles, check_writable, identity
 from .stopping import Stopping, stop_on_signals
 
 Report = Callable[[str], None]
@@ -181,7 +181,7 @@ def chat(options: ChatOptions, write: Callable[[str], None], report: Report, lin
         FramestepError: an option, a question, a file or the source is unusable.
     """
     if options.output is not None:
-        check_outside(options.output, "--output", options.bundle)
+        check_outside_bundles(options.output, "--output")
         check_writable(options.output, "--output")
         if identity(options.output) == identity(Path(options.source).expanduser()):
             raise OutputError(f"--output {options.output}: is also the file of --source; name another")

@@ -115,7 +115,10 @@ def run(
             "in --output; all but patch_scores in --save-features."
         ),
     ] = None,
-    on: Annotated[float, typer.Option(help="Score from which a label is present.")] = 0.5,
+    on: Annotated[
+        float | None,
+        typer.Option(help="Score from which a label is present, in events and in annotated video. Default: 0.5."),
+    ] = None,
     off: Annotated[
         float | None,
         typer.Option(help="Score below which a present label is gone. Default: three quarters of --on."),
@@ -165,7 +168,7 @@ def run(
         show=show,
         save_features=save_features,
         save_masks=save_masks,
-        outputs=tuple(name.strip() for name in outputs.split(",")) if outputs else (),
+        outputs=() if outputs is None else tuple(name.strip() for name in outputs.split(",")),
         on=on,
         off=off,
         rate=rate,
@@ -620,7 +623,7 @@ def bench(
     from .bench import bench as run_bench
     from .bench.bench import parse_numbers
     from .bench.progress import bench_status_for
-    from .record import check_outside
+    from .record import check_outside_bundles
 
     options = BenchOptions(
         bundle=bundle,
@@ -638,7 +641,7 @@ def bench(
         threads=threads,
         checkpoint=checkpoint,
     )
-    check_outside(output, "--output", bundle)
+    check_outside_bundles(output, "--output")
     if checkpoint is not None and not options.compare:
         raise FramestepError("--checkpoint: is what PyTorch's baselines run; name some with --compare, or leave it out")
     opened = Bundle.open(bundle)

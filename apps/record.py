@@ -19,6 +19,7 @@ from typing import IO, Any
 import cv2
 import numpy as np
 
+from ..runtime.bundle import is_bundle
 from ..runtime.errors import OutputError
 
 DISK_RESERVE = 64 * 1024 * 1024  # bytes left free, so that a recording can still be finished
@@ -50,10 +51,12 @@ def check_writable(path: Path, option: str) -> None:
         raise OutputError(f"{option} {path}: cannot be written: {_reason(error)}") from error
 
 
-def check_outside(path: Path, option: str, bundle: Path) -> None:
-    """Raises OutputError, naming `option` and `path`, where `path` lies in the bundle."""
-    if path.resolve().is_relative_to(bundle.resolve()):
-        raise OutputError(f"{option} {path}: lies in the bundle {bundle}; name another place")
+def check_outside_bundles(path: Path, option: str) -> None:
+    """Raises OutputError, naming `option` and `path`, where `path` is a bundle or lies in one."""
+    place = path.resolve()
+    for folder in (place, *place.parents):
+        if is_bundle(folder):
+            raise OutputError(f"{option} {path}: lies in the bundle {folder}; name another place")
 
 
 def identity(path: Path) -> object:

@@ -166,7 +166,7 @@ class _Lane:
             self.latencies,
             overlay=plan.options.overlay,
             background=plan.background,
-            on=plan.options.on,
+            on=plan.options.on_threshold,
             deadline_ms=plan.options.deadline_ms,
         )
 

@@ -14,9 +14,10 @@ from ..runtime.bundle import LABEL_ROLES, STREAM_ROLES, Manifest
 from ..runtime.errors import FramestepError, OutputError
 from .annotate import check_overlay
 from .events import EventDetector
-from .record import check_new_folder, check_outside, check_writable, identity
+from .record import check_new_folder, check_outside_bundles, check_writable, identity
 
 LARGEST_LISTED = 4096  # values of one output that fit into a line of JSON
+DEFAULT_ON = 0.5
 OFF_PER_ON = 0.75
 MOST_MASK_LABELS = 255  # the byte 255 marks what the model did not see
 
@@ -29,7 +30,7 @@ class RunOptions:
     sources: tuple[str, ...]
     engine: str
     device: str
-    on: float
+    on: float | None = None  # None: DEFAULT_ON
     off: float | None = None  # None: OFF_PER_ON of `on`
     width: int | None = None
     height: int | None = None
@@ -50,8 +51,12 @@ class RunOptions:
     deadline_ms: float | None = None
 
     @property
+    def on_threshold(self) -> float:
+        return DEFAULT_ON if self.on is None else self.on
+
+    @property
     def off_threshold(self) -> float:
-        return self.on * OFF_PER_ON if self.off is None else self.off
+        return self.on_threshold * OFF_PER_ON if self.off is None else self.off
 
 
 @dataclass(frozen=True)
@@ -86,12 +91,16 @@ def plan_run(options: RunOptions, manifest: Manifest) -> Plan:
         raise FramestepError(f"{options.bundle}: a {manifest.family} is talked with: framestep chat {options.bundle}")
     if not sizes:
         raise FramestepError(f"{options.bundle}: a {manifest.family} sees no frames; there is nothing to run on video")
-    EventDetector((), options.on, options.off_threshold)
+    EventDetector((), options.on_threshold, options.off_threshold)
+    if options.on is not None and options.events is None and options.record is None and not options.show:
+        raise FramestepError(
+            f"--on {options.on:g}: says when a label is present; add --events FILE.jsonl or --record FILE.mp4"
+        )
     if options.off is not None and options.events is None:
         raise FramestepError(f"--off {options.off:g}: says when segments end; add --events FILE.jsonl")
     for name in options.outputs:
         if name not in sizes:
-            raise FramestepError(f"--outputs {name}: no such output; this bundle has {', '.join(sizes)}")
+            raise FramestepError(f"--outputs '{name}': no such output; this bundle has {', '.join(sizes)}")
         if sizes[name] > LARGEST_LISTED and options.save_features is None:
             raise FramestepError(
                 f"--outputs {name}: {sizes[name]} values a frame are too many for a line of JSON "
@@ -167,7 +176,7 @@ def _check_files(options: RunOptions) -> None:
     taken = {identity(Path(source).expanduser()): "--source" for source in options.sources}
     for option, paths in asked.items():
         for path in paths:
-            check_outside(path, option, options.bundle)
+            check_outside_bundles(path, option)
             if option == "--save-masks":
                 check_new_folder(path, option)
             else:

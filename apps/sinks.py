@@ -160,7 +160,7 @@ class EventLines:
         self._names = [source.name for source in sources]
         self._reported = [row for row, label in enumerate(plan.labels) if label != plan.background]
         labels = [plan.labels[row] for row in self._reported]
-        on, off = plan.options.on, plan.options.off_threshold
+        on, off = plan.options.on_threshold, plan.options.off_threshold
         self._detectors = [EventDetector(labels, on, off) for _ in sources]
 
     def write(self, taken: Taken) -> None:

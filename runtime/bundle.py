@@ -439,8 +439,16 @@ def check_replaceable(path: Path, replace: bool) -> None:
         return
     if not replace:
         raise OutputError(f"{path}: exists already; choose another name or give --force to replace it")
-    if not (path / MANIFEST).is_file():
+    if not is_bundle(path):
         raise OutputError(f"{path}: exists and is not a bundle; it is not replaced")
+
+
+def is_bundle(path: Path) -> bool:
+    """Whether a folder is a bundle, be it a damaged one; other programs' folders have a `manifest.json` too."""
+    try:
+        return f'"{FORMAT}"'.encode() in (path / MANIFEST).read_bytes()
+    except OSError:
+        return False
 
 
 class BundleWriter:

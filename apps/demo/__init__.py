@@ -17,7 +17,7 @@ from ...runtime.errors import OutputError
 from ...runtime.sources import open_source
 from ..calibrating import CalibrateArguments, calibrate
 from ..exporting import ExportArguments, LabelArguments, export
-from ..record import VideoRecorder
+from ..record import VideoRecorder, check_outside_bundles
 from ..run import Summary, run
 from ..run_options import RunOptions
 from ..status import status_for
@@ -29,7 +29,6 @@ SHOWN = (480, 400)  # side in pixels and frames of the clip that is annotated
 CHECKED = (128, 320)  # the same of those that accuracy is measured on
 CLIPS = 4
 MAX_DROP = 0.5  # percentage points
-ON = 0.5
 
 
 def demo(
@@ -45,6 +44,7 @@ def demo(
     Returns:
         What was made and measured, by name.
     """
+    check_outside_bundles(folder, "--output")
     if source is not None:
         open_source(source).close()  # a wrong name is told now, not after all that precedes the run
     clips = folder / "clips"
@@ -129,7 +129,6 @@ def _run(bundle: Path, source: str, folder: Path) -> Summary:
         sources=(source,),
         engine="auto",
         device="auto",
-        on=ON,
         output=folder / "results.jsonl",
         events=folder / "events.jsonl",
         record=folder / "annotated.mp4",

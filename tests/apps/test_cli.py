@@ -66,7 +66,7 @@ def test_run_prints_a_summary(asked, monkeypatch, capsys) -> None:
     assert "10 frames" in printed.out and "out.jsonl" in printed.out and printed.err == ""
     (options,) = asked
     assert options.bundle == Path("b.bundle") and options.sources == ("clip.mp4",)
-    assert (options.on, options.off_threshold) == (0.5, 0.375)
+    assert (options.on_threshold, options.off_threshold) == (0.5, 0.375)
 
 
 def test_json_is_one_object_on_standard_output(asked, monkeypatch, capsys) -> None:

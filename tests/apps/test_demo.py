@@ -10,7 +10,7 @@ import pytest
 
 from framestep.apps.demo import MODEL, demo
 from framestep.apps.demo.scenes import GRACE, LABELS, draw_scene, name_frames
-from framestep.runtime.errors import SourceError
+from framestep.runtime.errors import OutputError, SourceError
 
 MEGABYTE = 1_000_000
 
@@ -56,6 +56,13 @@ def test_a_source_that_is_not_there_is_told_before_anything_is_made(tmp_path: Pa
     with pytest.raises(SourceError, match="no such file or folder"):
         demo(tmp_path / "demo", str(tmp_path / "absent.mp4"))
     assert not (tmp_path / "demo").exists()
+
+
+def test_nothing_is_made_in_a_bundle(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text('{"format": "framestep"}')
+    with pytest.raises(OutputError, match="--output .*: lies in the bundle"):
+        demo(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["manifest.json"]
 
 
 def test_the_model_takes_at_most_eight_megabytes() -> None:

@@ -223,7 +223,7 @@ class Stage:
 
     def run(self, *sources: StandInFile, **options) -> Summary:
         self.sources = {source.name: source for source in sources}
-        defaults = {"engine": "auto", "device": "cpu", "on": 0.5}
+        defaults = {"engine": "auto", "device": "cpu"}
         names = tuple(self.sources) or ("clip.mp4",)
         asked = RunOptions(bundle=Path("b.bundle"), sources=names, **{**defaults, **options})
         return run(asked, self.status)
@@ -541,18 +541,13 @@ def test_a_run_ends_when_nothing_can_be_written_any_more(stage: Stage) -> None:
         ({"output": "same.mp4", "record": "same.mp4"}, "--record .*same.mp4: is also the file of --output"),
         ({"save_masks": "same", "output": "same"}, "--save-masks .*same: is also the file of --output"),
         ({"save_masks": "nowhere/masks"}, "--save-masks .*nowhere/masks: .*does not exist"),
-        ({"output": "b.bundle/manifest.json"}, "--output .*manifest.json: lies in the bundle b.bundle"),
-        ({"events": "b.bundle/new.jsonl"}, "--events .*new.jsonl: lies in the bundle"),
-        ({"record": "b.bundle/new.mp4"}, "--record .*new.mp4: lies in the bundle"),
-        ({"save_features": "b.bundle/new.npz"}, "--save-features .*new.npz: lies in the bundle"),
-        ({"save_masks": "b.bundle/masks"}, "--save-masks .*masks: lies in the bundle"),
-        ({"save_masks": "b.bundle"}, "--save-masks .*b.bundle: lies in the bundle"),
-        ({"output": "x/../b.bundle/labels"}, "--output .*labels: lies in the bundle"),
-        ({"output": "out", "outputs": ("depth",)}, "--outputs depth: .*features, pooled, scores"),
+        ({"output": "out", "outputs": ("depth",)}, "--outputs 'depth': .*features, pooled, scores"),
+        ({"output": "out", "outputs": ("",)}, "--outputs '': .*features, pooled, scores"),
         ({"output": "out", "outputs": ("features",)}, "--outputs features: 8192 values"),
         ({"outputs": ("pooled",)}, "--outputs pooled: .*--output"),
-        ({"on": 0.5, "off": 0.7}, r"--off 0.7: .*--on \(0.5\)"),
-        ({"on": 0.5, "off": 0.3}, r"--off 0.3: says when segments end; add --events FILE.jsonl"),
+        ({"off": 0.7}, r"--off 0.7: .*--on \(0.5\)"),
+        ({"off": 0.3}, r"--off 0.3: says when segments end; add --events FILE.jsonl"),
+        ({"on": 0.3, "output": "out"}, "--on 0.3: says when a label is present; add --events .*--record"),
         ({"show": True}, "--show: "),
     ],
 )
@@ -568,6 +563,27 @@ def test_impossible_options_are_refused(
         stage.run(StandInFile("clip.mp4", [DARK]), **asked)
     assert "\n" not in str(caught.value)
     assert stage.opened == [] and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("option", "path"),
+    [
+        ("output", "b.bundle/manifest.json"),
+        ("output", "x/../b.bundle/labels"),
+        ("events", "b.bundle/new.jsonl"),
+        ("record", "b.bundle/new.mp4"),
+        ("save_features", "b.bundle/new.npz"),
+        ("save_masks", "b.bundle/masks"),
+        ("save_masks", "b.bundle"),
+    ],
+)
+def test_nothing_is_written_into_a_bundle(stage: Stage, tmp_path: Path, option: str, path: str) -> None:
+    manifest = tmp_path / "b.bundle" / "manifest.json"
+    manifest.parent.mkdir()
+    manifest.write_text('{"format": "framestep"}')
+    with pytest.raises(FramestepError, match=f"--{option.replace('_', '-')} .*: lies in the bundle .*b.bundle"):
+        stage.run(StandInFile("clip.mp4", [DARK]), **{option: tmp_path / path})
+    assert stage.opened == [] and list(manifest.parent.iterdir()) == [manifest]
 
 
 @pytest.mark.parametrize("link", [Path.symlink_to, Path.hardlink_to])

@@ -252,11 +252,9 @@ def test_other_commands_say_what_a_decoder_bundle_is(checkpoint, pictured, tmp_p
     assert told["frames"] is None
     assert describe(blind)["language"]["decides"] is False
     with pytest.raises(FramestepError, match="a qwen2 sees no frames"):
-        plan_run(
-            RunOptions(bundle=blind.path, sources=("synthetic",), engine="auto", device="auto", on=0.5), blind.manifest
-        )
+        plan_run(RunOptions(bundle=blind.path, sources=("synthetic",), engine="auto", device="auto"), blind.manifest)
     assert plan_run(
-        RunOptions(bundle=seeing.path, sources=("synthetic",), engine="auto", device="auto", on=0.5), seeing.manifest
+        RunOptions(bundle=seeing.path, sources=("synthetic",), engine="auto", device="auto"), seeing.manifest
     ).fetched == ("visual",)
     with pytest.raises(LabelError, match="a qwen2_5_vl scores no labels"):
         label_bundle(seeing, LabelOptions(("a cat",), text_embeddings=tmp_path / "none"))

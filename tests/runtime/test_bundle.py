@@ -242,6 +242,9 @@ def test_an_existing_bundle_is_not_replaced_unless_asked(bundle, tmp_path):
         BundleWriter(bundle)
     with pytest.raises(OutputError, match="exists and is not a bundle"):
         BundleWriter(tmp_path, replace=True)
+    (tmp_path / "manifest.json").write_text('{"name": "a web page"}')
+    with pytest.raises(OutputError, match="is not a bundle; it is not replaced"):
+        BundleWriter(tmp_path, replace=True)
 
 
 def test_graphs_run_after_those_that_feed_them(golden_bundle):
