@@ -14,7 +14,7 @@ import onnx
 
 from ..export.graph import WeightFile, save_graph
 from ..export.half import LARGEST, centre_pixels, round_as_half, to_half
-from ..export.linears import Linear, linears, read_graph
+from ..export.linears import Linear, linears
 from ..runtime.bundle import Bundle, BundleWriter, Manifest, State, Variant
 from ..runtime.engines import choose_engine
 from ..runtime.onnx_files import external_files
@@ -157,7 +157,7 @@ def _read_models(bundle: Bundle) -> dict[str, onnx.ModelProto]:
     for name, graph in bundle.manifest.graphs.items():
         if any(port.role == "input_ids" for port in graph.inputs):
             continue
-        model = read_graph(bundle.file(graph.file))
+        model = onnx.load(bundle.file(graph.file))
         check_float(model)
         if linears(model):
             models[name] = model

@@ -30,6 +30,7 @@ METHODS = ("minmax", "percentile", "entropy")
 PERCENTILE = 99.999
 HISTOGRAM_STEPS = 24  # steps that enter a histogram, spread over all ages; min-max sees every step
 SAMPLED_ROWS = 64  # rows of an activation kept for each of those steps
+FIRST_FRAMES = 8  # of a clip, in which every value of the graphs is looked at
 
 
 @dataclass
@@ -127,7 +128,7 @@ def observe(
 
 
 def largest_values(
-    bundle: Bundle, models: Mapping[str, onnx.ModelProto], clip: Clip, frames: int = 8
+    bundle: Bundle, models: Mapping[str, onnx.ModelProto], clip: Clip
 ) -> Iterator[tuple[str, str, float]]:
     """The largest absolute value of every float value of the graphs, in the order in which they are computed.
 
@@ -141,7 +142,7 @@ def largest_values(
         wanted[name] = [value for value in made if len(shapes.get(value, ())) > 1 and shapes[value][0] == 1]
     with _stepper(bundle, models, wanted) as engine:
         largest: dict[tuple[str, str], float] = {}
-        for rgb in clip.frames[:frames]:
+        for rgb in clip.frames[:FIRST_FRAMES]:
             engine.step({0: rgb})
             outputs = engine.output(0)
             for graph, values in wanted.items():

@@ -19,19 +19,13 @@ STRENGTH = 0.5  # how much of an outlier goes into the weights: 0 nothing, 1 all
 SMALLEST = 1e-5
 
 
-def smooth(
-    model: onnx.ModelProto,
-    activations: Mapping[str, Activation],
-    shared: Collection[str] = (),
-    strength: float = STRENGTH,
-) -> int:
+def smooth(model: onnx.ModelProto, activations: Mapping[str, Activation], shared: Collection[str] = ()) -> int:
     """Move outlier channels into the weights, in place.
 
     Args:
         model: the graph.
         activations: what enters its linear layers.
         shared: names of weights that another graph uses too; they stay as they are.
-        strength: see `STRENGTH`.
 
     Returns:
         How many layer norms were changed.
@@ -58,7 +52,7 @@ def smooth(
         matrices = {name: initializer(model, name) for name in weights}
         rows = np.max([np.abs(matrix).max(1) for matrix in matrices.values()], axis=0)
         channels = activations[value].channels
-        factor = np.maximum(channels, SMALLEST) ** strength / np.maximum(rows, SMALLEST) ** (1 - strength)
+        factor = np.maximum(channels, SMALLEST) ** STRENGTH / np.maximum(rows, SMALLEST) ** (1 - STRENGTH)
         factor = np.maximum(factor, SMALLEST).astype(np.float32)
         for name in (scale, bias):
             set_initializer(model, name, initializer(model, name) / factor)

@@ -28,6 +28,7 @@ from .streamformer import PatchProjections, StreamFormer, StreamFormerConfig
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 BESIDE_BACKBONE = ("text_encoder.", "task_heads.", "logit_scale", "logit_bias")
+MOST_LISTED = 20  # weights that a message names
 
 
 @dataclass(frozen=True)
@@ -266,6 +267,6 @@ def misshaped(expected: dict[str, Tensor], weights: dict[str, Tensor]) -> Iterat
             yield f"{key} (expected {list(value.shape)}, found {list(weights[key].shape)})"
 
 
-def listing(keys: list[str], most: int = 20) -> str:
-    rest = f" and {len(keys) - most} more" if len(keys) > most else ""
-    return ", ".join(keys[:most]) + rest
+def listing(keys: list[str]) -> str:
+    rest = f" and {len(keys) - MOST_LISTED} more" if len(keys) > MOST_LISTED else ""
+    return ", ".join(keys[:MOST_LISTED]) + rest

@@ -146,14 +146,14 @@ def write_bundle(checkpoint: DecoderCheckpoint, writer: BundleWriter, options: D
         newline = checkpoint.projector.image_newline
         tokens["newline"] = decoder.config.vocab_size
     builder = GraphBuilder("embed", weights)
-    graphs["embed"] = write_embed(decoder.model.embed_tokens.weight, precision, builder, "embed.onnx", newline)
-    builder.save(folder / "embed.onnx")
+    graphs["embed"] = write_embed(decoder.model.embed_tokens.weight, precision, builder, newline)
+    builder.save(folder / builder.file)
     builder = GraphBuilder("decoder", weights)
-    graphs["decoder"], linear = write_decoder(decoder, capacity, positions, precision, builder, "decoder.onnx")
-    builder.save(folder / "decoder.onnx")
+    graphs["decoder"], linear = write_decoder(decoder, capacity, positions, precision, builder)
+    builder.save(folder / builder.file)
     builder = GraphBuilder("rebase", weights)
-    graphs["rebase"] = write_rebase(decoder.config, capacity, positions, precision, builder, "rebase.onnx")
-    builder.save(folder / "rebase.onnx")
+    graphs["rebase"] = write_rebase(decoder.config, capacity, positions, precision, builder)
+    builder.save(folder / builder.file)
     weights.close()
     if checkpoint.tokenizer is not None:
         checkpoint.tokenizer.save(str(folder / TOKENIZER), pretty=False)
@@ -197,8 +197,8 @@ def _write_eyes(
         frame, grid = FrameSpec(*size, "letterbox"), FrameLayout.of(checkpoint.vision.config, *size).grid
         precision = Precision("fp16" if options.precision == "fp16" else "fp32")
         builder = GraphBuilder("vision", weights)
-        graphs["vision"] = write_vision(checkpoint.vision, size, precision, builder, "vision.onnx")
-        builder.save(folder / "vision.onnx")
+        graphs["vision"] = write_vision(checkpoint.vision, size, precision, builder)
+        builder.save(folder / builder.file)
     if checkpoint.projector is not None:
         assert checkpoint.tower is not None
         model = checkpoint.tower.model
@@ -206,11 +206,11 @@ def _write_eyes(
         frame = FrameSpec(*size, "stretch")  # as the reference's image processor does
         window = options.window or model.config.num_frames
         builder = GraphBuilder("backbone", weights)
-        graphs["backbone"], states = write_backbone(model, window, size, builder, "backbone.onnx")
-        builder.save(folder / "backbone.onnx")
+        graphs["backbone"], states = write_backbone(model, window, size, builder)
+        builder.save(folder / builder.file)
         builder = GraphBuilder("projector", weights)
-        graphs["projector"] = write_projector(checkpoint.projector, grid, Precision("fp32"), builder, "projector.onnx")
-        builder.save(folder / "projector.onnx")
+        graphs["projector"] = write_projector(checkpoint.projector, grid, Precision("fp32"), builder)
+        builder.save(folder / builder.file)
     weights.close()
     return frame, grid, graphs, states
 

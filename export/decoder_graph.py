@@ -100,9 +100,7 @@ class Precision:
         )
 
 
-def write_embed(
-    table: Tensor, precision: Precision, builder: GraphBuilder, file: str, extra: Tensor | None = None
-) -> Graph:
+def write_embed(table: Tensor, precision: Precision, builder: GraphBuilder, extra: Tensor | None = None) -> Graph:
     """Write the graph from tokens [S, T] to their embeddings [S, T, D], float32.
 
     With integer weights the table is INT8, whatever the other weights are: a step reads few rows of it.
@@ -128,14 +126,14 @@ def write_embed(
         x = g.node("Reshape", x, g.constant([0, 0, D]))
     g.output(x, "embeddings", "float32", [STREAMS, TOKENS, D])
     return Graph(
-        file,
+        g.file,
         (Port("tokens", "tokens", "int64", (STREAMS, TOKENS)),),
         (Port("embeddings", "output", "float32", (STREAMS, TOKENS, D)),),
     )
 
 
 def write_decoder(
-    decoder: Decoder, capacity: int, positions: int, precision: Precision, builder: GraphBuilder, file: str
+    decoder: Decoder, capacity: int, positions: int, precision: Precision, builder: GraphBuilder
 ) -> tuple[Graph, list[State]]:
     """Write the step graph.
 
@@ -145,14 +143,13 @@ def write_decoder(
         positions: position ids go from 0 to `positions` - 1.
         precision: of weights, products and states.
         builder: takes the nodes.
-        file: name of the graph's file, for the manifest.
     """
     writer = TextWriter(builder, decoder.config, capacity, positions, precision)
     x = writer.embeddings
     for index, layer in enumerate(decoder.model.layers):
         x = writer.layer(x, index, layer)
     logits = writer.head(x, decoder.model.norm, decoder.head)
-    return Graph(file, writer.ports, (logits,), tuple(writer.uses)), writer.states
+    return Graph(builder.file, writer.ports, (logits,), tuple(writer.uses)), writer.states
 
 
 class TextWriter:
@@ -245,7 +242,6 @@ def write_rebase(
     positions: int,
     precision: Precision,
     builder: GraphBuilder,
-    file: str,
     group: str | None = None,
 ) -> Graph:
     """Write the graph that turns the raw keys of every slot to `slot_positions` [S, R, C] and replaces the keys."""
@@ -262,7 +258,7 @@ def write_rebase(
         present = g.node("TensorScatter", past, turned, name=f"layer{index}/key_update", axis=2, mode="linear")
         g.output(present, f"{key}.present", precision.dtype, shape)
         uses += [StateUse(raw, f"{raw}.past"), StateUse(key, f"{key}.past", f"{key}.present")]
-    return Graph(file, (port,), (), tuple(uses))
+    return Graph(g.file, (port,), (), tuple(uses))
 
 
 def write_turn(

@@ -81,10 +81,13 @@ class GraphBuilder:
         name: name of the graph.
         weights: where new weights go.
         shared: weight files of other graphs; a weight found there by name is used from there.
+
+    Attributes:
+        file: what the graph's file is called in a bundle.
     """
 
     def __init__(self, name: str, weights: WeightFile, shared: Iterable[WeightFile] = ()) -> None:
-        self.name = name
+        self.name, self.file = name, f"{name}.onnx"
         self._files = (*shared, weights)
         self._nodes: list[onnx.NodeProto] = []
         self._initializers: dict[str, TensorProto] = {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -25,11 +24,6 @@ class Linear:
     node: str
     input: str
     weight: str
-
-
-def read_graph(path: Path) -> onnx.ModelProto:
-    """A graph with all its weights in memory."""
-    return onnx.load(path)
 
 
 def linears(model: onnx.ModelProto) -> list[Linear]:

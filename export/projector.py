@@ -115,9 +115,7 @@ def pool(x: Tensor, kind: str) -> Tensor:
     return F.interpolate(x, size=size, mode="bilinear")
 
 
-def write_projector(
-    projector: Projector, grid: tuple[int, int], precision: Precision, builder: GraphBuilder, file: str
-) -> Graph:
+def write_projector(projector: Projector, grid: tuple[int, int], precision: Precision, builder: GraphBuilder) -> Graph:
     """Write the graph from the backbone's features to a frame's embeddings [S, M, D], float32."""
     g, config = builder, projector.config
     N, D = grid[0] * grid[1], config.hidden_size
@@ -155,7 +153,7 @@ def write_projector(
         h = g.node("Reshape", h, g.constant([-1, tokens, D]))
         g.output(h, VISUAL, "float32", [STREAMS, tokens, D])
     return Graph(
-        file,
+        g.file,
         (Port("features", "output", "float32", (STREAMS, N, config.input_size)),),
         (Port(VISUAL, "output", "float32", (STREAMS, tokens, D)),),
     )

@@ -86,7 +86,6 @@ def create_streamchat(
     folder: Path,
     cross_layers: tuple[int, ...] | None = None,
     positions: str = POSITIONS[0],
-    seed: int = 0,
 ) -> Path:
     """Make a checkpoint to train from: V-FFNs are copies of the layers' FFNs, gates small, the adapter random.
 
@@ -96,7 +95,6 @@ def create_streamchat(
         folder: where to write; it must not exist.
         cross_layers: layers that get a cross block; None for every fourth from the first on.
         positions: of visual tokens, "parallel" or "literal".
-        seed: of the adapter.
 
     Returns:
         The folder.
@@ -127,7 +125,7 @@ def create_streamchat(
         weights.pop("lm_head.weight", None)
     weights |= dict(_vision_weights(eyes))
     dtype = weights["model.embed_tokens.weight"].dtype if "model.embed_tokens.weight" in weights else torch.float32
-    weights |= {name: value.to(dtype) for name, value in _new_weights(config, weights, seed)}
+    weights |= {name: value.to(dtype) for name, value in _new_weights(config, weights)}
     fill(build(StreamChat, config), weights, f"{siglip} and {qwen}", None)
     _write(folder, values, weights, text)
     return folder
@@ -155,8 +153,8 @@ def _vision_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
                 break
 
 
-def _new_weights(config: StreamChatConfig, weights: dict[str, Tensor], seed: int) -> Iterator[tuple[str, Tensor]]:
-    generator = torch.Generator().manual_seed(seed)
+def _new_weights(config: StreamChatConfig, weights: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
     hidden = config.text.hidden_size
     for name, inputs in (("fc1", config.vision.hidden_size), ("fc2", hidden)):
         yield f"adapter.{name}.weight", SPREAD * torch.randn(hidden, inputs, generator=generator)

@@ -95,28 +95,26 @@ def write_bundle(checkpoint: StreamChatCheckpoint, writer: BundleWriter, options
     text, visual = WeightFile(folder / "decoder.bin"), WeightFile(folder / "vision.bin")
     graphs, states = {}, []
     builder = GraphBuilder("embed", text)
-    graphs["embed"] = write_embed(model.model.embed_tokens.weight, precision, builder, "embed.onnx")
-    builder.save(folder / "embed.onnx")
+    graphs["embed"] = write_embed(model.model.embed_tokens.weight, precision, builder)
+    builder.save(folder / builder.file)
     builder = GraphBuilder("decoder", text)
-    graphs["decoder"], found = write_decode(model, *sizes, builder, "decoder.onnx")
-    builder.save(folder / "decoder.onnx")
+    graphs["decoder"], found = write_decode(model, *sizes, builder)
+    builder.save(folder / builder.file)
     states += found
     builder = GraphBuilder("frame", visual, shared=[text])
-    graphs["frame"], found = write_frame(model, options.window, positions, precision, builder, "frame.onnx")
-    builder.save(folder / "frame.onnx")
+    graphs["frame"], found = write_frame(model, options.window, positions, precision, builder)
+    builder.save(folder / builder.file)
     states += found
     builder = GraphBuilder("rebase", text)
     config = model.config.text
-    graphs["rebase"] = write_rebase(config, capacity, positions, precision, builder, "rebase.onnx", TEXT)
-    builder.save(folder / "rebase.onnx")
+    graphs["rebase"] = write_rebase(config, capacity, positions, precision, builder, TEXT)
+    builder.save(folder / builder.file)
     rebase_frames = None
     if model.config.positions == "parallel":  # literal rows and columns cannot move with time
         rebase_frames = "rebase_frames"
         builder = GraphBuilder(rebase_frames, visual, shared=[text])
-        graphs[rebase_frames] = write_rebase_frames(
-            model, options.window, positions, precision, builder, "rebase_frames.onnx"
-        )
-        builder.save(folder / "rebase_frames.onnx")
+        graphs[rebase_frames] = write_rebase_frames(model, options.window, positions, precision, builder)
+        builder.save(folder / builder.file)
     text.close()
     visual.close()
     if checkpoint.tokenizer is not None:

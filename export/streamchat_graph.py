@@ -38,7 +38,7 @@ TEXT, VISUAL = "decoder", "visual"  # groups of states
 
 
 def write_frame(
-    model: StreamChat, window: int, positions: int, precision: Precision, builder: GraphBuilder, file: str
+    model: StreamChat, window: int, positions: int, precision: Precision, builder: GraphBuilder
 ) -> tuple[Graph, list[State]]:
     """Write the graph of the frame path.
 
@@ -50,7 +50,6 @@ def write_frame(
         positions: position ids go from 0 to `positions` - 1.
         precision: of products and states; the tower and the adapter are float32, or FP16 with "fp16".
         builder: takes the nodes. One of its files has the decoder's weights.
-        file: name of the graph's file, for the manifest.
     """
     g, config = builder, model.config.visual
     size, N, F = model.config.vision.image_size, model.config.vision.patches, window + 1
@@ -103,7 +102,7 @@ def write_frame(
     g.scope("")
     output = Port("magnitudes", "output", "float32", (STREAMS, len(magnitudes)))
     g.output(g.node("Concat", *magnitudes, axis=1, name="means"), output.name, output.dtype, output.shape)
-    return Graph(file, ports, (output,), tuple(uses)), states
+    return Graph(g.file, ports, (output,), tuple(uses)), states
 
 
 def write_decode(
@@ -113,7 +112,6 @@ def write_decode(
     positions: int,
     precision: Precision,
     builder: GraphBuilder,
-    file: str,
 ) -> tuple[Graph, list[State]]:
     """Write the graph of the text path.
 
@@ -124,7 +122,6 @@ def write_decode(
         positions: position ids go from 0 to `positions` - 1.
         precision: of weights, products and states.
         builder: takes the nodes.
-        file: name of the graph's file, for the manifest.
     """
     g, config = builder, model.config.text
     N, F = model.config.vision.patches, window + 1
@@ -155,11 +152,11 @@ def write_decode(
             x = g.node("Add", x, h)
         x = text.layer(x, index, layer)
     logits = text.head(x, model.model.norm, model.head)
-    return Graph(file, (*text.ports, port), (logits,), (*text.uses, *uses)), text.states
+    return Graph(g.file, (*text.ports, port), (logits,), (*text.uses, *uses)), text.states
 
 
 def write_rebase_frames(
-    model: StreamChat, window: int, positions: int, precision: Precision, builder: GraphBuilder, file: str
+    model: StreamChat, window: int, positions: int, precision: Precision, builder: GraphBuilder
 ) -> Graph:
     """Write the graph that turns the keys of all frames back by `position_shift` [S]."""
     g, config = builder, model.config.text
@@ -188,7 +185,7 @@ def write_rebase_frames(
         present = g.node("TensorScatter", past, turned, name="key_update", axis=2, mode="linear")
         g.output(present, f"{state}.present", precision.dtype, shape)
         uses += [StateUse(state, f"{state}.old"), StateUse(state, f"{state}.past", f"{state}.present")]
-    return Graph(file, (port,), (), tuple(uses))
+    return Graph(g.file, (port,), (), tuple(uses))
 
 
 def _visual_mask(g: GraphBuilder, embeddings: str, slot_mask: str, slots: int, rows: int) -> tuple[str, str]:

@@ -117,7 +117,7 @@ def interpolate_positions(positions: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def write_backbone(
-    model: StreamFormer, window: int, image_size: tuple[int, int], builder: GraphBuilder, file: str
+    model: StreamFormer, window: int, image_size: tuple[int, int], builder: GraphBuilder
 ) -> tuple[Graph, list[State]]:
     """Write the backbone's step graph.
 
@@ -126,7 +126,6 @@ def write_backbone(
         window: frames that one frame attends to, itself included; the ring's capacity.
         image_size: height and width of the input, multiples of the patch size.
         builder: takes the nodes.
-        file: name of the graph's file, for the manifest.
     """
     config = model.config
     height, width = image_size
@@ -194,7 +193,7 @@ def write_backbone(
         pooled = _pool(g, features, position, model)
         g.output(pooled, "pooled", "float32", [STREAMS, D])
     graph = Graph(
-        file,
+        g.file,
         (
             Port("frame", "frame", "uint8", (STREAMS, height, width, 3)),
             Port("position", "position", "int64", (STREAMS,)),
@@ -208,7 +207,7 @@ def write_backbone(
     return graph, states
 
 
-def write_label_graph(config: StreamFormerConfig, builder: GraphBuilder, file: str) -> Graph:
+def write_label_graph(config: StreamFormerConfig, builder: GraphBuilder) -> Graph:
     """Scores of a frame: sigmoid(exp(logit_scale) * dot(pooled / |pooled|, t) + logit_bias) for each label's t."""
     D = config.hidden_size
     g = builder
@@ -216,11 +215,11 @@ def write_label_graph(config: StreamFormerConfig, builder: GraphBuilder, file: s
     scores = _score(g, pooled, "text_embeddings", D)  # [S, C]
     g.output(scores, "scores", "float32", [STREAMS, "C"])
     ports = (Port("pooled", "output", "float32", (STREAMS, D)), *_label_ports("text_embeddings", D))
-    return Graph(file, ports, (Port("scores", "output", "float32", (STREAMS, "C")),))
+    return Graph(g.file, ports, (Port("scores", "output", "float32", (STREAMS, "C")),))
 
 
 def write_patch_label_graph(
-    model: StreamFormer, head: TaskHead | None, grid: tuple[int, int], builder: GraphBuilder, file: str
+    model: StreamFormer, head: TaskHead | None, grid: tuple[int, int], builder: GraphBuilder
 ) -> Graph:
     """Scores of every patch, projected as the reference's segmentation heads do.
 
@@ -252,7 +251,7 @@ def write_patch_label_graph(
         scores = g.node("Reshape", scores, g.constant([0, -1, *grid]))
         g.output(scores, "patch_scores", "float32", [STREAMS, "C", *grid])
     ports = (Port("features", "output", "float32", (STREAMS, N, D)), *_label_ports("patch_text_embeddings", D))
-    return Graph(file, ports, (Port("patch_scores", "output", "float32", (STREAMS, "C", *grid)),))
+    return Graph(g.file, ports, (Port("patch_scores", "output", "float32", (STREAMS, "C", *grid)),))
 
 
 def _score(g: GraphBuilder, x: str, embeddings: str, hidden: int) -> str:

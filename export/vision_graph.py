@@ -20,9 +20,7 @@ from .vision import Attention, FrameLayout, VisionTower
 VISUAL = "visual"  # the output that holds a frame's embeddings
 
 
-def write_vision(
-    tower: VisionTower, frame_size: tuple[int, int], precision: Precision, builder: GraphBuilder, file: str
-) -> Graph:
+def write_vision(tower: VisionTower, frame_size: tuple[int, int], precision: Precision, builder: GraphBuilder) -> Graph:
     """Write the graph from a frame uint8 [S, height, width, 3] to its embeddings [S, M, out], float32."""
     g, config = builder, tower.config
     height, width = frame_size
@@ -71,7 +69,7 @@ def write_vision(
         x = precision.linear(g, g.activation(x, "gelu"), "merger.fc2", fc2.weight, fc2.bias)
         output = Port(VISUAL, "output", "float32", (STREAMS, rows * columns, config.out_hidden_size))
         g.output(precision.widen(g, x), output.name, output.dtype, output.shape)
-    return Graph(file, (Port("frame", "frame", "uint8", (STREAMS, height, width, 3)),), (output,))
+    return Graph(g.file, (Port("frame", "frame", "uint8", (STREAMS, height, width, 3)),), (output,))
 
 
 def _attention(

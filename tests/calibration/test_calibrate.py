@@ -17,7 +17,7 @@ from framestep.calibration.errors import CalibrationError
 from framestep.calibration.integer import INTEGER_OPERATORS, optimised_graph
 from framestep.calibration.quantize import quantize
 from framestep.export.labelling import LabelOptions, label_bundle
-from framestep.export.linears import initializer, linears, read_graph, set_initializer
+from framestep.export.linears import initializer, linears, set_initializer
 from framestep.runtime.bundle import Bundle, BundleError, BundleWriter
 from framestep.runtime.errors import StateError
 from framestep.runtime.session import Session
@@ -49,7 +49,7 @@ def test_every_quantized_linear_layer_is_an_integer_product(golden_bundle, quant
     path, report = quantized
     bundle = Bundle.open(path)
     float_layers = {
-        name: len(linears(read_graph(golden_bundle / f"{name}.onnx"))) for name in ("backbone", "patch_label")
+        name: len(linears(onnx.load(golden_bundle / f"{name}.onnx"))) for name in ("backbone", "patch_label")
     }
     for name, count in float_layers.items():
         kinds = Counter(
@@ -71,7 +71,7 @@ def test_the_default_optimisers_would_leave_products_in_float(quantized) -> None
 @pytest.mark.parametrize("precision", ["int8", "fp16+int8"])
 def test_each_linear_layer_has_explicit_quantizers_of_its_own(quantized, precision) -> None:
     bundle = Bundle.open(quantized[0])
-    model = read_graph(bundle.file(bundle.manifest.at(precision).graphs["backbone"].file))
+    model = onnx.load(bundle.file(bundle.manifest.at(precision).graphs["backbone"].file))
     makers = {node.output[0]: node for node in model.graph.node}
     uses = Counter(name for node in model.graph.node for name in node.input)
     kind = {item.name: item.data_type for item in model.graph.initializer}
@@ -97,9 +97,9 @@ def test_each_linear_layer_has_explicit_quantizers_of_its_own(quantized, precisi
 
 
 def test_weights_are_rounded_by_channel_to_half_a_step(golden_bundle, quantized) -> None:
-    exact = read_graph(golden_bundle / "backbone.onnx")
+    exact = onnx.load(golden_bundle / "backbone.onnx")
     bundle = Bundle.open(quantized[0])
-    model = read_graph(bundle.file(bundle.manifest.graphs["backbone"].file))
+    model = onnx.load(bundle.file(bundle.manifest.graphs["backbone"].file))
     name = "layer1.mlp.fc1.weight"
     weight, scale = initializer(exact, name), initializer(model, f"{name}.scale")
     rounded = initializer(model, f"{name}.int8").astype(np.float32) * scale
@@ -233,7 +233,7 @@ def test_a_quantized_bundle_is_not_quantized_again(golden_bundle, clips, tmp_pat
 
 def test_an_overflow_in_fp16_is_named(golden_bundle, clips, tmp_path) -> None:
     bundle = Bundle.open(golden_bundle)
-    model = read_graph(bundle.file("backbone.onnx"))
+    model = onnx.load(bundle.file("backbone.onnx"))
     for name in ("layer1.mlp.fc1.weight", "layer1.mlp.fc1.bias"):
         set_initializer(model, name, initializer(model, name) * 60000)
     set_initializer(model, "layer1.mlp.fc2.weight", initializer(model, "layer1.mlp.fc2.weight") / 60000)
@@ -251,7 +251,7 @@ def test_an_overflow_in_fp16_is_named(golden_bundle, clips, tmp_path) -> None:
 def test_kept_layers_get_the_exact_value_where_others_share_their_input(golden_bundle) -> None:
     from framestep.calibration.observe import Activation
 
-    model = read_graph(golden_bundle / "backbone.onnx")
+    model = onnx.load(golden_bundle / "backbone.onnx")
     one = Activation(1.0, 1.0, np.ones(1, np.float32), np.ones((1, 1), np.float32))
     activations = {linear.input: one for linear in linears(model)}
     quantize(model, activations, keep=("layer0.temporal.key",))

@@ -21,7 +21,7 @@ from framestep.calibration.clips import Clip
 from framestep.calibration.compare import compare, long_clip
 from framestep.calibration.errors import CalibrationError
 from framestep.export.checkpoint import read_checkpoint
-from framestep.export.linears import initializer, read_graph, set_initializer
+from framestep.export.linears import initializer, set_initializer
 from framestep.export.streamformer import StreamFormer
 from framestep.export.tensorrt import build
 from framestep.export.tensorrt_network import BuildOptions
@@ -54,7 +54,7 @@ def frames() -> np.ndarray:
 
 def scales_of(path, precision: str = "fp32+kv8") -> dict[str, np.ndarray]:
     bundle = Bundle.open(path)
-    model = read_graph(bundle.file(bundle.manifest.at(precision).graphs["backbone"].file))
+    model = onnx.load(bundle.file(bundle.manifest.at(precision).graphs["backbone"].file))
     return {state.name: initializer(model, f"{state.name}/scale") for state in bundle.manifest.states}
 
 
@@ -259,7 +259,7 @@ def broken(golden_bundle, tmp_path) -> Callable[[str, float], Bundle]:
 
     def write(weight: str, value: float) -> Bundle:
         bundle = Bundle.open(golden_bundle)
-        model = read_graph(bundle.file("backbone.onnx"))
+        model = onnx.load(bundle.file("backbone.onnx"))
         array = initializer(model, weight)
         array[:, HEAD_DIM : 2 * HEAD_DIM] = value
         set_initializer(model, weight, array)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from golden import CHECKPOINT
@@ -15,7 +16,7 @@ from framestep.calibration.observe import METHODS, observe
 from framestep.calibration.smooth import smooth
 from framestep.export.checkpoint import read_checkpoint
 from framestep.export.half import centre_pixels
-from framestep.export.linears import initializer, linears, read_graph, set_initializer
+from framestep.export.linears import initializer, linears, set_initializer
 from framestep.runtime.bundle import Bundle
 from framestep.runtime.session import Session
 
@@ -28,7 +29,7 @@ def clip(frames: int, seed: int = 0) -> Clip:
 
 
 def read_models(bundle: Bundle) -> dict:
-    return {name: read_graph(bundle.file(bundle.manifest.graphs[name].file)) for name in ("backbone", "patch_label")}
+    return {name: onnx.load(bundle.file(bundle.manifest.graphs[name].file)) for name in ("backbone", "patch_label")}
 
 
 def test_ranges_are_those_of_plain_pytorch_with_its_memory_filled(golden_bundle) -> None:
@@ -110,8 +111,6 @@ def test_a_layer_that_sees_only_zeros_is_refused(golden_bundle) -> None:
 
 
 def test_centred_pixels_and_smoothing_change_nothing_but_ranges(golden_bundle, tmp_path) -> None:
-    import onnx
-
     from framestep.runtime.bundle import BundleWriter
 
     bundle = Bundle.open(golden_bundle)
