@@ -51,7 +51,8 @@ def load(
 
     Args:
         path: the bundle's folder.
-        engine: "auto", "onnxruntime" or "torch", the latter with a precision where wanted: "torch:fp16".
+        engine: "auto", "onnxruntime", "torch" or "tensorrt", the first two with a variant where wanted, such as
+            "torch:fp16"; see `runtime.engines.choosing`.
         device: "auto", "cpu" or "cuda".
         streams: number of streams that can be open at once; each takes `framestep inspect`'s bytes per stream.
         outputs: what to fetch for each frame, such as ("pooled", "scores"); what is not named is not computed where it

@@ -84,7 +84,7 @@ def _python() -> Finding:
 
 
 def _processor() -> Finding:
-    from ..runtime.engines import usable_cores
+    from ..runtime.engines.choosing import usable_cores
 
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")

@@ -6,11 +6,14 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..runtime.bundle import MANIFEST, Bundle, Manifest, check_replaceable
 from ..runtime.errors import CheckpointError
 from ..runtime.text import LabelError, read_labels
+
+if TYPE_CHECKING:
+    from ..export.decoder_export import DecoderReport
 
 SEED = 0
 SELDOM = 10  # turns between two re-basings that nobody minds
@@ -105,21 +108,14 @@ def _export_decoder(arguments: ExportArguments, source: str, progress: Progress)
     checkpoint = read_decoder_checkpoint(source, arguments.vision_tower)
     report = export_decoder(checkpoint, arguments.output, options, arguments.force, progress)
     manifest = Bundle.open(report.path, verify=False).manifest
-    return {
-        "bundle": str(report.path),
-        "bytes": sum(entry.bytes for entry in manifest.files.values()),
-        "difference": report.difference,
-        **({} if report.quantization is None else {"quantization_error": report.quantization}),
-        "tokens_replayed": report.tokens,
-        "notes": decoder_notes(report.path, manifest),
-    }
+    return {**_decoder_facts(report, manifest), "notes": decoder_notes(report.path, manifest)}
 
 
 def decoder_notes(folder: Path, manifest: Manifest) -> list[str]:
     """What one should know of a decoder before one talks with it."""
     from ..runtime.chat_format import Words
-    from ..runtime.decoding import rows_and_capacity
-    from ..runtime.dialogue import turn_tokens, visual_tokens
+    from ..runtime.decoding import rows_and_capacity, visual_tokens
+    from ..runtime.dialogue import turn_tokens
     from ..runtime.dialogue_options import DialogueOptions
 
     language = manifest.language
@@ -134,7 +130,7 @@ def decoder_notes(folder: Path, manifest: Manifest) -> list[str]:
             " asked"
         ]
     (rows, room), options = rows_and_capacity(manifest), DialogueOptions()
-    system, turn = len(words.opening(words.template.system)), turn_tokens(manifest, words, options)
+    system, turn = len(words.opening(None)), turn_tokens(manifest, words, options)
     if system + turn > room:
         shorter = ", or chat with a shorter --system" if turn < room else ""
         return [
@@ -166,7 +162,10 @@ def _export_streamchat(arguments: ExportArguments, source: str, progress: Progre
     options = StreamChatOptions(**{name: value for name, value in given.items() if value is not None})
     checkpoint = read_streamchat_checkpoint(source)
     report = export_streamchat(checkpoint, arguments.output, options, arguments.force, progress)
-    manifest = Bundle.open(report.path, verify=False).manifest
+    return _decoder_facts(report, Bundle.open(report.path, verify=False).manifest)
+
+
+def _decoder_facts(report: DecoderReport, manifest: Manifest) -> dict[str, Any]:
     return {
         "bundle": str(report.path),
         "bytes": sum(entry.bytes for entry in manifest.files.values()),

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..runtime.bundle import Bundle, Language
 from ..runtime.chat_format import STATES, TEMPLATES, Part, decides, fill, stop_tokens
-from ..runtime.dialogue import visual_tokens
+from ..runtime.decoding import visual_tokens
 from ..runtime.errors import BundleError
 from ..runtime.onnx_files import weight_blocks
 

@@ -17,14 +17,14 @@ import numpy as np
 from ..runtime.bundle import Bundle
 from ..runtime.chat_format import STATES, decides
 from ..runtime.conversation import Conversation
-from ..runtime.dialogue import choose_state, visual_tokens
-from ..runtime.dialogue_options import DialogueOptions
+from ..runtime.decoding import visual_tokens
+from ..runtime.dialogue import choose_state
+from ..runtime.dialogue_options import NEVER, DialogueOptions
 from ..runtime.errors import FramestepError
 from ..runtime.events import Decision
 from ..runtime.session import Session
 from ..runtime.sources import open_source
 
-NEVER = 1.0  # a probability that no state reaches
 PERIOD_S = 10.0  # between two lines about how far it is
 
 Progress = Callable[[str], None]

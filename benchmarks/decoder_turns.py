@@ -16,13 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from framestep.apps.bench.dialogue import FRAMES, NEVER, QUESTION, SYSTEM, bench_dialogue
+from framestep.apps.bench.dialogue import FRAMES, QUESTION, SYSTEM, bench_dialogue
 from framestep.runtime.bundle import Bundle
 from framestep.runtime.chat_format import Words
-from framestep.runtime.dialogue import Dialogue, Seen
-from framestep.runtime.dialogue_options import DialogueOptions
+from framestep.runtime.dialogue import Dialogue
+from framestep.runtime.dialogue_options import NEVER, DialogueOptions
 from framestep.runtime.events import Decision
 from framestep.runtime.session import Session
+from framestep.runtime.speaking import Seen
 
 FRAME = (56, 112)  # pixels of the small model
 

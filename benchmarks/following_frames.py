@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from framestep.apps.bench.following import RATES, bench_following
+from framestep.apps.bench.following import bench_following
 from framestep.runtime.bundle import Bundle
 
 
@@ -28,9 +28,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         path = arguments.bundle or small_bundle(Path(scratch), arguments.window, arguments.precision)
         progress = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
-        report = bench_following(
-            Bundle.open(path), arguments.output, frames, arguments.samples, progress=progress, rates=RATES
-        )
+        report = bench_following(Bundle.open(path), arguments.output, frames, arguments.samples, progress=progress)
     print(report.as_text())
 
 
@@ -68,7 +66,7 @@ def small_bundle(folder: Path, window: int, precision: str) -> Path:
     tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
     tokenizer.save(str(folder / "qwen" / "tokenizer.json"))
     made = create_streamchat(str(folder / "siglip"), str(folder / "qwen"), folder / "streamchat")
-    options = StreamChatOptions(precision, window, capacity=1024, positions=8192)
+    options = StreamChatOptions(precision, 1024, positions=8192, window=window)
     return export_streamchat(read_streamchat_checkpoint(str(made)), folder / "small.bundle", options).path
 
 

@@ -22,7 +22,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from framestep.calibration.integer import BREAK_INTEGER_PRODUCTS, INTEGER_OPERATORS, optimised_graph
 from framestep.runtime.bundle import Bundle
-from framestep.runtime.engines import usable_cores
+from framestep.runtime.engines.choosing import usable_cores
 
 RUNS = 60
 

@@ -19,7 +19,7 @@ import numpy as np
 from roofline import measure_bandwidth
 
 import framestep
-from framestep.runtime.engines import usable_cores
+from framestep.runtime.engines.choosing import usable_cores
 
 
 def main() -> None:

@@ -13,11 +13,10 @@ from pathlib import Path
 import onnx
 
 from ..export.graph import WeightFile, save_graph
-from ..export.half import LARGEST, centre_pixels, round_as_half, to_half
+from ..export.half import FLOAT, HALF, LARGEST, centre_pixels, round_as_half, to_half
 from ..export.linears import Linear, linears
 from ..runtime.bundle import Bundle, BundleWriter, Manifest, State, Variant
-from ..runtime.engines import choose_engine
-from ..runtime.onnx_files import external_files
+from ..runtime.engines.choosing import choose_engine
 from ..runtime.session import NonFiniteOutputError, Session
 from .clips import Clip
 from .compare import compare, engine_of, long_clip
@@ -30,9 +29,7 @@ from .report import Accuracy, Drift, Report, write_report
 from .sensitivity import LayerNoise, Trial, fewest_kept, layer_noise
 from .smooth import smooth
 
-FLOAT = "fp32"
 INT8 = "int8"
-HALF = "fp16"
 INT8_MEMORY = "+kv8"  # ends the name of a precision that keeps keys and values as INT8
 # INT8 memory is for the torch engine, which gains nothing from INT8 linear layers
 PRECISIONS = (INT8, HALF, "fp16+int8", FLOAT + INT8_MEMORY, HALF + INT8_MEMORY)
@@ -340,9 +337,7 @@ def _other_files(bundle: Bundle, manifest: Manifest) -> set[str]:
     """Files of the old bundle that the new one goes on using."""
     old = bundle.manifest
     graphs = [graph for precision in manifest.precisions for graph in manifest.at(precision).graphs.values()]
-    files = {graph.file for graph in graphs} & set(old.files)
-    for name in list(files):
-        files |= external_files(bundle.file(name))
+    files = {file for graph in graphs if graph.file in old.files for file in bundle.graph_files(graph)}
     if old.labels is not None:
         files.add(old.labels.file)
     if old.text is not None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..runtime.bundle import Bundle
-from ..runtime.engines import has_int8_memory
+from ..runtime.engines.choosing import has_int8_memory
 from ..runtime.session import NonFiniteOutputError, Session
 from .clips import Clip, there_and_back
 from .errors import CalibrationError

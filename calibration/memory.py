@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from ..export.linears import set_initializer
+from ..export.rewriting import replace_nodes, set_initializer
 from ..runtime.bundle import StateUse
 from .errors import CalibrationError
 from .observe import Activation
@@ -125,10 +125,7 @@ def quantize_memory(model: onnx.ModelProto, uses: Sequence[StateUse], scales: Ma
         nodes.append(_node("DequantizeLinear", steps, names["dequantized"], axis=1, output_dtype=kind))
         read[node.output[0]] = names["dequantized"]
         ring.elem_type = outputs[node.output[0]].elem_type = TensorProto.INT8
-    ordered = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-    del model.graph.node[:]
-    model.graph.node.extend(ordered)
-    del model.graph.value_info[:]
+    replace_nodes(model, nodes)
 
 
 def _node(op: str, inputs: Sequence[str], output: str, **attributes: int) -> onnx.NodeProto:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ import onnx
 
 from ..export.linears import linears
 from ..runtime.bundle import STREAMS, Bundle, Graph, Port
-from ..runtime.engines import usable_cores
+from ..runtime.engines.choosing import usable_cores
 from ..runtime.engines.onnxruntime import OnnxRuntimeEngine
 from .clips import Clip
 from .entropy import entropy_threshold
@@ -29,6 +30,7 @@ from .errors import CalibrationError
 METHODS = ("minmax", "percentile", "entropy")
 PERCENTILE = 99.999
 HISTOGRAM_STEPS = 24  # steps that enter a histogram, spread over all ages; min-max sees every step
+LARGEST_COPIED = 1024  # values of a constant that shape inference gets to see
 SAMPLED_ROWS = 64  # rows of an activation kept for each of those steps
 FIRST_FRAMES = 8  # of a clip, in which every value of the graphs is looked at
 
@@ -226,13 +228,17 @@ def _expose(model: onnx.ModelProto, name: str, values: Sequence[str], path: Path
 
 def _shapes(model: onnx.ModelProto, kind: int | None = None) -> dict[str, tuple[int, ...]]:
     """Sizes of the values of a graph (of one type); the streams axis is 1."""
-    small = onnx.ModelProto()
-    small.CopyFrom(model)
-    for item in small.graph.input:
-        for extent in item.type.tensor_type.shape.dim:
-            if extent.HasField("dim_param"):
-                extent.dim_value = 1
-    for item in small.graph.output:
+    small = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import)
+    for part in ("node", "input", "output", "value_info"):
+        getattr(small.graph, part).extend(getattr(model.graph, part))
+    for weight in model.graph.initializer:
+        if math.prod(weight.dims) <= LARGEST_COPIED:
+            small.graph.initializer.add().CopyFrom(weight)
+        else:  # shapes do not depend on its values, and inference would copy them several times
+            kept = onnx.TensorProto(name=weight.name, data_type=weight.data_type, dims=weight.dims)
+            kept.data_location = onnx.TensorProto.EXTERNAL
+            small.graph.initializer.append(kept)
+    for item in (*small.graph.input, *small.graph.output):
         for extent in item.type.tensor_type.shape.dim:
             if extent.HasField("dim_param"):
                 extent.dim_value = 1

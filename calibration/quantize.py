@@ -14,7 +14,8 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from ..export.linears import Linear, initializer, linears, set_initializer
+from ..export.linears import Linear, linears
+from ..export.rewriting import initializer, replace_nodes, set_initializer
 from .errors import CalibrationError
 from .observe import Activation
 
@@ -55,9 +56,7 @@ def quantize(model: onnx.ModelProto, activations: Mapping[str, Activation], keep
             node.input[0] = _quantize_input(model, linear, activations[linear.input].amax, nodes)
             node.input[1] = dequantized[linear.weight]
         nodes.append(node)
-    ordered = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-    del model.graph.node[:]
-    model.graph.node.extend(ordered)
+    replace_nodes(model, nodes)
     _drop_unused(model)
     return chosen
 
@@ -96,4 +95,3 @@ def _drop_unused(model: onnx.ModelProto) -> None:
     copies = [onnx.TensorProto.FromString(item.SerializeToString()) for item in kept]
     del model.graph.initializer[:]
     model.graph.initializer.extend(copies)
-    del model.graph.value_info[:]

@@ -143,12 +143,8 @@ class Report:
 
 def read_bytes(bundle: Bundle) -> int:
     """Bytes of the files that a run reads: graphs, weights, labels."""
-    from ..runtime.onnx_files import external_files
-
     manifest = bundle.manifest
-    files = {graph.file for graph in manifest.graphs.values()}
-    for name in list(files):
-        files |= external_files(bundle.file(name))
+    files = {file for graph in manifest.graphs.values() for file in bundle.graph_files(graph)}
     if manifest.labels is not None:
         files.add(manifest.labels.file)
     if manifest.text is not None:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 
-from ..export.linears import initializer, linears
+from ..export.linears import linears
+from ..export.rewriting import initializer
 from .errors import CalibrationError
 from .observe import Observations
 from .quantize import LEVELS, round_to_int8, weight_scale

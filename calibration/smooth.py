@@ -12,7 +12,8 @@ from collections.abc import Collection, Mapping
 import numpy as np
 import onnx
 
-from ..export.linears import initializer, linears, set_initializer
+from ..export.linears import linears
+from ..export.rewriting import initializer, set_initializer
 from .observe import Activation
 
 STRENGTH = 0.5  # how much of an outlier goes into the weights: 0 nothing, 1 all

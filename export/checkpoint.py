@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..runtime.errors import CheckpointError
+from ..runtime.errors import CheckpointError, first_line
 from .streamformer import PatchProjections, StreamFormer, StreamFormerConfig
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
@@ -112,9 +112,8 @@ def _download(hub_id: str, patterns: list[str]) -> Path:
     try:
         return Path(snapshot_download(hub_id, allow_patterns=patterns))
     except Exception as error:  # the hub client raises errors of many libraries
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"{hub_id}: no such folder, and the hub did not give it ({reason});"
+            f"{hub_id}: no such folder, and the hub did not give it ({first_line(error)});"
             " check the name and the network, or download it and give the folder"
         ) from error
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..runtime.errors import CheckpointError
+from ..runtime.errors import CheckpointError, first_line
 from .checkpoint import Checkpoint, fill, find_checkpoint, read_checkpoint, read_json, read_weights, weight_files
 from .decoder import FAMILIES, Decoder, DecoderConfig
 from .projector import Projector, ProjectorConfig
@@ -221,8 +221,7 @@ def _open_tokenizer(folder: Path) -> Any:
 
             return AutoTokenizer.from_pretrained(folder).backend_tokenizer
     except Exception as error:  # the parsers raise errors of their own kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise CheckpointError(f"{path}: damaged tokenizer ({reason})") from None
+        raise CheckpointError(f"{path}: damaged tokenizer ({first_line(error)})") from None
     return None
 
 

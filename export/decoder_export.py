@@ -42,23 +42,57 @@ NO_FRAME = FrameSpec(1, 1, "stretch")  # of a decoder without eyes
 
 
 @dataclass(frozen=True)
-class DecoderOptions:
-    """How a checkpoint with a decoder becomes a bundle.
+class CacheOptions:
+    """How a decoder and its cache become part of a bundle.
 
     Attributes:
-        precision: one of `PRECISIONS`, of the decoder; what sees is float32, Qwen2.5-VL's tower FP16 with "fp16".
+        precision: one of `PRECISIONS`, of the decoder; what sees is float32, the vision tower FP16 with "fp16".
         capacity: tokens that the cache holds; None for 4,096, or all positions where there are fewer.
         chunk: tokens that one step should take at most.
         positions: position ids go from 0 to `positions` - 1; never beyond the trained range.
-        frame_size: height and width of a Qwen2.5-VL's frames; None for the largest 16:9 within 100,352 pixels.
-        window: frames that one frame of a VideoQA model attends to; None for the StreamFormer's `num_frames`.
-        rate: frames a second that the model is to see; None for every frame.
     """
 
     precision: str = "fp32"
     capacity: int | None = None
     chunk: int = 128
     positions: int = 32768
+
+    def sizes(self, config: DecoderConfig, least: int = 1) -> tuple[int, int]:
+        """Positions and capacity, of at least so many tokens.
+
+        Raises:
+            CheckpointError: options that do not fit the decoder.
+        """
+        if self.precision not in PRECISIONS:
+            raise CheckpointError(f"--precision: expected {', '.join(PRECISIONS)}, found '{self.precision}'")
+        positions = min(self.positions, config.max_position_embeddings)
+        capacity = min(CAPACITY, positions) if self.capacity is None else self.capacity
+        if not least <= capacity <= positions:
+            raise CheckpointError(
+                f"--capacity: expected {least} to {positions} tokens, as many as there are positions, found {capacity}"
+            )
+        if self.chunk < 1:
+            raise CheckpointError(f"--chunk: expected at least 1 token, found {self.chunk}")
+        if self.precision in ("w8", "w4"):
+            for key in ("hidden_size", "intermediate_size"):
+                if getattr(config, key) % 32:
+                    raise CheckpointError(
+                        f"--precision {self.precision}: {key} {getattr(config, key)} is not a multiple of 32,"
+                        " the weights that share a scale"
+                    )
+        return positions, capacity
+
+
+@dataclass(frozen=True)
+class DecoderOptions(CacheOptions):
+    """How a checkpoint with a decoder becomes a bundle.
+
+    Attributes:
+        frame_size: height and width of a Qwen2.5-VL's frames; None for the largest 16:9 within 100,352 pixels.
+        window: frames that one frame of a VideoQA model attends to; None for the StreamFormer's `num_frames`.
+        rate: frames a second that the model is to see; None for every frame.
+    """
+
     frame_size: tuple[int, int] | None = None
     window: int | None = None
     rate: float | None = None
@@ -135,9 +169,8 @@ def check_replay(path: Path, found: Replay, precision: str) -> None:
 
 def write_bundle(checkpoint: DecoderCheckpoint, writer: BundleWriter, options: DecoderOptions) -> None:
     """Write a bundle and compare it with nothing: `export_decoder` is what users want."""
-    _check_options(checkpoint, options)
+    positions, capacity = _check_options(checkpoint, options)
     folder, decoder, precision = writer.folder, checkpoint.decoder, Precision(options.precision)
-    positions, capacity = _sizes(decoder.config, options)
     frame, grid, graphs, states = _write_eyes(checkpoint, folder, options)
     weights = WeightFile(folder / "decoder.bin")
     tokens = dict(checkpoint.tokens)
@@ -215,35 +248,13 @@ def _write_eyes(
     return frame, grid, graphs, states
 
 
-def _sizes(config: DecoderConfig, options: DecoderOptions) -> tuple[int, int]:
-    """Positions and capacity."""
-    positions = min(options.positions, config.max_position_embeddings)
-    return positions, min(CAPACITY, positions) if options.capacity is None else options.capacity
-
-
 def _trained_frames(checkpoint: DecoderCheckpoint) -> int | None:
     return None if checkpoint.tower is None else checkpoint.tower.model.config.num_frames
 
 
-def _check_options(checkpoint: DecoderCheckpoint, options: DecoderOptions) -> None:
-    config = checkpoint.decoder.config
-    if options.precision not in PRECISIONS:
-        raise CheckpointError(f"--precision: expected {', '.join(PRECISIONS)}, found '{options.precision}'")
-    positions, capacity = _sizes(config, options)
-    least = sum(STEPS) + 1  # what is replayed
-    if not least <= capacity <= positions:
-        raise CheckpointError(
-            f"--capacity: expected {least} to {positions} tokens, as many as there are positions, found {capacity}"
-        )
-    if options.chunk < 1:
-        raise CheckpointError(f"--chunk: expected at least 1 token, found {options.chunk}")
-    if options.precision in ("w8", "w4"):
-        for key in ("hidden_size", "intermediate_size"):
-            if getattr(config, key) % 32:
-                raise CheckpointError(
-                    f"--precision {options.precision}: {key} {getattr(config, key)} is not a multiple of 32,"
-                    " the weights that share a scale"
-                )
+def _check_options(checkpoint: DecoderCheckpoint, options: DecoderOptions) -> tuple[int, int]:
+    """Positions and capacity."""
+    positions, capacity = options.sizes(checkpoint.decoder.config, sum(STEPS) + 1)  # as many as are replayed
     if options.rate is not None and not 0 < options.rate < float("inf"):
         raise CheckpointError(f"--rate: expected frames a second above 0, found {options.rate}")
     if options.frame_size is not None:
@@ -266,3 +277,4 @@ def _check_options(checkpoint: DecoderCheckpoint, options: DecoderOptions) -> No
             raise CheckpointError(f"--window: a {checkpoint.family} has no ring of frames; give --capacity in tokens")
         if options.window < 1:
             raise CheckpointError(f"--window: expected at least 1 frame, found {options.window}")
+    return positions, capacity

@@ -163,7 +163,7 @@ def replay(checkpoint: Checkpoint, bundle: Bundle, head: TaskHead | None = None)
     frames = min(window + 2, 24)
     generator = np.random.default_rng(0)
     largest = 0.0
-    model = _at_size(checkpoint, (manifest.frame.height, manifest.frame.width))
+    model = at_size(checkpoint, (manifest.frame.height, manifest.frame.width))
     labelled = ("scores", "patch_scores") if manifest.labels else ()
     cache = None
     with Session(bundle, outputs=("features", "pooled", *labelled)) as session, torch.inference_mode():
@@ -200,7 +200,7 @@ def _scores(
     }
 
 
-def _at_size(checkpoint: Checkpoint, image_size: tuple[int, int]) -> torch.nn.Module:
+def at_size(checkpoint: Checkpoint, image_size: tuple[int, int]) -> torch.nn.Module:
     """The PyTorch model for another image size."""
     model = checkpoint.model
     if image_size == model.config.image_size:

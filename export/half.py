@@ -22,11 +22,12 @@ from onnx import TensorProto, helper, numpy_helper
 from ..runtime.bundle import Bundle, Variant, file_entry
 from ..runtime.errors import BundleError, OutputError
 from .graph import WeightFile, save_graph
-from .linears import initializer, linears, set_initializer
+from .linears import linears
+from .rewriting import initializer, replace_nodes, set_initializer
 
 LARGEST = 65504.0
 PIXEL_OFFSET = 128.0  # brings pixels 0..255 to -128..127, where INT8 too holds every one of them exactly
-NAME = "fp16"
+HALF = "fp16"
 FLOAT = "fp32"
 
 
@@ -48,7 +49,7 @@ def add_half(bundle: Bundle) -> Bundle:
     try:
         with tempfile.TemporaryDirectory(prefix=".partial-", dir=bundle.path) as staged:
             folder = Path(staged)
-            weights = WeightFile(folder / f"{NAME}.bin")
+            weights = WeightFile(folder / f"{HALF}.bin")
             for name, graph in old.graphs.items():
                 if any(port.role == "input_ids" for port in graph.inputs):
                     continue
@@ -57,7 +58,7 @@ def add_half(bundle: Bundle) -> Bundle:
                     continue
                 centre_pixels(model)
                 to_half(model, [port for use in graph.states for port in (use.input, use.output) if port])
-                graphs[name] = replace(graph, file=f"{name}.{NAME}.onnx")
+                graphs[name] = replace(graph, file=f"{name}.{HALF}.onnx")
                 save_graph(model, folder / graphs[name].file, weights)
             weights.close()
             written = sorted(folder.iterdir())
@@ -68,7 +69,7 @@ def add_half(bundle: Bundle) -> Bundle:
         raise OutputError(f"{bundle.path}: cannot be written: {error.strerror or error}") from None
     states = tuple(replace(state, dtype="float16") if state.dtype == "float32" else state for state in old.states)
     manifest = bundle.manifest
-    variants = {**manifest.variants, NAME: Variant(graphs, states)}
+    variants = {**manifest.variants, HALF: Variant(graphs, states)}
     return bundle.rewrite_manifest(replace(manifest, variants=variants, files={**manifest.files, **entries}))
 
 
@@ -116,10 +117,7 @@ def to_half(model: onnx.ModelProto, states: Collection[str]) -> None:
         for node in model.graph.node:
             node.output[:] = [half if name == item.name else name for name in node.output]
         after.append(helper.make_node("Cast", [half], [item.name], name=f"{item.name}/float", to=TensorProto.FLOAT))
-    nodes = [*before, *[onnx.NodeProto.FromString(node.SerializeToString()) for node in model.graph.node], *after]
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
-    del model.graph.value_info[:]
+    replace_nodes(model, [*before, *model.graph.node, *after])
 
 
 def _widen_integer_products(model: onnx.ModelProto) -> set[str]:
@@ -136,13 +134,12 @@ def _widen_integer_products(model: onnx.ModelProto) -> set[str]:
         wide.add(dequantizer.input[1])
     nodes: list[onnx.NodeProto] = []
     for node in model.graph.node:
-        nodes.append(onnx.NodeProto.FromString(node.SerializeToString()))
+        nodes.append(node)
         product = node.output[0]
         if product in products:
-            exact = nodes[-1].output[0] = f"{product}/float"
+            exact = node.output[0] = f"{product}/float"
             nodes.append(helper.make_node("Cast", [exact], [product], name=f"{product}/half", to=TensorProto.FLOAT16))
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
+    replace_nodes(model, nodes)
     return wide
 
 
@@ -228,13 +225,11 @@ def round_as_half(model: onnx.ModelProto) -> None:
             name = node.output[0]
             node.output[0] = f"{name}/exact"
             half = f"{name}/half"
-        nodes.append(onnx.NodeProto.FromString(node.SerializeToString()))
+        nodes.append(node)
         if rounds:
             nodes.append(helper.make_node("Cast", [f"{name}/exact"], [half], name=half, to=TensorProto.FLOAT16))
             nodes.append(helper.make_node("Cast", [half], [name], name=f"{name}/rounded", to=TensorProto.FLOAT))
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
-    del model.graph.value_info[:]
+    replace_nodes(model, nodes)
 
 
 def _float_values(model: onnx.ModelProto) -> set[str]:

@@ -101,7 +101,7 @@ def write_labels(folder: Path, manifest: Manifest, options: LabelOptions) -> Man
         embeddings = (ready.text_embeddings, ready.text_embeddings if patch is None else patch)
         scoring = _scoring(scoring, ready.logit_scale, ready.logit_bias, str(options.text_embeddings))
     elif options.text_model is not None:
-        from .text import embed_labels, load_text_model
+        from .text import load_text_model
 
         model = load_text_model(options.text_model)
         if model.dim != hidden:
@@ -110,7 +110,7 @@ def write_labels(folder: Path, manifest: Manifest, options: LabelOptions) -> Man
             )
         scoring = _scoring(scoring, model.logit_scale, model.logit_bias, options.text_model)
         if names:
-            embeddings = (embed_labels(model, names, templates), embed_labels(model, names, PATCH_TEMPLATES))
+            embeddings = (model.embed(names, templates), model.embed(names, PATCH_TEMPLATES))
         if options.text_graph:
             manifest = _write_text(folder, manifest, model, templates)
     else:
@@ -128,7 +128,8 @@ def write_labels(folder: Path, manifest: Manifest, options: LabelOptions) -> Man
 
 
 def _write_text(folder: Path, manifest: Manifest, model: TextModel, templates: tuple[str, ...]) -> Manifest:
-    from .text import compare_text_graph, write_text_graph, write_tokenizer
+    from .text import compare_text_graph, write_text_graph
+    from .text_tokenizer import write_tokenizer
 
     mark = secrets.token_hex(4)  # names that no earlier manifest has: until the new one is in place, the old is whole
     graph_file, tokenizer = f"text-{mark}.onnx", f"tokenizer-{mark}.json"

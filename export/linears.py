@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import onnx
-from onnx import numpy_helper
 
 
 @dataclass(frozen=True)
@@ -38,22 +36,3 @@ def linears(model: onnx.ModelProto) -> list[Linear]:
         for node in model.graph.node
         if node.op_type == "MatMul" and node.input[1] in weights
     ]
-
-
-def initializer(model: onnx.ModelProto, name: str) -> np.ndarray:
-    """A copy of a constant."""
-    return numpy_helper.to_array(_find(model, name)).copy()
-
-
-def set_initializer(model: onnx.ModelProto, name: str, array: np.ndarray) -> None:
-    """Replace a constant, or add it."""
-    tensor = numpy_helper.from_array(np.ascontiguousarray(array), name)
-    for item in model.graph.initializer:
-        if item.name == name:
-            item.CopyFrom(tensor)
-            return
-    model.graph.initializer.append(tensor)
-
-
-def _find(model: onnx.ModelProto, name: str) -> onnx.TensorProto:
-    return next(item for item in model.graph.initializer if item.name == name)

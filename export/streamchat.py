@@ -25,12 +25,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..runtime.bundle import CROSS_POSITIONS
 from ..runtime.errors import CheckpointError
 from .decoder import MLP, DecoderConfig, Linear, RMSNorm, SelfAttention, TextModel, cosines_and_sines, rotate
 from .siglip import Siglip, SiglipConfig
 
 FAMILY = "streamchat"  # also model_type in config.json
-POSITIONS = ("parallel", "literal")
 EVERY = 4  # layers from one cross block to the next, by default
 GATE = 0.01  # of a new cross block
 Visual = list[tuple[Tensor, Tensor]]  # for each cross block: rotated keys and values [S, G, rows, d]
@@ -80,9 +80,10 @@ class StreamChatConfig:
                 f"{where}: mrope_section is {sections!r}; expected three numbers for time, row and column,"
                 f" {text.head_dim // 2} in sum, half of head_dim {text.head_dim}"
             )
-        positions = values.get("visual_positions", POSITIONS[0])
-        if positions not in POSITIONS:
-            raise CheckpointError(f"{where}: visual_positions is {positions!r}; expected {' or '.join(POSITIONS)}")
+        positions = values.get("visual_positions", CROSS_POSITIONS[0])
+        if positions not in CROSS_POSITIONS:
+            expected = " or ".join(CROSS_POSITIONS)
+            raise CheckpointError(f"{where}: visual_positions is {positions!r}; expected {expected}")
         tower = SiglipConfig.from_dict(vision, f"{where}: vision_config")
         if text.max_position_embeddings <= tower.side:
             raise CheckpointError(

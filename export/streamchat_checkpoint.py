@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..runtime.bundle import CROSS_POSITIONS
 from ..runtime.errors import CheckpointError, OutputError
 from .checkpoint import fill, find_checkpoint, read_json, read_weights, weight_files
 from .decoder_checkpoint import FILES, build, read_stop, read_tokenizer, read_tokens
-from .streamchat import FAMILY, GATE, POSITIONS, CrossBlock, StreamChat, StreamChatConfig, default_cross_layers
+from .streamchat import FAMILY, GATE, CrossBlock, StreamChat, StreamChatConfig, default_cross_layers
 
 VISION_PREFIXES = ("model.vision_tower.vision_model.", "vision_tower.vision_model.", "model.vision_tower.",
                    "vision_model.", "")  # fmt: skip
@@ -85,7 +86,7 @@ def create_streamchat(
     qwen: str,
     folder: Path,
     cross_layers: tuple[int, ...] | None = None,
-    positions: str = POSITIONS[0],
+    positions: str = CROSS_POSITIONS[0],
 ) -> Path:
     """Make a checkpoint to train from: V-FFNs are copies of the layers' FFNs, gates small, the adapter random.
 

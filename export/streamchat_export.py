@@ -25,8 +25,8 @@ from ..runtime.bundle import (
     Origin,
 )
 from ..runtime.errors import CheckpointError
-from .decoder_export import TOKENIZER, DecoderReport, check_replay
-from .decoder_graph import PRECISIONS, Precision, write_embed, write_rebase
+from .decoder_export import TOKENIZER, CacheOptions, DecoderReport, check_replay
+from .decoder_graph import Precision, write_embed, write_rebase
 from .decoder_replay import EXACT_LEVEL, RUNTIME_LEVEL, GraphRun, Replay, largest_error
 from .graph import GraphBuilder, WeightFile
 from .stored_weights import StoredWeights
@@ -35,29 +35,20 @@ from .streamchat_checkpoint import StreamChatCheckpoint
 from .streamchat_graph import TEXT, write_decode, write_frame, write_rebase_frames
 
 Array = npt.NDArray[Any]
-CAPACITY = 4096
 FRAMES = (0, 3, 4, 4, 9, 10)  # of a replay: the first of its tokens that sees each frame
 TOKENS = 12
 
 
 @dataclass(frozen=True)
-class StreamChatOptions:
-    """How a checkpoint becomes a bundle.
+class StreamChatOptions(CacheOptions):
+    """How a checkpoint becomes a bundle; `precision` is that of the frame path too.
 
     Attributes:
-        precision: one of `PRECISIONS`, of the decoder and the frame path; the tower is float32, or FP16 with "fp16".
         window: frames that text may see.
-        capacity: tokens that the cache holds; None for 4,096, or all positions where there are fewer.
-        chunk: tokens that one step should take at most.
-        positions: position ids go from 0 to `positions` - 1; never beyond the trained range.
         rate: frames a second that the model is to see.
     """
 
-    precision: str = "fp32"
     window: int = 32
-    capacity: int | None = None
-    chunk: int = 128
-    positions: int = 32768
     rate: float = 5.0
 
 
@@ -223,16 +214,7 @@ def _replay(checkpoint: StreamChatCheckpoint, run: StreamChatRun) -> float:
 
 def _check_options(config: StreamChatConfig, options: StreamChatOptions) -> tuple[int, int]:
     """Positions and capacity."""
-    if options.precision not in PRECISIONS:
-        raise CheckpointError(f"--precision: expected {', '.join(PRECISIONS)}, found '{options.precision}'")
-    positions = min(options.positions, config.text.max_position_embeddings)
-    capacity = min(CAPACITY, positions) if options.capacity is None else options.capacity
-    if not 1 <= capacity <= positions:
-        raise CheckpointError(
-            f"--capacity: expected 1 to {positions} tokens, as many as there are positions, found {capacity}"
-        )
-    if options.chunk < 1:
-        raise CheckpointError(f"--chunk: expected at least 1 token, found {options.chunk}")
+    sizes = options.sizes(config.text)
     if not 0 < options.rate < math.inf:
         raise CheckpointError(f"--rate: expected frames a second above 0, found {options.rate}")
     if options.window < options.rate:
@@ -240,11 +222,4 @@ def _check_options(config: StreamChatConfig, options: StreamChatOptions) -> tupl
             f"--window: {options.window} frames are less than one second of video at {options.rate:g} a second;"
             f" expected at least {math.ceil(options.rate)}"
         )
-    if options.precision in ("w8", "w4"):
-        for key in ("hidden_size", "intermediate_size"):
-            if getattr(config.text, key) % 32:
-                raise CheckpointError(
-                    f"--precision {options.precision}: {key} {getattr(config.text, key)} is not a multiple of 32,"
-                    " the weights that share a scale"
-                )
-    return positions, capacity
+    return sizes

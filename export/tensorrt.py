@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..runtime.bundle import Bundle, EngineFile, Manifest, write_file
-from ..runtime.engines import check_memory
+from ..runtime.engines.choosing import check_memory
 from ..runtime.engines.cuda_driver import CudaDriver
 from ..runtime.engines.engine_files import named, read_engine, source_key, with_engine
 from ..runtime.engines.tensorrt import TensorRtEngine

@@ -21,6 +21,7 @@ from onnx import helper
 
 from ..runtime.bundle import Bundle, Graph
 from ..runtime.errors import EngineError
+from .rewriting import replace_nodes
 
 NAMESPACE, NAME = "framestep", "temporal_attention"
 INPUTS = ("query", "key", "value", "key_ring", "value_ring")  # and the position
@@ -82,10 +83,7 @@ def mark_sites(bundle: Bundle, graph: Graph) -> tuple[onnx.ModelProto, list[Site
         sites.append(Site(node.name, float(scale), pairs))
     if not sites:
         raise EngineError(f"{path}: has no attention over rings, which is what --attention triton replaces")
-    nodes = [new for node in model.graph.node for new in replaced.get(node.name, [node])]
-    kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-    del model.graph.node[:]
-    model.graph.node.extend(kept)
+    replace_nodes(model, [new for node in model.graph.node for new in replaced.get(node.name, [node])])
     return model, sites
 
 

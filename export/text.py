@@ -1,8 +1,8 @@
-"""The text side of open-vocabulary outputs: SigLIP's text tower, its tokenizer and label embeddings.
+"""The text side of open-vocabulary outputs: SigLIP's text tower and label embeddings.
 
-`load_text_model` reads a SigLIP checkpoint. `embed_labels` makes the embeddings that the label graph scores
-against. `write_text_graph` and `write_tokenizer` put both into a bundle, which then takes new labels
-without PyTorch.
+`load_text_model` reads a SigLIP checkpoint, whose `embed` makes the embeddings that the label graph scores against.
+`write_text_graph` puts the tower into a bundle, which with the tokenizer (`text_tokenizer`) takes new labels without
+PyTorch.
 """
 
 from __future__ import annotations
@@ -15,36 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..runtime.errors import BundleError, CheckpointError
-from ..runtime.text import (
-    ACTION_TEMPLATES,
-    PATCH_TEMPLATES,
-    LabelError,
-    TextEncoder,
-    label_embeddings,
-    open_tokenizer,
-    read_labels,
-)
+from ..runtime.errors import BundleError, CheckpointError, first_line
+from ..runtime.text import ACTION_TEMPLATES, LabelError, TextEncoder, label_embeddings
 from .graph import GraphBuilder, WeightFile
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
     from torch import Tensor
-
-__all__ = [
-    "ACTION_TEMPLATES",
-    "PATCH_TEMPLATES",
-    "LabelError",
-    "TextEmbeddings",
-    "TextModel",
-    "compare_text_graph",
-    "embed_labels",
-    "load_text_model",
-    "read_labels",
-    "read_text_embeddings",
-    "write_text_graph",
-    "write_tokenizer",
-]
 
 MAX_LENGTH = 64  # tokens; StreamFormer's labels were tokenised to this length
 TOLERANCE = 2e-4  # between PyTorch and the text graph, max abs
@@ -115,6 +91,10 @@ class TextModel:
             pooled: np.ndarray = self.tower(torch.from_numpy(self.token_ids(texts))).pooler_output.numpy()
         return pooled
 
+    def embed(self, labels: Sequence[str], templates: Sequence[str]) -> np.ndarray:
+        """Embeddings of labels, float32 [labels, dim]; see `runtime.text.label_embeddings`."""
+        return label_embeddings(self.features, labels, templates)
+
 
 @dataclass(frozen=True)
 class TextEmbeddings:
@@ -142,14 +122,10 @@ def load_text_model(source: str) -> TextModel:
         CheckpointError: nothing there, another architecture, weights that do not fit the config, or a
             tokenizer that does not fit the weights.
     """
-    from .checkpoint import HUB_ID, read_json, read_weights, weight_files
+    from .checkpoint import find_checkpoint, read_json, read_weights, weight_files
 
-    folder = Path(source)
-    if not folder.exists():
-        if not HUB_ID.fullmatch(source):
-            raise CheckpointError(f"{source}: no such folder of a SigLIP model")
-        folder = _download(source)
-    elif not folder.is_dir():
+    folder = find_checkpoint(source, ["*.json", "*.model", "model*.safetensors"])
+    if not folder.is_dir():
         raise CheckpointError(f"{source}: expected the folder of a SigLIP model, found a file")
     config = _text_config(read_json(folder / "config.json"), folder / "config.json")
     weights: dict[str, Tensor] = {}
@@ -169,15 +145,6 @@ def load_text_model(source: str) -> TextModel:
         )
     length = min(MAX_LENGTH, config.max_position_embeddings)
     return TextModel(source, tower, tokenizer, length, scale, bias)
-
-
-def embed_labels(model: TextModel, labels: Sequence[str], templates: Sequence[str]) -> np.ndarray:
-    """Embeddings of labels, float32 [labels, dim]; see `runtime.text.label_embeddings`.
-
-    Raises:
-        LabelError: labels or templates are malformed.
-    """
-    return label_embeddings(model.features, labels, templates)
 
 
 def read_text_embeddings(path: Path, labels: int, dim: int) -> TextEmbeddings:
@@ -253,35 +220,6 @@ def write_text_graph(model: TextModel, path: Path) -> None:
         file.close()
 
 
-def write_tokenizer(model: TextModel, path: Path) -> None:
-    """Write the tokenizer as one `tokenizer.json` for the `tokenizers` package, padding included.
-
-    Raises:
-        CheckpointError: it cannot be converted, or gives other tokens than the original.
-    """
-    if getattr(model.tokenizer, "is_fast", False):
-        tokenizer = _from_fast(model)
-    elif hasattr(model.tokenizer, "sp_model"):
-        tokenizer = _from_sentencepiece(model)
-    else:
-        kind = type(model.tokenizer).__name__
-        raise CheckpointError(
-            f"{model.source}: {kind} has neither a tokenizer.json nor a sentencepiece model; "
-            "export without --text-graph"
-        )
-    tokenizer.save(str(path), pretty=False)
-    texts = list(PROBES)
-    converted = open_tokenizer(path).encode_batch(texts)
-    for text, expected, found in zip(texts, model.token_ids(texts), converted, strict=True):
-        if expected.tolist() != found.ids:
-            path.unlink()
-            kind = type(model.tokenizer).__name__
-            raise CheckpointError(
-                f"{model.source}: {kind} cannot be written as tokenizer.json: its tokens differ on {text!r};"
-                " export without --text-graph"
-            )
-
-
 def compare_text_graph(model: TextModel, graph: Path, tokenizer: Path) -> float:
     """Largest difference between the features of PyTorch and of the written files, over texts of every kind.
 
@@ -296,24 +234,6 @@ def compare_text_graph(model: TextModel, graph: Path, tokenizer: Path) -> float:
             f"{graph}: text features differ from PyTorch's by {difference:.2g}, more than {TOLERANCE:.0e}"
         )
     return difference
-
-
-def _download(hub_id: str) -> Path:
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise CheckpointError(
-            f"{hub_id}: no such folder, and to read it from the hub huggingface-hub is needed:"
-            " pip install 'framestep[export]'"
-        ) from None
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.model", "model*.safetensors"]))
-    except Exception as error:  # the hub client raises errors of many libraries
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise CheckpointError(
-            f"{hub_id}: no such folder, and the hub did not give it ({reason});"
-            " check the name and the network, or download it and give the folder"
-        ) from error
 
 
 def _text_config(values: dict[str, Any], where: Path) -> Any:
@@ -335,34 +255,21 @@ def _text_config(values: dict[str, Any], where: Path) -> Any:
 
 
 def _load_tower(config: Any, weights: dict[str, Tensor], where: str) -> Any:
-    import torch
     from transformers import SiglipTextModel
 
-    from .checkpoint import listing, misshaped
+    from .checkpoint import fill
 
     try:
         tower: Any = SiglipTextModel(config)
     except (ValueError, KeyError) as error:
         raise CheckpointError(f"{where}: text_config cannot be used ({error})") from None
-    names = {key.removeprefix("text_model."): key for key in tower.state_dict()}
-    expected = {name: tower.state_dict()[key] for name, key in names.items()}
+    names = {key.removeprefix("text_model."): key for key in tower.state_dict()}  # some versions have the prefix
     given = {
-        key.removeprefix("text_model."): value
+        names.get(name := key.removeprefix("text_model."), name): value
         for key, value in weights.items()
         if not key.startswith("vision_model.") and not key.endswith("position_ids")
     }
-    problems = []
-    if missing := [name for name in expected if name not in given]:
-        problems.append(f"missing {listing(missing)}")
-    if unexpected := [name for name in given if name not in expected]:
-        problems.append(f"unexpected {listing(unexpected)}")
-    if wrong := list(misshaped(expected, given)):
-        problems.append(f"wrong shape {listing(wrong)}")
-    if problems:
-        raise CheckpointError(f"{where}: the text tower does not fit its config: " + "; ".join(problems))
-    if bad := [name for name, value in given.items() if not value.isfinite().all()]:
-        raise CheckpointError(f"{where}: NaN or infinity in {listing(bad)}")
-    tower.load_state_dict({names[name]: value.to(torch.float32) for name, value in given.items()}, assign=True)
+    fill(tower, given, f"{where}: text tower")
     return tower.float().eval()
 
 
@@ -379,15 +286,15 @@ def _load_tokenizer(folder: Path) -> Any:
             f"{folder}: its tokenizer needs the package {package}: pip install 'framestep[export]'"
         ) from None
     except Exception as error:  # the parsers raise errors of their own kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise CheckpointError(f"{folder}: damaged tokenizer ({reason})") from None
+        raise CheckpointError(f"{folder}: damaged tokenizer ({first_line(error)})") from None
     # a file that ends between two tokens is read without complaint, and its settings, which come last, are lost
-    if hasattr(tokenizer, "sp_model") and not _sentencepiece_proto(tokenizer).HasField("trainer_spec"):
+    if hasattr(tokenizer, "sp_model") and not sentencepiece_proto(tokenizer).HasField("trainer_spec"):
         raise CheckpointError(f"{folder}: damaged tokenizer (its sentencepiece model is truncated)")
     return tokenizer
 
 
-def _sentencepiece_proto(tokenizer: Any) -> Any:
+def sentencepiece_proto(tokenizer: Any) -> Any:
+    """The sentencepiece model of a tokenizer of `transformers`, as its message."""
     import sentencepiece.sentencepiece_model_pb2
 
     messages: Any = sentencepiece.sentencepiece_model_pb2
@@ -440,91 +347,3 @@ def _text_tower(g: GraphBuilder, config: Any, weights: dict[str, np.ndarray], le
     last = g.node("Squeeze", last, g.constant([1]))  # [B, D]
     pooled = linear(layer_norm(last, "final_layer_norm"), "head")
     g.output(pooled, "text_features", "float32", ["B", dim])
-
-
-def _from_fast(model: TextModel) -> Tokenizer:
-    from tokenizers import Tokenizer
-
-    original = model.tokenizer
-    tokenizer = Tokenizer.from_str(original.backend_tokenizer.to_str())
-    tokenizer.enable_truncation(model.length, direction=original.truncation_side)
-    tokenizer.enable_padding(
-        length=model.length,
-        pad_id=original.pad_token_id,
-        pad_token=original.pad_token,
-        direction=original.padding_side,
-    )
-    return tokenizer
-
-
-# What Python calls whitespace and `string.punctuation`, as character classes of the `tokenizers` package.
-WHITESPACE = r"[\t-\r\x{1c}-\x{20}\x{85}\x{a0}\x{1680}\x{2000}-\x{200a}\x{2028}\x{2029}\x{202f}\x{205f}\x{3000}]"
-PUNCTUATION = r"[!-/:-@\[-`{-~]"
-# `str.lower` writes a sigma at the end of a word differently; lowercasing one character at a time cannot
-FINAL_SIGMA = r"(?<=\p{Cased}\p{Case_Ignorable}*)Σ(?!\p{Case_Ignorable}*\p{Cased})"
-SPACE = "▁"  # as sentencepiece writes it
-
-
-def _from_sentencepiece(model: TextModel) -> Tokenizer:
-    """`transformers.SiglipTokenizer`: canonicalisation, then a sentencepiece unigram model.
-
-    The result differs from the original only on text that nobody writes: several combining marks on a letter,
-    half-composed Hangul, and letters that Unicode gained lately.
-    """
-    from tokenizers import Regex, Tokenizer, models, normalizers, processors
-
-    original = model.tokenizer
-    proto = _sentencepiece_proto(original)
-    rules, trainer = proto.normalizer_spec, proto.trainer_spec
-    if trainer.model_type != trainer.UNIGRAM or trainer.treat_whitespace_as_suffix:
-        raise CheckpointError(
-            f"{model.source}: its sentencepiece model is not a unigram model with spaces as prefixes;"
-            " export without --text-graph"
-        )
-    # canonicalisation by `SiglipTokenizer`
-    steps = [normalizers.Replace(SPACE, " "), normalizers.Prepend(" ")]
-    if original.do_lower_case:
-        steps += [normalizers.Replace(Regex(FINAL_SIGMA), "ς"), normalizers.Lowercase()]
-    steps += [
-        normalizers.Replace(Regex(PUNCTUATION), ""),
-        normalizers.Replace(Regex(f"{WHITESPACE}+"), " "),
-    ]
-    # normalisation by sentencepiece
-    steps += _character_map(rules.precompiled_charsmap)
-    steps += [normalizers.Replace(Regex(" {2,}"), " "), normalizers.Replace(Regex(" $"), "")]
-    steps += [normalizers.Replace(" ", SPACE)]
-
-    piece = type(proto.pieces[0])
-    # sentencepiece never finds these in a text; a trailing space makes them unfindable here too
-    reserved = (piece.UNKNOWN, piece.CONTROL, piece.UNUSED)
-    vocabulary = [(p.piece + " " if p.type in reserved else p.piece, p.score) for p in proto.pieces]
-    tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=trainer.unk_id, byte_fallback=trainer.byte_fallback))
-    tokenizer.normalizer = normalizers.Sequence(steps)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"$A {original.eos_token}", special_tokens=[(original.eos_token, original.eos_token_id)]
-    )
-    tokenizer.enable_truncation(model.length)
-    tokenizer.enable_padding(length=model.length, pad_id=original.pad_token_id, pad_token=original.pad_token)
-    return tokenizer
-
-
-def _character_map(charsmap: bytes) -> list[Any]:
-    """sentencepiece's replacement of the longest matching sequences.
-
-    `Precompiled` looks up grapheme clusters and single characters only. So sequences are composed first, and
-    a character that has a replacement is set apart from a mark that follows it, by a control character that
-    the map removes: the lookup would drop the mark.
-    """
-    from tokenizers import Regex, normalizers
-
-    if not charsmap:
-        return []
-    precompiled = normalizers.Precompiled(charsmap)
-    steps: list[Any] = []
-    if precompiled.normalize_str("e\u0301") == "é":
-        steps.append(normalizers.NFC())
-    if precompiled.normalize_str("\x01") == "":
-        characters = (chr(code) for code in range(0x80, 0x10000) if not 0xD800 <= code < 0xE000)
-        replaced = "".join(f"\\x{{{ord(c):x}}}" for c in characters if precompiled.normalize_str(c) != c)
-        steps.append(normalizers.Replace(Regex(f"(?<=[{replaced}])(?=[\\p{{M}}\\x{{200d}}])"), "\x01"))
-    return [*steps, precompiled]

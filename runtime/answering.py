@@ -6,17 +6,15 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 from .bundle import Manifest
-from .chat_format import Words, check_question
-from .decoding import CapacityError, Decoder, GraphRunner, Piece, Turn
-from .dialogue import Array, Clock, Seen, speak, visual_tokens
+from .chat_format import Words
+from .decoding import Array, CapacityError, Decoder, GraphRunner, Piece, Turn, visual_tokens
 from .dialogue_options import DialogueOptions
 from .events import Asked, Event, Notice
-from .questions import Question, Questions
-from .sampling import Sampler
+from .questions import Question, Questions, as_question
 from .session import NonFiniteOutputError
+from .speaking import Clock, Seen, Speaker
 
 FRAMES = 8  # of models that were not trained with a fixed number
 ANSWER = 0.25  # of the cache that is left to an answer where nobody says how many frames a question is about
@@ -49,11 +47,10 @@ class Answering:
         self._clock = clock
         self._manifest = manifest
         self.decoder = Decoder(stream, manifest, options.eviction)
-        self._sampler = Sampler(options.temperature, options.top_p, options.seed, options.top_k)
+        self._speaker = Speaker(self.decoder, words, options, clock)
         self._lock = threading.Lock()
         self._questions = Questions()
-        self._stopped = False
-        self._opening = words.opening(words.template.system if options.system is None else options.system)
+        self._opening = words.opening(options.system)
         self._around = len(self._opening) + len(words.user_end()) + len(words.assistant()) + 1
         visual = visual_tokens(manifest)
         fitting = (self.decoder.capacity - self._around) // (visual + 2)
@@ -70,9 +67,8 @@ class Answering:
 
     def ask(self, question: str | Question) -> int:
         """Ask at the next turn that does not end before the question's time; see `Dialogue.ask`."""
-        asked = question if isinstance(question, Question) else Question(question)
-        text = check_question(asked.text)
-        head, rest = self._words.user(text)
+        asked = as_question(question)
+        head, rest = self._words.user(asked.text)
         visual = visual_tokens(self._manifest) + 2
         taken = self._around + len(head) + len(rest)
         if taken + (visual if self.frames else 0) > self.decoder.capacity:
@@ -81,7 +77,7 @@ class Answering:
                 " export the bundle with a larger --capacity"
             )
         with self._lock:
-            return self._questions.add(Question(text, asked.time))
+            return self._questions.add(asked)
 
     def questions(self) -> dict[int, str]:
         """What waits for its time, by number."""
@@ -99,7 +95,7 @@ class Answering:
 
     def ask_to_stop(self) -> None:
         """See `Dialogue.ask_to_stop`."""
-        self._stopped = True
+        self._speaker.stopped = True
 
     def unasked(self) -> list[Question]:
         """What was asked and is not answered yet."""
@@ -114,7 +110,7 @@ class Answering:
         with self._lock:
             due = self._questions.due(seen.stop)
         for text in due.values():
-            if self._stopped:
+            if self._speaker.stopped:
                 return
             begun = self._clock()
             yield Asked(seen.stop, text)
@@ -125,14 +121,9 @@ class Answering:
                     yield Notice(
                         seen.stop, f"asked about {count} frames, not {len(self._newest)}: the cache holds no more"
                     )
-                yield from self._speak(seen, pieces, begun)
+                yield from self._speaker.answer(seen, pieces, begun)
             except NonFiniteOutputError as error:
                 yield Notice(seen.stop, str(error))
-
-    def _speak(self, seen: Seen, start: Sequence[Piece], begun: float) -> Iterator[Event]:
-        seen = seen if seen.live else replace(seen, captured=begun)
-        words, options = self._words, self._options
-        return speak(self.decoder, words, self._sampler, options, seen, start, self._clock, lambda: self._stopped)
 
     def _prompt(self, question: str) -> tuple[int, list[Piece]]:
         """System prompt, frames, question: one turn, so that nothing of it is forgotten for an answer; and how many

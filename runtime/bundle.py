@@ -354,6 +354,10 @@ class Bundle:
     def file(self, name: str) -> Path:
         return self.path / name
 
+    def graph_files(self, graph: Graph) -> set[str]:
+        """The files that a graph reads: itself and its external data."""
+        return {graph.file, *external_files(self.path / graph.file)}
+
     def bytes_per_stream(self) -> int:
         return sum(state.bytes_per_stream() for state in self.manifest.states)
 
@@ -366,7 +370,7 @@ class Bundle:
         used: set[str] = set()
         for graph in manifest.graphs.values():
             if graph.states:
-                used |= {graph.file, *external_files(self.path / graph.file)}
+                used |= self.graph_files(graph)
         parts = {
             "states": to_json(manifest.states),
             "files": {name: manifest.files[name].sha256 for name in used},

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from .bundle import Language
-from .errors import BundleError, EngineError, FramestepError
+from .errors import BundleError, EngineError
+from .text import open_tokenizer
 
 STATES = ("silence", "standby", "response")
 HELD = 8  # tokens that may wait for the rest of a character
@@ -109,15 +109,10 @@ class Words:
         if language.chat not in TEMPLATES:
             raise BundleError(f"{folder}: language.chat '{language.chat}' is unknown; expected {', '.join(TEMPLATES)}")
         try:
-            from tokenizers import Tokenizer
+            import tokenizers  # noqa: F401
         except ImportError:
             raise EngineError("questions need tokenizers: pip install 'framestep[text]'") from None
-        try:
-            self._tokenizer: Any = Tokenizer.from_file(str(folder / language.tokenizer))
-        except Exception as error:  # the parser raises errors of its own kinds
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-            raise BundleError(f"{folder / language.tokenizer}: damaged tokenizer ({reason})") from None
-        self._tokenizer.encode_special_tokens = True  # of what a user says none is special
+        self._tokenizer = open_tokenizer(folder / language.tokenizer)
         # it would remember every text that it saw, up to 10,000: some 800 bytes for the time tag of each turn
         if resize := getattr(self._tokenizer.model, "_resize_cache", None):  # of BPE and Unigram
             resize(0)
@@ -132,8 +127,9 @@ class Words:
         """The token of one of `STATES`."""
         return self.language.tokens[name]
 
-    def opening(self, system: str) -> list[int]:
-        """What stands before all else; without a system prompt no message of one."""
+    def opening(self, system: str | None) -> list[int]:
+        """What stands before all else; None for the format's own system prompt, "" for no message of one."""
+        system = self.template.system if system is None else system
         pattern = self.template.opening if system else [part for part in self.template.opening if part == "<begin>"]
         return self.tokens(fill(pattern, system, self.language))
 
@@ -242,15 +238,3 @@ class TextStream:
 def well_formed(text: str) -> str:
     """Text with U+FFFD for surrogates, as which Python has what was no UTF-8 on a command line."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def check_question(text: str) -> str:
-    """A question without white space around it and without what is no character.
-
-    Raises:
-        FramestepError: it is empty.
-    """
-    stripped = well_formed(text).strip()
-    if not stripped:
-        raise FramestepError("a question is empty")
-    return stripped

@@ -15,8 +15,8 @@ from typing import Protocol
 
 from .answering import Answering
 from .chat_format import Words
-from .decoding import Decoder
-from .dialogue import Array, Clock, Dialogue, Seen
+from .decoding import Array, Decoder
+from .dialogue import Dialogue
 from .dialogue_options import DialogueOptions
 from .errors import EngineError
 from .events import Event, Notice
@@ -24,6 +24,7 @@ from .questions import Question
 from .session import NonFiniteOutputError, Session, Stream
 from .sources.frame import Frame
 from .sources.sampling import tolerance
+from .speaking import Clock, Seen
 
 WAITING_TURNS = 8  # that a live source may be ahead
 GLANCE = 0.1  # seconds between looks at whether it is over
@@ -64,15 +65,13 @@ class Watcher:
         encoded: frames so far.
     """
 
-    def __init__(
-        self, stream: Stream, visual: str, source: FrameSource, turn: float, frames: int, waiting: int = WAITING_TURNS
-    ) -> None:
+    def __init__(self, stream: Stream, visual: str, source: FrameSource, turn: float, frames: int) -> None:
         self._stream = stream
         self._visual = visual
         self._source = source
         self._turn = turn
         self._frames = frames
-        self._room = waiting if source.live else 1
+        self._room = WAITING_TURNS if source.live else 1
         self._turns: deque[Seen] = deque()
         self._changed = threading.Condition()
         self._notices: deque[Notice] = deque()

@@ -366,3 +366,11 @@ def rows_and_capacity(manifest: Manifest) -> tuple[int, int]:
     assert manifest.language is not None
     shapes = {port.role: port.shape for port in manifest.graphs[manifest.language.decoder].inputs}
     return int(shapes["position_ids"][1]), int(shapes["slot_mask"][1])
+
+
+def visual_tokens(manifest: Manifest) -> int:
+    """Tokens of a frame."""
+    assert manifest.language is not None
+    ports = {port.name: port for graph in manifest.graphs.values() for port in graph.outputs}
+    visual = manifest.language.visual
+    return 0 if visual is None else int(ports[visual].shape[1])

@@ -10,47 +10,24 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from .bundle import Manifest
-from .chat_format import STATES, TextStream, Words, check_question
-from .decoding import CapacityError, Decoder, GraphRunner, Piece, Turn
+from .chat_format import STATES, Words
+from .decoding import Array, CapacityError, Decoder, GraphRunner, Piece, Turn, visual_tokens
 from .dialogue_options import DialogueOptions
-from .events import Answer, AnswerText, Asked, Decision, Event, Notice, Withdrawn
+from .events import Asked, Decision, Event, Notice, Withdrawn
 from .pruning import Pruner
-from .questions import Question, Questions
-from .sampling import Sampler, softmax
+from .questions import Question, Questions, as_question
+from .sampling import softmax
 from .session import NonFiniteOutputError
+from .speaking import Clock, Seen, Speaker
 
-Array = npt.NDArray[Any]
-Clock = Callable[[], float]
 LONG_AGO = 1e8  # seconds that a stream may have gone on; a turn's longest tag counts for its room
-
-
-@dataclass(frozen=True, eq=False)
-class Seen:
-    """A turn as the model sees it.
-
-    Attributes:
-        number: of the turn.
-        start, stop: seconds of the stream.
-        visual: of each frame, float32 [tokens, D].
-        captured: when the last frame was read from its source, on the dialogue's clock.
-        live: whether its source goes on meanwhile.
-    """
-
-    number: int
-    start: float
-    stop: float
-    visual: Sequence[Array]
-    captured: float
-    live: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,15 +65,14 @@ class Dialogue:
         self._options = options
         self._clock = clock
         self.decoder = Decoder(stream, manifest, options.eviction)
-        self._sampler = Sampler(options.temperature, options.top_p, options.seed, options.top_k)
+        self._speaker = Speaker(self.decoder, words, options, clock)
         self._pruner = None if options.prune is None else Pruner(options.prune)
         self._lock = threading.Lock()
         self._questions = Questions()  # asked, and in no turn yet
         self._standing: dict[int, _Standing] = {}  # by number
         self._withdrawn: list[tuple[int, _Standing]] = []  # since the last turn
-        self._stopped = False
         self._numbers: deque[tuple[int, Turn]] = deque()  # of turns that are remembered
-        self._opening = words.opening(words.template.system if options.system is None else options.system)
+        self._opening = words.opening(options.system)
         self._turn_tokens = turn_tokens(manifest, words, options)
         self._standing_tokens = 0
         self._begin()
@@ -112,13 +88,12 @@ class Dialogue:
             FramestepError: it is empty.
             CapacityError: it does not fit beside what stands already.
         """
-        asked = question if isinstance(question, Question) else Question(question)
-        text = check_question(asked.text)
-        tokens = self._question_tokens(text)
+        asked = as_question(question)
+        tokens = self._question_tokens(asked.text)
         with self._lock:
-            self._check_room(tokens, f"the question '{_short(text)}' ")
+            self._check_room(tokens, f"the question '{_short(asked.text)}' ")
             self._standing_tokens += tokens
-            return self._questions.add(Question(text, asked.time))
+            return self._questions.add(asked)
 
     def questions(self) -> dict[int, str]:
         """What stands and what waits for its time, by number."""
@@ -146,7 +121,7 @@ class Dialogue:
 
     def ask_to_stop(self) -> None:
         """End the answer that is being given, with its next token; from any thread or a signal handler."""
-        self._stopped = True
+        self._speaker.stopped = True
 
     def unasked(self) -> list[Question]:
         """What was asked and stands in no turn yet."""
@@ -216,12 +191,7 @@ class Dialogue:
         if state == "response":
             start = [self.decoder.text(turn, [self._words.state(state)])]
             self._pending = [self.decoder.text(turn, self._words.close())]
-            yield from self._speak(seen, start, begun)
-
-    def _speak(self, seen: Seen, start: Sequence[Piece], begun: float) -> Iterator[Event]:
-        seen = seen if seen.live else replace(seen, captured=begun)
-        words, options = self._words, self._options
-        return speak(self.decoder, words, self._sampler, options, seen, start, self._clock, lambda: self._stopped)
+            yield from self._speaker.answer(seen, start, begun)
 
     def _due(self, seen: Seen, turn: Turn, newest: bool) -> dict[int, str]:
         with self._lock:
@@ -313,43 +283,6 @@ def choose_state(
     return max(left, key=lambda state: left[state])
 
 
-def speak(
-    decoder: Decoder,
-    words: Words,
-    sampler: Sampler,
-    options: DialogueOptions,
-    seen: Seen,
-    start: Sequence[Piece],
-    clock: Clock,
-    stopped: Callable[[], bool],
-) -> Iterator[Event]:
-    """Take `start` in, then generate tokens until one ends the answer, or it is stopped."""
-    begun, turn, stream = clock(), start[-1].turn, TextStream(words)
-    pieces, text, count, first_token, reason = start, "", 0, None, "stop"
-    while True:
-        try:
-            token = sampler(decoder.take(pieces))
-        except CapacityError:
-            reason = "capacity"
-            break
-        if token in words.stop:
-            break
-        if count == options.max_tokens or stopped():
-            reason = "length" if count == options.max_tokens else "interrupted"
-            break
-        count += 1
-        if first_token is None:
-            first_token = clock() - seen.captured
-        if part := stream.push(token):
-            text += part
-            yield AnswerText(seen.stop, seen.number, part)
-        pieces = [decoder.text(turn, [token])]
-    if part := stream.flush():
-        text += part
-        yield AnswerText(seen.stop, seen.number, part)
-    yield Answer(seen.stop, seen.number, text.strip(), reason, count, first_token, clock() - begun)
-
-
 def time_tag(start: float, stop: float) -> str:
     """A turn's seconds, as `<7s-8s>`."""
     first, last = (f"{time:.3f}".rstrip("0").rstrip(".") for time in (start, stop))
@@ -361,14 +294,6 @@ def turn_tokens(manifest: Manifest, words: Words, options: DialogueOptions) -> i
     first, rest = words.user(f"{time_tag(LONG_AGO + 0.125, LONG_AGO + 1.125)}\n")
     text = len(first) + len(rest) + len(words.user_end()) + len(words.assistant())
     return options.frames_a_turn(manifest) * (visual_tokens(manifest) + 2) + text + 1 + len(words.close())
-
-
-def visual_tokens(manifest: Manifest) -> int:
-    """Tokens of a frame."""
-    assert manifest.language is not None
-    ports = {port.name: port for graph in manifest.graphs.values() for port in graph.outputs}
-    visual = manifest.language.visual
-    return 0 if visual is None else int(ports[visual].shape[1])
 
 
 def _lag(seen: Seen, now: float) -> float | None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from .bundle import Manifest
 from .errors import FramestepError
 
+NEVER = 1.0  # as `response_from` and `standby_from`: a probability that no state reaches
+
 
 @dataclass(frozen=True)
 class DialogueOptions:

@@ -37,3 +37,8 @@ class StateError(FramestepError):
 
 class OutputError(FramestepError):
     """A result cannot be written where it was asked for."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what another package's error says, or its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

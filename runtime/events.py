@@ -88,3 +88,46 @@ class Notice(Event):
     """Something went wrong and was survived."""
 
     text: str
+
+
+@dataclass(frozen=True)
+class FrameShown(Event):
+    """A frame became visible to text.
+
+    Attributes:
+        index: in its source.
+        position: of the text at its moment; see `Rebased`.
+        token: number of the first text token that could see it, of all since the beginning.
+    """
+
+    index: int
+    position: int
+    token: int
+
+
+@dataclass(frozen=True)
+class Rebased(Event):
+    """Positions went back, because the model's last one was near.
+
+    Attributes:
+        token: number of the first text token afterwards.
+        shift: by how much all positions went back, which changes nothing.
+        gap: by how much more all did but those of what is pinned. That brings what is pinned nearer to the rest.
+    """
+
+    token: int
+    shift: int
+    gap: int
+
+
+@dataclass(frozen=True)
+class Spoken(AnswerText):
+    """Some more text of an answer.
+
+    Attributes:
+        frame: index of the newest frame that its last token could see.
+        age: seconds from the capture of that frame to the text; of a file, of its time.
+    """
+
+    frame: int
+    age: float

@@ -3,9 +3,6 @@
 One thread looks: it reads frames and encodes them into the ring. The other speaks: before each token it lets the newest
 encoded frame be seen. A live source runs free. A file runs on a clock of words, as samples do in training: each word of
 an answer takes some time of the video, and all tokens of a word see the same frames.
-
-The clock of the model is `TextCache.position`, the position of the next text token. A frame that begins to be encoded
-while an answer is given gets that position; otherwise the clock first goes on by one.
 """
 
 from __future__ import annotations
@@ -14,177 +11,23 @@ import threading
 import time
 import unicodedata
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import TracebackType
 
-from .bundle import Manifest, Port
-from .chat_format import Words, check_question
+from .chat_format import Words
 from .conversation import GLANCE, FrameSource
-from .decoding import Array, CapacityError, Decoder, GraphRunner, Piece, Turn
-from .dialogue import Clock, Seen, speak
+from .decoding import CapacityError, Decoder, Turn
 from .dialogue_options import DialogueOptions
 from .errors import EngineError, FramestepError, SourceError
-from .events import Answer, AnswerText, Asked, Event, Notice
-from .frame_ring import EncodedFrame, FrameRing
-from .questions import Question, Questions
-from .sampling import Sampler
+from .events import Answer, AnswerText, Asked, Event, FrameShown, Notice, Rebased, Spoken
+from .frame_ring import FrameRing
+from .questions import Question, Questions, as_question
 from .session import NonFiniteOutputError, Session
 from .sources.frame import Frame
-
-
-@dataclass(frozen=True)
-class FrameShown(Event):
-    """A frame became visible to text.
-
-    Attributes:
-        index: in its source.
-        position: of the text at its moment; see `Rebased`.
-        token: number of the first text token that could see it, of all since the beginning.
-    """
-
-    index: int
-    position: int
-    token: int
-
-
-@dataclass(frozen=True)
-class Rebased(Event):
-    """Positions went back, because the model's last one was near.
-
-    Attributes:
-        token: number of the first text token afterwards.
-        shift: by how much all positions went back, which changes nothing.
-        gap: by how much more all did but those of what is pinned. That brings what is pinned nearer to the rest.
-    """
-
-    token: int
-    shift: int
-    gap: int
-
-
-@dataclass(frozen=True)
-class Spoken(AnswerText):
-    """Some more text of an answer.
-
-    Attributes:
-        frame: index of the newest frame that its last token could see.
-        age: seconds from the capture of that frame to the text; of a file, of its time.
-    """
-
-    frame: int
-    age: float
-
-
-class TextCache(Decoder):
-    """A decoder whose text sees the frames of a ring, and the clock that both share.
-
-    `see` may be called by one thread while another takes tokens in. `lock` guards the clock and which frames are seen;
-    whoever re-bases or encodes also holds `still`, which is taken first.
-
-    Attributes:
-        ring: the frames.
-        answering: whether text is being taken in or generated.
-        shown: frames that became visible, and the number of the first token that could see each, since they were last
-            taken from here.
-        moves: re-basings likewise, as the number of the first token afterwards, the shift and the gap.
-    """
-
-    def __init__(self, stream: GraphRunner, manifest: Manifest, ring: FrameRing) -> None:
-        super().__init__(_WithFrames(stream, manifest, ring), _text_alone(manifest, ring))
-        self.ring = ring
-        self.answering = False
-        self.lock = threading.Condition()
-        self.still = threading.RLock()
-        self.shown: deque[tuple[EncodedFrame, int]] = deque()
-        self.moves: deque[tuple[int, int, int]] = deque()
-
-    def take(self, pieces: Sequence[Piece]) -> Array:
-        """Take tokens in, which all see the frames that are encoded now; see `Decoder.take`."""
-        with self.lock:
-            self.show()
-        return super().take(pieces)
-
-    def see(self, frame: Frame, at_once: bool) -> None:
-        """Encode a frame.
-
-        Args:
-            at_once: whether it is seen from the next token on even while `take` is at work; else that waits for `take`.
-
-        Raises:
-            NonFiniteOutputError: the model gave NaN or infinity; no frame is seen any more.
-        """
-        with self.still:
-            with self.lock:
-                if not self.answering:
-                    self._reserve(1)
-                    self.position += 1
-                encoded = EncodedFrame(frame.index, frame.timestamp, frame.captured, self.position)
-            self.ring.encode(frame.rgb, encoded)
-            with self.lock:
-                if at_once or not self.answering:
-                    self.show()
-                self.lock.notify_all()
-
-    def show(self) -> None:
-        """Let text see the frame that waits. The lock is held."""
-        frame = self.ring.commit()
-        if frame is not None:
-            self.shown.append((frame, self.taken))
-            self.lock.notify_all()
-
-    def rebase(self) -> None:
-        """Bring everything to lower positions by one constant; if what is pinned stands at 0 already, all but that.
-
-        The first changes nothing, for attention depends on distances. The second closes the gap behind what is pinned.
-
-        Raises:
-            FramestepError: the positions of frames are literal, so that they cannot move.
-        """
-        with self.still:
-            pinned = [turn for turn in self.turns if turn.pinned]
-            free = [turn for turn in self.turns if not turn.pinned]
-            frames = [] if self.ring.first_position is None else [self.ring.first_position]
-            lowest = min([*(turn.first for turn in free), *frames, self.position])
-            shift = min([lowest, *(turn.first for turn in pinned)])
-            gap = 0 if shift or not pinned else lowest - max(turn.stop for turn in pinned)
-            if shift + gap == 0:
-                return
-            self.ring.move_back(shift + gap)
-            for turns, positions in ((pinned, shift), (free, shift + gap)):
-                for turn in turns:
-                    self._positions[:, turn.slots] -= positions
-                    turn.first -= positions
-                    turn.stop -= positions
-            self.position -= shift + gap
-            self._stream.run(self._language.rebase, {self._names["slot_positions"]: self._positions})
-            self.rebased += 1
-            self.moves.append((self.taken, shift, gap))
-
-    def _reserve(self, positions: int) -> None:
-        """Make room for so many positions more; the oldest turns are forgotten if they keep it from being there."""
-        while self.position + positions > self._language.positions:
-            before = self.position
-            self.rebase()
-            if self.position == before:
-                oldest = self._evict(Turn())
-                self.forget(oldest)
-
-
-class _WithFrames:
-    """A stream whose decoder is told which frames are seen."""
-
-    def __init__(self, stream: GraphRunner, manifest: Manifest, ring: FrameRing) -> None:
-        assert manifest.language is not None
-        self._stream, self._ring = stream, ring
-        self._decoder = manifest.language.decoder
-        self._mask = next(port.name for port in _of_frames(manifest))
-
-    def run(self, graph: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        if graph == self._decoder:
-            inputs = {**inputs, self._mask: self._ring.mask}
-        return self._stream.run(graph, inputs)
+from .speaking import Seen, Speaker
+from .text_cache import TextCache
 
 
 class Following:
@@ -194,7 +37,6 @@ class Following:
         session: of a bundle whose text attends to frames; one of its places is taken.
         source: opened at the rate that the model is to be shown; the caller closes it.
         options: see `DialogueOptions`; "prune" and "cut" are not for such models.
-        clock: seconds; that of the frames' `captured`.
 
     Raises:
         EngineError: the session has not loaded what is needed.
@@ -203,13 +45,7 @@ class Following:
 
     decides = False
 
-    def __init__(
-        self,
-        session: Session,
-        source: FrameSource,
-        options: DialogueOptions | None = None,
-        clock: Clock = time.perf_counter,
-    ) -> None:
+    def __init__(self, session: Session, source: FrameSource, options: DialogueOptions | None = None) -> None:
         options = options or DialogueOptions()
         manifest = session.bundle.manifest
         language = manifest.language
@@ -222,14 +58,14 @@ class Following:
             "this model answers when it is asked and sees the newest frames at every token",
             "turn", "frames", "response_from", "standby_from",
         )  # fmt: skip
-        self._source, self._options, self._clock = source, options, clock
+        self._source, self._options = source, options
         self._words = Words(language, session.bundle.path)
-        self._sampler = Sampler(options.temperature, options.top_p, options.seed, options.top_k)
-        self._opening = self._words.opening(self._words.template.system if options.system is None else options.system)
+        self._opening = self._words.opening(options.system)
         self._stream = session.open_stream()
         try:
             ring = FrameRing(self._stream, manifest, session.preprocess)
             self.cache = TextCache(self._stream, manifest, ring)
+            self._speaker = Speaker(self.cache, self._words, options, time.perf_counter)
             rate = options.frames_a_second(manifest)
             if ring.window < rate:
                 raise FramestepError(
@@ -244,7 +80,7 @@ class Following:
         self._time = 0.0  # of the stream, in seconds
         self._next: Frame | None = None  # of a file
         self._notices: deque[Notice] = deque()
-        self._stopped = self._over = self._told = False
+        self._over = self._told = False
         self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
 
@@ -265,16 +101,15 @@ class Following:
             FramestepError: it is empty.
             CapacityError: it does not fit into the cache.
         """
-        asked = question if isinstance(question, Question) else Question(question)
-        text = check_question(asked.text)
+        asked = as_question(question)
         room = self.cache.capacity - len(self._opening) - len(self._words.close()) - 1
-        if (count := len(self._prompt(text))) > room:
+        if (count := len(self._prompt(asked.text))) > room:
             raise CapacityError(
                 f"the question of {count} tokens does not fit: the cache has room for {room};"
                 " export the bundle with a larger --capacity"
             )
         with self.cache.lock:
-            number = self._questions.add(Question(text, asked.time))
+            number = self._questions.add(asked)
             self.cache.lock.notify_all()
         return number
 
@@ -303,19 +138,19 @@ class Following:
         self._next = self._source.read()
         if self._next is None:
             raise SourceError(f"source {self._source.name}: gave no frame, so there is nothing to see")
-        while not self._stopped:
+        while not self._speaker.stopped:
             for question in self._due():
                 yield from self._answer(question)
             if self._next is None:
                 break
             yield from self._advance(max(self._time, self._next.timestamp))
-        if not self._stopped:
+        if not self._speaker.stopped:
             yield from self._unasked()
 
     def _follow_live(self) -> Iterator[Event]:
         self._thread = threading.Thread(target=self._watch, name="framestep-watcher", daemon=True)
         self._thread.start()
-        while not self._stopped:
+        while not self._speaker.stopped:
             yield from self._happened()
             with self.cache.lock:
                 over = self._over
@@ -329,14 +164,14 @@ class Following:
         yield from self._happened()
         if self._error is not None:
             raise self._error
-        if self._stopped:
+        if self._speaker.stopped:
             return
         if not self.cache.ring.encoded:
             raise SourceError(f"source {self._source.name}: gave no frame, so there is nothing to see")
         yield from self._unasked()
 
     def _answer(self, question: str) -> Iterator[Event]:
-        if self._stopped:
+        if self._speaker.stopped:
             return
         cache, words, turn = self.cache, self._words, Turn()
         self._count += 1
@@ -344,13 +179,12 @@ class Following:
         with cache.lock:
             cache.answering = True
             newest = cache.ring.newest or cache.ring.waiting
-        captured = self._clock() if newest is None else newest.captured
+        captured = time.perf_counter() if newest is None else newest.captured
         seen = Seen(self._count - 1, self._time, self._time, (), captured, self._source.live)
         try:
             pieces = [cache.text(turn, self._prompt(question))]
             beginning = True
-            sampler, options, clock = self._sampler, self._options, self._clock
-            for event in speak(cache, words, sampler, options, seen, pieces, clock, lambda: self._stopped):
+            for event in self._speaker.answer(seen, pieces, captured):
                 yield from self._happened()
                 if isinstance(event, AnswerText):
                     yield self._spoken(event)
@@ -378,7 +212,7 @@ class Following:
         newest = self.cache.ring.newest
         if newest is None:
             return event
-        age = self._clock() - newest.captured if self._source.live else self._time - newest.timestamp
+        age = time.perf_counter() - newest.captured if self._source.live else self._time - newest.timestamp
         return Spoken(self._time, event.turn, event.text, newest.index, age)
 
     def _advance(self, until: float) -> Iterator[Event]:
@@ -393,9 +227,9 @@ class Following:
         """Read and encode frames of a live source, the newest there is each time; in a thread of its own."""
         cache = self.cache
         try:
-            while not self._stopped:
+            while not self._speaker.stopped:
                 with cache.lock:
-                    while cache.ring.waiting is not None and not self._stopped:
+                    while cache.ring.waiting is not None and not self._speaker.stopped:
                         cache.lock.wait(GLANCE)
                 frame = self._source.read(GLANCE)
                 if frame is not None:
@@ -461,7 +295,7 @@ class Following:
 
     def ask_to_stop(self) -> None:
         """Let the events end soon; from any thread or a signal handler."""
-        self._stopped = True
+        self._speaker.stopped = True
 
     def _stop(self) -> None:
         self.ask_to_stop()
@@ -498,24 +332,3 @@ def words_begun(text: str, beginning: bool) -> int:
         count += beginning or unicodedata.east_asian_width(character) in "WF"
         beginning = False
     return count
-
-
-def _of_frames(manifest: Manifest) -> list[Port]:
-    """The decoder's inputs that speak of frames."""
-    assert manifest.language is not None
-    assert manifest.language.cross is not None
-    group = next(port.states for port in manifest.graphs[manifest.language.cross.graph].inputs if port.states)
-    return [port for port in manifest.graphs[manifest.language.decoder].inputs if port.states == group]
-
-
-def _text_alone(manifest: Manifest, ring: FrameRing) -> Manifest:
-    """The manifest of a decoder without frames, and with room for a frame's rows and columns above the clock."""
-    language = manifest.language
-    assert language is not None
-    graph = manifest.graphs[language.decoder]
-    inputs = tuple(port for port in graph.inputs if port not in _of_frames(manifest))
-    return replace(
-        manifest,
-        graphs={**manifest.graphs, language.decoder: replace(graph, inputs=inputs)},
-        language=replace(language, positions=language.positions - ring.reach),
-    )

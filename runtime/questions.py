@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from .chat_format import well_formed
 from .errors import FramestepError
 
 
@@ -14,6 +15,19 @@ class Question:
 
     text: str
     time: float = 0.0
+
+
+def as_question(asked: str | Question) -> Question:
+    """What is asked, without white space around it and without what is no character.
+
+    Raises:
+        FramestepError: it is empty.
+    """
+    question = asked if isinstance(asked, Question) else Question(asked)
+    text = well_formed(question.text).strip()
+    if not text:
+        raise FramestepError("a question is empty")
+    return Question(text, question.time)
 
 
 class Questions:

@@ -18,7 +18,8 @@ import numpy.typing as npt
 
 from . import state_file
 from .bundle import LABEL_ROLES, STREAM_ROLES, Bundle, FrameSpec, Manifest, graphs_for
-from .engines import GraphEngine, PrefillEngine, choose_engine, choose_precision, make_engine, usable_cores
+from .engines import GraphEngine, PrefillEngine
+from .engines.choosing import choose_engine, choose_precision, make_engine, usable_cores
 from .errors import BundleError, EngineError, FrameError, FramestepError, StateError
 from .labels import label_inputs, read_label_embeddings
 from .preprocess import Preprocess, check_frame

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .errors import BundleError, EngineError, FramestepError
+from .errors import BundleError, EngineError, FramestepError, first_line
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -135,7 +135,7 @@ class TextEncoder:
         try:
             self._session: Any = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's errors have no common base but Exception
-            raise BundleError(f"{graph}: ONNX Runtime cannot load it ({_first_line(error)})") from None
+            raise BundleError(f"{graph}: ONNX Runtime cannot load it ({first_line(error)})") from None
         names = [port.name for port in (*self._session.get_inputs(), *self._session.get_outputs())]
         if names != ["input_ids", "text_features"]:
             raise BundleError(
@@ -171,14 +171,14 @@ def open_tokenizer(path: Path) -> Any:
     """The `tokenizers.Tokenizer` in a `tokenizer.json`; it takes `</s>` and the like in a text for text.
 
     Raises:
-        BundleError: not a tokenizer.json.
+        BundleError: damaged, or not a tokenizer.json.
     """
     from tokenizers import Tokenizer
 
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the package raises plain Exception
-        raise BundleError(f"{path}: damaged, or not a tokenizer.json ({_first_line(error)})") from None
+        raise BundleError(f"{path}: damaged tokenizer ({first_line(error)})") from None
     tokenizer.encode_special_tokens = True  # the file cannot say so
     return tokenizer
 
@@ -216,7 +216,3 @@ def _check_templates(templates: Sequence[str]) -> None:
     for template in templates:
         if "{}" not in template:
             raise LabelError(f"template '{template}': no {{}} where the label is to go")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -6,7 +6,6 @@ the other way of forgetting costs on the same turns.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -14,20 +13,20 @@ from pathlib import Path
 
 import numpy as np
 
-from ...runtime.bundle import Bundle, write_file
+from ...runtime.bundle import Bundle
 from ...runtime.chat_format import Words
-from ...runtime.dialogue import Dialogue, Seen
-from ...runtime.dialogue_options import DialogueOptions
-from ...runtime.errors import FramestepError, OutputError
+from ...runtime.dialogue import Dialogue
+from ...runtime.dialogue_options import NEVER, DialogueOptions
+from ...runtime.errors import FramestepError
 from ...runtime.events import Answer, Decision
-from ...runtime.schema import to_json
 from ...runtime.session import Session, Stream
+from ...runtime.speaking import Seen
+from .figures import make_folder, spread, write_figures
 from .machine import Machine, examine_machine, resident
 
 SYSTEM = "You watch."
 QUESTION = "What happens?"
 FRAMES = 4  # different frames, taken in turns
-NEVER = 1.0  # a probability that no state reaches
 WARM_UP = 3
 MOST_CUT = 2000  # turns; with `cut` each of them takes in a whole cache
 
@@ -130,10 +129,7 @@ def bench_dialogue(
     words = Words(manifest.language, bundle.path)
     if not words.decides:
         raise FramestepError(f"{bundle.path}: does not decide when to speak; there are no turns to measure")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{output}: cannot be written: {error.strerror}") from None
+    make_folder(output)
     machine = examine_machine()
     with Session(bundle, engine, device, 1, None, threads) as session, session.open_stream() as stream:
         manifest = session.bundle.manifest
@@ -162,8 +158,7 @@ def bench_dialogue(
             tokens_a_second=speed,
             first_token_ms=first,
         )
-    write_file(output / "report.json", [(json.dumps(to_json(report), indent=1) + "\n").encode()])
-    write_file(output / "report.md", [report.as_text().encode()])
+    write_figures(report, output)
     return report
 
 
@@ -183,7 +178,7 @@ def _encode(session: Session, stream: Stream, samples: int) -> tuple[list[np.nda
         milliseconds.append((time.perf_counter() - begun) * 1e3)
         if number < FRAMES:
             visual.append(seen)
-    return visual, _spread(milliseconds)
+    return visual, spread(milliseconds)
 
 
 def _turns(
@@ -208,7 +203,7 @@ def _turns(
             TurnFigures(
                 number,
                 len(milliseconds),
-                _spread(milliseconds),
+                spread(milliseconds),
                 float(np.median(tokens)),
                 float(np.median(steps)),
                 dialogue.decoder.used,
@@ -235,7 +230,3 @@ def _answers(dialogue: Dialogue, visual: list[np.ndarray]) -> tuple[float, float
     seconds = sum(answer.seconds for answer, _ in spoken)
     first = [1e3 * ((answer.first_token or 0.0) - decided) for answer, decided in spoken]
     return sum(answer.tokens for answer, _ in spoken) / seconds, float(np.median(first))
-
-
-def _spread(milliseconds: Sequence[float]) -> tuple[float, ...]:
-    return tuple(round(float(np.percentile(milliseconds, rank)), 4) for rank in (50, 95, 99, 100))

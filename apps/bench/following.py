@@ -6,7 +6,6 @@ the frames are to be newer.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,20 +13,21 @@ from pathlib import Path
 
 import numpy as np
 
-from ...runtime.bundle import Bundle, write_file
+from ...runtime.bundle import Bundle
 from ...runtime.decoding import Turn
 from ...runtime.dialogue_options import DialogueOptions
-from ...runtime.errors import FramestepError, OutputError
-from ...runtime.events import Answer, AnswerText, Asked
-from ...runtime.following import Following, FrameShown, Spoken, TextCache
+from ...runtime.errors import FramestepError
+from ...runtime.events import Answer, AnswerText, Asked, FrameShown, Spoken
+from ...runtime.following import Following
 from ...runtime.frame_ring import FrameRing
-from ...runtime.schema import to_json
 from ...runtime.session import Session
 from ...runtime.sources.frame import Frame
+from ...runtime.text_cache import TextCache
+from .figures import make_folder, spread, write_figures
 from .machine import Machine, examine_machine, resident
 
 QUESTION = "What is happening?"
-RATES = (1.0, 5.0, 10.0, 30.0)  # frames a second
+RATES = (1.0, 5.0, 10.0, 30.0)  # frames a second that arrive while answers are given
 PICTURES = 4  # different frames, taken in turns
 WARM_UP = 3
 SHORTEST_S = 3.0  # that frames come before a question is asked, and while it is answered
@@ -181,14 +181,12 @@ def bench_following(
     device: str = "auto",
     threads: int | None = None,
     progress: Callable[[str], None] = lambda line: None,
-    rates: Sequence[float] = RATES,
 ) -> FollowingReport:
     """Measure, and write `report.json` and `report.md` into `output`.
 
     Args:
         frames: numbers of frames that have passed when a token is measured, ascending.
         samples: tokens that each figure is taken of, and frames as far as there are so many since the one before.
-        rates: frames a second that arrive while answers are given.
 
     Raises:
         FramestepError: the text of the bundle does not attend to frames, or the folder cannot be written.
@@ -196,10 +194,7 @@ def bench_following(
     language = bundle.manifest.language
     if language is None or language.cross is None:
         raise FramestepError(f"{bundle.path}: its text does not attend to frames")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{output}: cannot be written: {error.strerror}") from None
+    make_folder(output)
     machine, notes = examine_machine(), []
     generator = np.random.default_rng(0)
     with Session(bundle, engine, device, 1, None, threads) as session:
@@ -210,7 +205,7 @@ def bench_following(
         if prompt is None:
             notes.append("The cache does not hold one frame as tokens, so the other way was not measured.")
         found = []
-        for rate in rates:
+        for rate in RATES:
             try:
                 found.append(_at_rate(session, pictures, rate, samples))
                 progress(f"{rate:g} frames a second: {found[-1].tokens_a_second:.1f} tokens a second")
@@ -231,8 +226,7 @@ def bench_following(
             prompt=prompt,
             notes=tuple(notes),
         )
-    write_file(output / "report.json", [(json.dumps(to_json(report), indent=1) + "\n").encode()])
-    write_file(output / "report.md", [report.as_text().encode()])
+    write_figures(report, output)
     return report
 
 
@@ -261,7 +255,7 @@ def _passed(
                 count += 1
             token_ms = _tokens(cache, samples)
             progress(f"{number} frames: {np.median(token_ms):.2f} ms a token")
-            figures.append(PassedFigures(number, _spread(token_ms), _spread(frame_ms[-samples:]), resident().now))
+            figures.append(PassedFigures(number, spread(token_ms), spread(frame_ms[-samples:]), resident().now))
     return tuple(figures)
 
 
@@ -283,7 +277,7 @@ def _prompt(session: Session, samples: int) -> PromptFigures | None:
             begun = time.perf_counter()
             cache.take([cache.picture(turn, visual) for _ in range(frames)])
             refresh.append((time.perf_counter() - begun) * 1e3)
-        return PromptFigures(frames, frames * N, round(float(np.median(refresh)), 4), _spread(_tokens(cache, samples)))
+        return PromptFigures(frames, frames * N, round(float(np.median(refresh)), 4), spread(_tokens(cache, samples)))
 
 
 def _tokens(cache: TextCache, count: int) -> list[float]:
@@ -333,7 +327,7 @@ def _at_rate(session: Session, pictures: Sequence[np.ndarray], rate: float, samp
             tokens,
             round(tokens / seconds, 4) if seconds else 0.0,
             round(float(np.median(first)), 4) if first else 0.0,
-            _spread(ages),
+            spread(ages),
         )
 
 
@@ -346,9 +340,3 @@ def _frame_tokens(session: Session) -> int:
 def _three(milliseconds: tuple[float, ...]) -> str:
     p50, _, p99, most = milliseconds
     return f"{p50:.2f} / {p99:.2f} / {most:.2f}"
-
-
-def _spread(milliseconds: Sequence[float]) -> tuple[float, ...]:
-    if not milliseconds:
-        return (0.0, 0.0, 0.0, 0.0)
-    return tuple(round(float(np.percentile(milliseconds, rank)), 4) for rank in (50, 95, 99, 100))

@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,19 +21,19 @@ import numpy.typing as npt
 from ...runtime.bundle import Bundle
 from ...runtime.errors import FramestepError
 from ...runtime.schema import from_json, to_json
+from .baselines import make_path
 from .machine import gpu_memory_used, memory_available, reset_peak, resident
 from .paths import (
     FRAMESTEP,
+    OUTPUTS,
     FramestepPath,
     MeasuredPath,
     OutOfTimeError,
     PathSpec,
-    WholeClip,
-    bidirectional_difference,
     frame_at,
-    make_path,
     window_of,
 )
+from .pytorch_paths import WholeClip, bidirectional_difference
 
 Array = npt.NDArray[Any]
 GUARANTEED = 64  # every baseline is taken at least up to here, whatever its time budget
@@ -301,8 +301,8 @@ def warm_up(path: MeasuredPath, rgb: Array) -> None:
 def measure_interleaved(job: Job, emit: Emit) -> dict[str, Any]:
     """Ours and a baseline in one process, in turns: A B A B."""
     position = job.positions[0]
-    ours: MeasuredPath = make_path(_named(job.path, FRAMESTEP))
-    other = make_path(_named(job.path, job.other))
+    ours: MeasuredPath = make_path(replace(job.path, name=FRAMESTEP))
+    other = make_path(replace(job.path, name=job.other))
     rgb = frame_at(Bundle.open(job.path.bundle, verify=False).manifest, 10_000)
     a: list[float] = []
     b: list[float] = []
@@ -315,14 +315,8 @@ def measure_interleaved(job: Job, emit: Emit) -> dict[str, Any]:
     return {"a_ms": a, "b_ms": b}
 
 
-def _named(spec: PathSpec, name: str) -> PathSpec:
-    return PathSpec(name, spec.bundle, spec.checkpoint, spec.engine, spec.device, spec.threads)
-
-
 def measure_streams(job: Job, emit: Emit) -> dict[str, Any]:
     """N streams in one step, and one stream alone in a session of N, in turns with a session of one stream."""
-    from .paths import OUTPUTS
-
     one = FramestepPath(job.path)
     manifest = one.manifest
     needed = job.streams * Bundle.open(job.path.bundle, verify=False).bytes_per_stream()

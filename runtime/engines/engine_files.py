@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 
 from ..bundle import ENGINES, Bundle, EngineFile, Graph
 from ..errors import EngineError
-from ..onnx_files import external_files
 from ..schema import to_json
 
 FLAVOURS = ("tensorrt", "tensorrt_rtx")  # Python packages, in the order in which they are looked for
@@ -31,8 +30,7 @@ class Target:
 
 def source_key(bundle: Bundle, graph: Graph) -> str:
     """Identifies a graph by the contents of all files that it reads; `docs/design.md` spells it out."""
-    names = {graph.file, *external_files(bundle.file(graph.file))}
-    return _digest({name: bundle.manifest.files[name].sha256 for name in names})
+    return _digest({name: bundle.manifest.files[name].sha256 for name in bundle.graph_files(graph)})
 
 
 def fingerprint(entry: EngineFile) -> str:

@@ -12,10 +12,9 @@ from typing import Any
 from ..errors import SourceError
 from .cameras import Device, Patience
 from .frame import Frame, Source
-from .opencv import quiet, quiet_opening, require_cv2, to_rgb
+from .opencv import quiet, quiet_opening, stated_fps, to_rgb
 from .sampling import Sampler, tolerance
 
-MAX_PLAUSIBLE_FPS = 1000.0
 # How long one wait lasts before a stall is looked for; also keeps Ctrl-C prompt where a wait defers it.
 GLANCE = 0.1
 CLOSING = 2.0  # seconds that close() waits for the reader
@@ -202,11 +201,9 @@ class LiveSource(Source):
             capture = self._device.open(patience, on_report=self._post_from(reader))
         with self._changed:
             reader.opening, reader.alive = False, time.perf_counter()
-            if self._started is None and self._device.states_its_fps:
-                fps = float(capture.get(require_cv2().CAP_PROP_FPS))
-                if 0 < fps <= MAX_PLAUSIBLE_FPS:
-                    self.fps = fps
-                    self._sampler = Sampler(self._rate, tolerance(fps))
+            if self._started is None and self._device.states_its_fps and (fps := stated_fps(capture)) is not None:
+                self.fps = fps
+                self._sampler = Sampler(self._rate, tolerance(fps))
         return capture
 
     def _take_frame(self, reader: _Reader, capture: Any, captured: float) -> None:

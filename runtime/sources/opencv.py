@@ -13,6 +13,7 @@ from ..errors import SourceError
 from .frame import RgbImage
 
 FFMPEG_LOGLEVEL = "OPENCV_FFMPEG_LOGLEVEL"
+MAX_PLAUSIBLE_FPS = 1000.0
 
 
 def require_cv2() -> Any:
@@ -48,6 +49,12 @@ def quiet_opening() -> Iterator[None]:
     """
     with _opencv_silenced.changed(), _ffmpeg_silenced.changed():
         yield
+
+
+def stated_fps(capture: Any) -> float | None:
+    """Frames a second as an opened cv2.VideoCapture states them; None where that cannot be."""
+    fps = float(capture.get(require_cv2().CAP_PROP_FPS))
+    return fps if 0 < fps <= MAX_PLAUSIBLE_FPS else None
 
 
 def to_rgb(picture: Any) -> RgbImage:

@@ -11,11 +11,10 @@ from typing import Any
 
 from ..errors import SourceError
 from .frame import Frame, Source
-from .opencv import has_backend, quiet_opening, require_cv2, to_rgb
+from .opencv import has_backend, quiet_opening, require_cv2, stated_fps, to_rgb
 from .sampling import Sampler
 
 ASSUMED_FPS = 25.0  # where a header states none
-MAX_PLAUSIBLE_FPS = 1000.0
 # How many failures in a row end a file whose header does not say how many frames to expect.
 PATIENCE_WITHOUT_LENGTH = 64
 # The same where it does: a damaged header may announce billions, and OpenCV states no position while it fails, so that
@@ -38,8 +37,7 @@ class VideoFile(Source):
         self._cv2 = require_cv2()
         self._reading = threading.RLock()  # to release a capture at work ends the process
         self._capture = _open(self._cv2, path)
-        fps = float(self._capture.get(self._cv2.CAP_PROP_FPS))
-        self.fps = fps if 0 < fps <= MAX_PLAUSIBLE_FPS else None
+        self.fps = stated_fps(self._capture)
         announced = int(self._capture.get(self._cv2.CAP_PROP_FRAME_COUNT))
         self.length = announced if announced > 0 else None
         self._sampler = Sampler(rate)

@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 
 from framestep.apps.bench import BenchOptions, bench
+from framestep.apps.bench.baselines import BASELINES, GROUPS
 from framestep.apps.bench.bench import expand_compare, parse_numbers
-from framestep.apps.bench.paths import BASELINES, GROUPS
 from framestep.apps.bench.progress import BenchProgress, bench_status_for
-from framestep.apps.bench.report import Latency, Report, markdown, read_report
+from framestep.apps.bench.report import Latency, Report, read_report
+from framestep.apps.bench.report_files import markdown
 from framestep.runtime.errors import FramestepError, OutputError
 
 DOCS = Path(__file__).parents[2] / "docs" / "bench-report.md"
@@ -284,7 +285,7 @@ def test_interrupt_keeps_what_was_measured(
             raise KeyboardInterrupt
         return run(task, progress)
 
-    monkeypatch.setattr(module, "_run_process", interrupted)
+    monkeypatch.setattr(module, "run_process", interrupted)
     report = bench(options(golden_bundle, tmp_path / "report"), Lines())
     assert report.path("framestep") is not None
     assert report.split is None

@@ -9,14 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from framestep.apps.bench.paths import (
+from framestep.apps.bench.paths import FramestepPath, PathSpec, frame_at
+from framestep.apps.bench.pytorch_paths import (
     CompiledRing,
-    FramestepPath,
     GrowingCache,
-    PathSpec,
     WholeClip,
     bidirectional_difference,
-    frame_at,
     plain_bidirectional,
 )
 from framestep.export.checkpoint import read_checkpoint

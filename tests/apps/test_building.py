@@ -7,19 +7,12 @@ import shutil
 import sys
 
 import pytest
+from command_line import main
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
 
-from framestep.apps import cli
 from framestep.apps.building import BuildBar
 from framestep.runtime.bundle import Bundle
-
-
-def main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["framestep", *map(str, arguments)])
-    with pytest.raises(SystemExit) as exit_:
-        cli.main()
-    return exit_.value.code
 
 
 def test_a_build_tells_what_it_made_and_then_that_it_is_there(golden_bundle, tmp_path, monkeypatch, capsys) -> None:

@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
+from command_line import main
 
-from framestep.apps import cli
 from framestep.runtime.bundle import Bundle
 
 SCENE = "synthetic:seed=3,frames=60,width=96,height=64"
-
-
-def main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["framestep", *map(str, arguments)])
-    with pytest.raises(SystemExit) as exit_:
-        cli.main()
-    return exit_.value.code
 
 
 def test_a_bundle_comes_out_that_runs_and_tells_of_itself(golden_bundle, tmp_path, monkeypatch, capsys) -> None:

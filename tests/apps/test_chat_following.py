@@ -103,9 +103,7 @@ def test_bench_measures_tokens_and_frames(bundle, tmp_path, monkeypatch):
     from framestep.apps.bench import following
 
     monkeypatch.setattr(following, "SHORTEST_S", 0.1)
-    monkeypatch.setattr(
-        following.bench_following, "__defaults__", (*following.bench_following.__defaults__[:-1], (5.0, 30.0))
-    )
+    monkeypatch.setattr(following, "RATES", (5.0, 30.0))
     arguments = ["bench", str(bundle), "-o", str(tmp_path), "--frames", "1,20", "--samples", "4", "--json"]
     found = CliRunner().invoke(app, arguments)
     assert found.exit_code == 0, found.output

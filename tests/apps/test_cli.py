@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from command_line import main
 
 from framestep.apps import cli
 from framestep.apps import run as run_module
@@ -51,13 +52,6 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[RunOptions]:
 
     monkeypatch.setattr(run_module, "run", stand_in)
     return options
-
-
-def main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["framestep", *arguments])
-    with pytest.raises(SystemExit) as exit_:
-        cli.main()
-    return exit_.value.code
 
 
 def test_run_prints_a_summary(asked, monkeypatch, capsys) -> None:

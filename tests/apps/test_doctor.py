@@ -6,14 +6,13 @@ import importlib.util
 import json
 import os
 import sys
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
+from command_line import main, printed
 
-from framestep.apps import cli, doctor
+from framestep.apps import doctor
 from framestep.apps.doctor import Finding, examine, table
 from framestep.runtime.library import HEADER, Library
 from framestep.runtime.sources import Camera
@@ -32,19 +31,6 @@ def without(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
 def found(name: str) -> Finding:
     (finding,) = [finding for finding in examine() if finding.name == name]
     return finding
-
-
-def printed(findings: list[Finding]) -> str:
-    console = Console(file=StringIO(), width=200)
-    console.print(table(findings))
-    return console.file.getvalue()
-
-
-def main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["framestep", *arguments])
-    with pytest.raises(SystemExit) as exit_:
-        cli.main()
-    return exit_.value.code
 
 
 def test_what_is_here_is_found() -> None:
@@ -75,7 +61,7 @@ def test_an_absent_package_comes_with_what_to_install(
     finding = found(name)
     assert finding.status == status and "not installed" in finding.found
     assert advice in finding.advice
-    assert advice in printed([finding])
+    assert advice in printed(table([finding]))
 
 
 def test_a_native_library_that_was_not_built_is_a_problem(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -100,7 +86,7 @@ def test_a_broken_package_does_not_hide_the_others(monkeypatch: pytest.MonkeyPat
     findings = examine()
     (problem,) = [finding for finding in findings if finding.name == "broken"]
     assert (problem.status, problem.found) == ("problem", "RuntimeError: libfoo.so: [cannot] open")
-    assert len(findings) > 10 and "[cannot]" in printed(findings)
+    assert len(findings) > 10 and "[cannot]" in printed(table(findings))
 
 
 def test_cores_are_counted_where_the_system_has_no_affinity(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +101,7 @@ def test_cameras_are_listed_by_path_and_name(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("framestep.runtime.sources.list_cameras", lambda: cameras)
     finding = found("cameras")
     assert (finding.status, finding.found) == ("ok", "/dev/video0 (HD [Pro] C920); /dev/video2")
-    assert finding.found in printed([finding])
+    assert finding.found in printed(table([finding]))
 
 
 def test_the_command_prints_a_table_and_exits_1_on_a_problem(

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from dataclasses import replace
-from io import StringIO
 from pathlib import Path
 
 import decoder_models
 import dialogue_models
 import numpy as np
 import pytest
-from rich.console import Console
+from command_line import main, printed
 
-from framestep.apps import cli
 from framestep.apps.inspect import describe, table
 from framestep.apps.inspect_language import describe_language
 from framestep.export.decoder_checkpoint import read_decoder_checkpoint
@@ -23,9 +20,10 @@ from framestep.export.decoder_export import DecoderOptions, export_decoder
 from framestep.runtime.answering import Answering
 from framestep.runtime.bundle import Bundle
 from framestep.runtime.chat_format import Words
-from framestep.runtime.dialogue import Dialogue, Seen
+from framestep.runtime.dialogue import Dialogue
 from framestep.runtime.dialogue_options import DialogueOptions
 from framestep.runtime.errors import BundleError
+from framestep.runtime.speaking import Seen
 
 LABELS = ("[person]", "a [/b] cat", "[bold]", "Größe 猫", "background")
 
@@ -45,31 +43,18 @@ def labelled(golden_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return label_bundle(Bundle.open(folder / "golden.bundle"), options).path
 
 
-def printed(bundle: Path) -> str:
-    console = Console(file=StringIO(), width=300)
-    console.print(table(Bundle.open(bundle)))
-    return console.file.getvalue()
-
-
-def main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["framestep", *arguments])
-    with pytest.raises(SystemExit) as exit_:
-        cli.main()
-    return exit_.value.code
-
-
 def test_labels_are_shown_as_they_are_written(labelled: Path) -> None:
-    assert ", ".join(LABELS) in printed(labelled)
+    assert ", ".join(LABELS) in printed(table(Bundle.open(labelled)))
 
 
 def test_a_bundle_without_labels_says_how_to_add_some(golden_bundle: Path) -> None:
-    text = printed(golden_bundle)
+    text = printed(table(Bundle.open(golden_bundle)))
     assert "framestep label" in text
     assert not any(line.startswith("labels") for line in text.splitlines())
 
 
 def test_the_table_tells_the_graphs_the_state_and_the_origin(golden_bundle: Path) -> None:
-    text = printed(golden_bundle)
+    text = printed(table(Bundle.open(golden_bundle)))
     facts = describe(Bundle.open(golden_bundle))
     assert "features: float32 [S, 16, 96]" in text
     assert "uint8" in text and "graph backbone" in text
@@ -172,7 +157,7 @@ def test_a_decoder_tells_its_memory_and_its_tokens(tmp_path: Path) -> None:
     bundle = dialogue_models.export(
         decoder_models.qwen2_5_vl(), tmp_path, capacity=96, chunk=40, positions=300, precision="w4"
     )
-    lines = printed(bundle.path)
+    lines = printed(table(Bundle.open(bundle.path)))
     assert "96 tokens in the cache, positions up to 300, at most 40 tokens a step" in lines
     assert "decides when to speak" in lines
     # two layers of seven products and the head, but for those whose inputs no block of 32 divides
@@ -188,8 +173,8 @@ def test_a_decoder_tells_its_memory_and_its_tokens(tmp_path: Path) -> None:
 def test_a_decoder_without_tokenizer_says_that_it_cannot_speak(tmp_path: Path) -> None:
     checkpoint = read_decoder_checkpoint(str(decoder_models.save(decoder_models.qwen2(), tmp_path / "checkpoint")))
     path = export_decoder(checkpoint, tmp_path / "out.bundle", DecoderOptions(capacity=64)).path
-    assert "none: this bundle has no tokenizer, so it can neither read nor write" in printed(path)
-    assert "float32" in printed(path)
+    assert "none: this bundle has no tokenizer, so it can neither read nor write" in printed(table(Bundle.open(path)))
+    assert "float32" in printed(table(Bundle.open(path)))
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"added_tokens": [{}]}'])

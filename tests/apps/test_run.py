@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import cv2
 import numpy as np
 import pytest
+from command_line import lines_of, video_frames
 
 from framestep.apps import record
 from framestep.apps import run as run_module
@@ -242,17 +243,6 @@ class Stage:
 @pytest.fixture
 def stage(monkeypatch: pytest.MonkeyPatch) -> Stage:
     return Stage(monkeypatch)
-
-
-def lines_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-
-
-def video_frames(path: Path) -> int:
-    video, count = cv2.VideoCapture(str(path)), 0
-    while video.read()[0]:
-        count += 1
-    return count
 
 
 # What is written

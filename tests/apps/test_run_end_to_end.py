@@ -17,6 +17,7 @@ import cv2
 import golden
 import numpy as np
 import pytest
+from command_line import lines_of, video_frames
 
 PATIENCE_S = 120  # with a process that hangs
 LABELS = ("a rocket", "an astronaut", "a control room", "background")
@@ -54,18 +55,6 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
         writer.write(picture)
     writer.release()
     return path
-
-
-def lines_of(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-
-
-def video_frames(path: Path) -> int:
-    video, count = cv2.VideoCapture(str(path)), 0
-    assert video.isOpened()
-    while video.read()[0]:
-        count += 1
-    return count
 
 
 def files(folder: Path) -> list[str]:

@@ -17,7 +17,8 @@ from framestep.calibration.errors import CalibrationError
 from framestep.calibration.integer import INTEGER_OPERATORS, optimised_graph
 from framestep.calibration.quantize import quantize
 from framestep.export.labelling import LabelOptions, label_bundle
-from framestep.export.linears import initializer, linears, set_initializer
+from framestep.export.linears import linears
+from framestep.export.rewriting import initializer, set_initializer
 from framestep.runtime.bundle import Bundle, BundleError, BundleWriter
 from framestep.runtime.errors import StateError
 from framestep.runtime.session import Session

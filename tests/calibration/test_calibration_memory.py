@@ -21,12 +21,12 @@ from framestep.calibration.clips import Clip
 from framestep.calibration.compare import compare, long_clip
 from framestep.calibration.errors import CalibrationError
 from framestep.export.checkpoint import read_checkpoint
-from framestep.export.linears import initializer, set_initializer
+from framestep.export.rewriting import initializer, set_initializer
 from framestep.export.streamformer import StreamFormer
 from framestep.export.tensorrt import build
 from framestep.export.tensorrt_network import BuildOptions
 from framestep.runtime.bundle import Bundle, BundleWriter, file_entry
-from framestep.runtime.engines import choose_engine, choose_precision
+from framestep.runtime.engines.choosing import choose_engine, choose_precision
 from framestep.runtime.errors import EngineError, StateError
 
 WINDOW = 16

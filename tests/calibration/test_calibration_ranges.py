@@ -16,7 +16,8 @@ from framestep.calibration.observe import METHODS, observe
 from framestep.calibration.smooth import smooth
 from framestep.export.checkpoint import read_checkpoint
 from framestep.export.half import centre_pixels
-from framestep.export.linears import initializer, linears, set_initializer
+from framestep.export.linears import linears
+from framestep.export.rewriting import initializer, set_initializer
 from framestep.runtime.bundle import Bundle
 from framestep.runtime.session import Session
 

@@ -246,7 +246,7 @@ def test_a_background_competes_but_is_kept_apart(text_model, tmp_path):
     ("options", "error", "message"),
     [
         (LabelOptions(LABELS), LabelError, "--labels: needs --text-model or --text-embeddings"),
-        (LabelOptions(LABELS, "/nowhere"), CheckpointError, "/nowhere: no such folder"),
+        (LabelOptions(LABELS, "/nowhere"), CheckpointError, "/nowhere: no such checkpoint file or folder"),
         (LabelOptions(LABELS, text_embeddings=Path("/nowhere")), LabelError, "/nowhere: no such file"),
     ],
 )
@@ -267,17 +267,15 @@ def test_a_failed_relabelling_keeps_the_old_labels(text_model, tmp_path):
     Bundle.open(bundle)
 
 
-@pytest.mark.parametrize("step", ["write_tokenizer", "compare_text_graph"])
+@pytest.mark.parametrize("step", ["text_tokenizer.write_tokenizer", "text.compare_text_graph"])
 def test_a_text_graph_that_fails_half_way_keeps_the_bundle(text_model, tmp_path, monkeypatch, step):
-    from framestep.export import text as text_module
-
     bundle = export(golden.CHECKPOINT, tmp_path / "x", LabelOptions(LABELS, str(text_model), text_graph=True))
     before = sorted(path.name for path in bundle.iterdir())
 
     def interrupted(*given):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(text_module, step, interrupted)
+    monkeypatch.setattr(f"framestep.export.{step}", interrupted)
     with pytest.raises(KeyboardInterrupt):
         label_bundle(Bundle.open(bundle), LabelOptions(OTHERS, str(text_model), text_graph=True))
     assert sorted(path.name for path in bundle.iterdir()) == before

@@ -33,7 +33,7 @@ def export(checkpoint: Path, precision: str = "fp32", window: int = WINDOW) -> B
     """A bundle in a precision, made once."""
     path = checkpoint.parent / f"{precision}-{window}.bundle"
     if not path.exists():
-        options = StreamChatOptions(precision, window, CAPACITY, rate=2.0)
+        options = StreamChatOptions(precision, CAPACITY, window=window, rate=2.0)
         export_streamchat(read_streamchat_checkpoint(str(checkpoint)), path, options)
     return Bundle.open(path)
 
@@ -289,7 +289,7 @@ def test_integers_that_are_read_with_another_scale_are_found(checkpoint, tmp_pat
 
     original = Precision._weight
     monkeypatch.setattr(Precision, "_weight", write)
-    options = StreamChatOptions("w8", WINDOW, CAPACITY, rate=2.0)
+    options = StreamChatOptions("w8", CAPACITY, window=WINDOW, rate=2.0)
     with pytest.raises(FramestepError, match=r"not kept, a weight in w8 is .* steps off"):
         export_streamchat(read_streamchat_checkpoint(str(checkpoint)), tmp_path / "out.bundle", options)
 

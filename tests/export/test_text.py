@@ -20,8 +20,9 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from transformers import AutoTokenizer, SiglipModel, SiglipTextModel
 
 from framestep.export import text
+from framestep.export.text_tokenizer import write_tokenizer
 from framestep.runtime.errors import BundleError, CheckpointError
-from framestep.runtime.text import LabelError, TextEncoder
+from framestep.runtime.text import ACTION_TEMPLATES, PATCH_TEMPLATES, LabelError, TextEncoder
 
 LABELS = ["opening a door", "a cat", "riding a bicycle near the café", "T-shirt № 2"]
 SENTENCES = [
@@ -55,7 +56,7 @@ def model(checkpoint: Path) -> text.TextModel:
 def encoder(model: text.TextModel, tmp_path_factory: pytest.TempPathFactory) -> TextEncoder:
     folder = tmp_path_factory.mktemp("text")
     text.write_text_graph(model, folder / "text.onnx")
-    text.write_tokenizer(model, folder / "tokenizer.json")
+    write_tokenizer(model, folder / "tokenizer.json")
     return TextEncoder(folder / "text.onnx", folder / "tokenizer.json", model.length)
 
 
@@ -81,12 +82,12 @@ def reference_embeddings(checkpoint: Path, labels: list[str], templates: tuple[s
 
 
 def test_default_templates_are_those_of_the_trained_heads() -> None:
-    assert len(text.ACTION_TEMPLATES) == len(set(text.ACTION_TEMPLATES)) == 28
-    assert text.ACTION_TEMPLATES[0] == "a photo of {}."
-    assert text.ACTION_TEMPLATES[10] == "a video of a person doing {}."
-    assert text.ACTION_TEMPLATES[14] == "a example of {}."
-    assert text.ACTION_TEMPLATES[-1] == "a demonstration of a person practicing {}."
-    assert text.PATCH_TEMPLATES == ("{}",)
+    assert len(ACTION_TEMPLATES) == len(set(ACTION_TEMPLATES)) == 28
+    assert ACTION_TEMPLATES[0] == "a photo of {}."
+    assert ACTION_TEMPLATES[10] == "a video of a person doing {}."
+    assert ACTION_TEMPLATES[14] == "a example of {}."
+    assert ACTION_TEMPLATES[-1] == "a demonstration of a person practicing {}."
+    assert PATCH_TEMPLATES == ("{}",)
 
 
 def test_whole_model_gives_its_scale_and_bias(model: text.TextModel) -> None:
@@ -105,23 +106,23 @@ def test_text_tower_alone_has_the_same_features_and_no_scale(model: text.TextMod
     np.testing.assert_array_equal(alone.features(LABELS), model.features(LABELS))
 
 
-@pytest.mark.parametrize("templates", [text.ACTION_TEMPLATES, text.PATCH_TEMPLATES])
+@pytest.mark.parametrize("templates", [ACTION_TEMPLATES, PATCH_TEMPLATES])
 def test_label_embeddings_equal_those_of_the_heads(
     checkpoint: Path, model: text.TextModel, templates: tuple[str, ...]
 ) -> None:
-    found = text.embed_labels(model, LABELS, templates)
+    found = model.embed(LABELS, templates)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, reference_embeddings(checkpoint, LABELS, templates), atol=1e-5)
 
 
 def test_mean_over_templates_is_not_normalised_again(model: text.TextModel) -> None:
-    norms = np.linalg.norm(text.embed_labels(model, LABELS, text.ACTION_TEMPLATES), axis=1)
+    norms = np.linalg.norm(model.embed(LABELS, ACTION_TEMPLATES), axis=1)
     assert (norms < 0.999).all()
 
 
 def test_braces_beside_the_placeholder_are_plain_text(model: text.TextModel) -> None:
-    found = text.embed_labels(model, ["a {cat}"], ("{} {x}",))
-    np.testing.assert_allclose(found, text.embed_labels(model, ["a {cat} {x}"], ("{}",)), atol=1e-6)
+    found = model.embed(["a {cat}"], ("{} {x}",))
+    np.testing.assert_allclose(found, model.embed(["a {cat} {x}"], ("{}",)), atol=1e-6)
 
 
 def test_text_graph_gives_the_features_of_transformers(checkpoint: Path, encoder: TextEncoder) -> None:
@@ -137,8 +138,8 @@ def test_text_graph_gives_the_features_of_transformers(checkpoint: Path, encoder
 
 
 def test_embeddings_by_the_text_graph_equal_those_of_the_heads(checkpoint: Path, encoder: TextEncoder) -> None:
-    found = encoder.embed(LABELS, text.ACTION_TEMPLATES)
-    expected = reference_embeddings(checkpoint, LABELS, text.ACTION_TEMPLATES)
+    found = encoder.embed(LABELS, ACTION_TEMPLATES)
+    expected = reference_embeddings(checkpoint, LABELS, ACTION_TEMPLATES)
     np.testing.assert_allclose(found, expected, atol=2e-4, rtol=0)
 
 
@@ -160,7 +161,7 @@ def test_text_graph_follows_the_activation_of_the_checkpoint(copy: Path, tmp_pat
     edit_config(copy, hidden_act=activation)
     model = text.load_text_model(str(copy))
     text.write_text_graph(model, tmp_path / "text.onnx")
-    text.write_tokenizer(model, tmp_path / "tokenizer.json")
+    write_tokenizer(model, tmp_path / "tokenizer.json")
     assert text.compare_text_graph(model, tmp_path / "text.onnx", tmp_path / "tokenizer.json") < 2e-4
 
 
@@ -174,7 +175,7 @@ def test_activation_without_onnx_form_is_refused(copy: Path, tmp_path: Path) -> 
 def test_text_graph_that_disagrees_with_pytorch_is_refused(copy: Path, encoder: TextEncoder, tmp_path: Path) -> None:
     model = text.load_text_model(str(copy))
     text.write_text_graph(model, tmp_path / "text.onnx")
-    text.write_tokenizer(model, tmp_path / "tokenizer.json")
+    write_tokenizer(model, tmp_path / "tokenizer.json")
     with torch.no_grad():
         model.tower.head.bias.add_(0.001)
     with pytest.raises(BundleError, match=r"text\.onnx: text features differ from PyTorch's by 0\.001"):
@@ -189,7 +190,7 @@ def test_converted_tokenizer_gives_the_tokens_of_transformers(
 
 
 def test_tokens_are_those_that_the_heads_get(checkpoint: Path, encoder: TextEncoder) -> None:
-    texts = [template.format(label) for label in LABELS for template in text.ACTION_TEMPLATES]
+    texts = [template.format(label) for label in LABELS for template in ACTION_TEMPLATES]
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     expected = tokenizer(texts, padding="max_length", max_length=64)["input_ids"]
     assert encoder.token_ids(texts).tolist() == expected
@@ -222,7 +223,7 @@ def test_tokenizer_that_converts_differently_is_not_written(copy: Path, tmp_path
     model = text.load_text_model(str(copy))
     model.tokenizer.canonicalize_text = lambda value, **_: value.replace("door", "window")
     with pytest.raises(CheckpointError, match=r"SiglipTokenizer cannot be written as tokenizer\.json"):
-        text.write_tokenizer(model, tmp_path / "tokenizer.json")
+        write_tokenizer(model, tmp_path / "tokenizer.json")
     assert not (tmp_path / "tokenizer.json").exists()
 
 
@@ -239,7 +240,7 @@ def test_fast_tokenizer_is_written_with_its_own_padding(tmp_path: Path, side: st
     tokenizer.save_pretrained(folder)
     model = text.load_text_model(str(folder))
     text.write_text_graph(model, tmp_path / "text.onnx")
-    text.write_tokenizer(model, tmp_path / "tokenizer.json")
+    write_tokenizer(model, tmp_path / "tokenizer.json")
     text.compare_text_graph(model, tmp_path / "text.onnx", tmp_path / "tokenizer.json")
     ids = TextEncoder(tmp_path / "text.onnx", tmp_path / "tokenizer.json", 64).token_ids(["A cat <eos>"])[0]
     assert ids.tolist().index(vocabulary["cat"]) == (57 if side == "left" else 2)
@@ -312,7 +313,7 @@ def test_unusable_text_model_is_refused_in_one_line(copy: Path, damage: str) -> 
 
 
 def test_text_model_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="nothing: no such folder of a SigLIP model"):
+    with pytest.raises(CheckpointError, match="nothing: no such checkpoint file or folder"):
         text.load_text_model(str(tmp_path / "nothing"))
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="expected the folder of a SigLIP model, found a file"):

@@ -15,11 +15,12 @@ from dialogue_models import END, FRAME, RESPONSE, SILENCE, STANDBY, START, Oracl
 
 import framestep
 from framestep.runtime.chat_format import TextStream, Words
-from framestep.runtime.dialogue import Dialogue, Seen, choose_state, time_tag
+from framestep.runtime.dialogue import Dialogue, choose_state, time_tag
 from framestep.runtime.dialogue_options import DialogueOptions
 from framestep.runtime.errors import FramestepError
 from framestep.runtime.events import Answer, AnswerText, Asked, Decision
 from framestep.runtime.questions import Question
+from framestep.runtime.speaking import Seen
 
 CAPACITY = 480
 STATES = {"silence": SILENCE, "standby": STANDBY, "response": RESPONSE}

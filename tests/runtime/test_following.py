@@ -22,8 +22,8 @@ from framestep.export.streamchat_export import StreamChatOptions, export_streamc
 from framestep.runtime.bundle import BundleWriter
 from framestep.runtime.dialogue_options import DialogueOptions
 from framestep.runtime.errors import FramestepError, SourceError
-from framestep.runtime.events import Answer, AnswerText, Asked, Notice
-from framestep.runtime.following import Following, FrameShown, Rebased, Spoken, words_begun
+from framestep.runtime.events import Answer, AnswerText, Asked, FrameShown, Notice, Rebased, Spoken
+from framestep.runtime.following import Following, words_begun
 from framestep.runtime.questions import Question
 from framestep.runtime.session import NonFiniteOutputError
 from framestep.runtime.sources.frame import Frame
@@ -99,7 +99,7 @@ def follow(folder: Path, source: Pictures, **options: object) -> tuple[Following
 
 def say(following: Following, text: str, before: Callable[[], None] | None = None) -> None:
     words = following._words
-    following._sampler = Script([*words.tokens([text]), min(words.stop)], before)
+    following._speaker._sampler = Script([*words.tokens([text]), min(words.stop)], before)
 
 
 def test_the_words_of_a_file_go_on_with_its_time(made):

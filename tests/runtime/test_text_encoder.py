@@ -19,11 +19,12 @@ from framestep.runtime.text import LabelError, TextEncoder, label_embeddings, re
 def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Text graph and tokenizer."""
     from framestep.export import text
+    from framestep.export.text_tokenizer import write_tokenizer
 
     folder = tmp_path_factory.mktemp("text")
     model = text.load_text_model(str(siglip_text.make_siglip_checkpoint(folder / "siglip")))
     text.write_text_graph(model, folder / "text.onnx")
-    text.write_tokenizer(model, folder / "tokenizer.json")
+    write_tokenizer(model, folder / "tokenizer.json")
     return folder / "text.onnx", folder / "tokenizer.json"
 
 
@@ -175,7 +176,7 @@ def test_damaged_files_are_refused(files: tuple[Path, Path], tmp_path: Path) -> 
     graph, tokenizer = files
     broken = tmp_path / "broken"
     broken.write_bytes(b"{")
-    with pytest.raises(BundleError, match=r"broken: damaged, or not a tokenizer\.json"):
+    with pytest.raises(BundleError, match="broken: damaged tokenizer"):
         TextEncoder(graph, broken, 64)
     with pytest.raises(BundleError, match=r"broken: ONNX Runtime cannot load it"):
         TextEncoder(broken, tokenizer, 64)

@@ -21,8 +21,8 @@ import pytest
 import torch
 
 import framestep
-from framestep.runtime import engines
 from framestep.runtime.bundle import Bundle, file_entry, graphs_for
+from framestep.runtime.engines import choosing
 from framestep.runtime.engines.onnx_program import read_graph
 from framestep.runtime.engines.torch import PREFILL_FRAMES, TorchEngine
 from framestep.runtime.engines.torch_program import Program
@@ -165,8 +165,8 @@ def test_scores_agree_with_onnx_runtime(golden_bundle, arrays):
     values |= {"logit_scale": np.float32(2.0), "logit_bias": np.float32(-1.0)}
     found = []
     for name in ("onnxruntime", "torch", "torch:fp16"):
-        choice = engines.choose_engine(bundle.manifest, name, "cpu")
-        engine = engines.make_engine(choice, bundle, graphs_for(bundle.manifest, names), names, 2, 1)
+        choice = choosing.choose_engine(bundle.manifest, name, "cpu")
+        engine = choosing.make_engine(choice, bundle, graphs_for(bundle.manifest, names), names, 2, 1)
         with pytest.raises(EngineError, match="needs labels"):
             engine.step({0: arrays["frames"][0]})
         engine.set_constants(values)
@@ -488,9 +488,9 @@ def test_a_gpu_that_is_not_there_is_named(golden_bundle, monkeypatch):
 
 def test_auto_takes_onnx_runtime_and_torch_only_without_it(golden_bundle, monkeypatch):
     manifest = Bundle.open(golden_bundle).manifest
-    assert engines.choose_engine(manifest, "auto", "cpu").engine == "onnxruntime"
-    monkeypatch.setattr(engines, "find_spec", lambda name: None if name == "onnxruntime" else object())
-    choice = engines.choose_engine(manifest, "auto", "cpu")
+    assert choosing.choose_engine(manifest, "auto", "cpu").engine == "onnxruntime"
+    monkeypatch.setattr(choosing, "find_spec", lambda name: None if name == "onnxruntime" else object())
+    choice = choosing.choose_engine(manifest, "auto", "cpu")
     assert (choice.engine, choice.reason) == ("torch", "torch on cpu (ONNX Runtime is not installed)")
 
 

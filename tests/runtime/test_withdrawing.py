@@ -13,11 +13,12 @@ from dialogue_models import END, FRAME, SILENCE, START, Oracle, Recorded
 import framestep
 from framestep.runtime.answering import Answering
 from framestep.runtime.chat_format import Words
-from framestep.runtime.dialogue import Dialogue, Seen
+from framestep.runtime.dialogue import Dialogue
 from framestep.runtime.dialogue_options import DialogueOptions
 from framestep.runtime.errors import FramestepError
 from framestep.runtime.events import Asked, Decision, Withdrawn
 from framestep.runtime.questions import Question
+from framestep.runtime.speaking import Seen
 
 SYSTEM = "You watch."
 CAPACITY = 320
