@@ -27,6 +27,7 @@ from . import decode, merge, prefill, residual_norm, temporal
 
 TARGETS = {"sm_80": 80, "sm_87": 87, "sm_90": 90, "sm_110": 110, "sm_120": 120}  # A100, Orin, H100/H200, Thor, RTX 50
 PROCESSORS = 128  # of the GPU that launches are planned for; only the number of splits follows from it
+HEAD_DIM = 64  # numbers of a head, of all that is compiled ahead
 POINTERS = {"fp16": "*fp16", "bf16": "*bf16", "fp32": "*fp32", "int8": "*i8"}
 ITEM_BYTES = {"fp16": 2, "bf16": 2, "fp32": 4, "int8": 1}
 
@@ -84,7 +85,7 @@ def variants() -> list[Variant]:
         temporal_variant("fp16", 4096, splits=4),
         temporal_variant("int8", 16),
         temporal_variant("int8", 64),
-        merge_variant(4, 64),
+        merge_variant(4),
         prefill_variant("fp16", 16),
         prefill_write_variant("fp16", 16),
         decode_variant("fp16", 1),
@@ -93,10 +94,10 @@ def variants() -> list[Variant]:
     ]
 
 
-def temporal_variant(dtype: str, window: int, splits: int = 1, head_dim: int = 64) -> Variant:
+def temporal_variant(dtype: str, window: int, splits: int = 1) -> Variant:
     """`temporal_attention` over rings of a dtype ("int8": its variant, with float16 queries)."""
     rows = 1 << 20  # so many that a program is never cut short
-    cut = temporal.plan(1, rows, window, head_dim, ITEM_BYTES[dtype], PROCESSORS)
+    cut = temporal.plan(1, rows, window, HEAD_DIM, ITEM_BYTES[dtype], PROCESSORS)
     inputs = POINTERS["fp16" if dtype == "int8" else dtype]
     types = {
         "query": inputs,
@@ -111,8 +112,8 @@ def temporal_variant(dtype: str, window: int, splits: int = 1, head_dim: int = 6
     types |= {"key_ring_s": "i64", "value_ring_s": "i64"}
     constants: dict[str, int | bool] = {
         "WINDOW": window,
-        "HEAD_DIM": head_dim,
-        "BLOCK_D": triton.next_power_of_2(head_dim),
+        "HEAD_DIM": HEAD_DIM,
+        "BLOCK_D": triton.next_power_of_2(HEAD_DIM),
         "BLOCK_R": cut.rows,
         "BLOCK_W": cut.slots,
         "SPLITS": splits,
@@ -124,42 +125,42 @@ def temporal_variant(dtype: str, window: int, splits: int = 1, head_dim: int = 6
     return Variant(name, temporal.temporal_kernel, types, constants, grid, cut.warps)
 
 
-def merge_variant(splits: int, head_dim: int) -> Variant:
+def merge_variant(splits: int) -> Variant:
     types = {"largest": "*fp32", "total": "*fp32", "mixed": "*fp32", "out": "*fp16", "rows": "i32"}
-    constants: dict[str, int | bool] = {"SPLITS": splits, "HEAD_DIM": head_dim}
-    constants |= {"BLOCK_D": triton.next_power_of_2(head_dim), "BLOCK_R": merge.MERGE_ROWS}
+    constants: dict[str, int | bool] = {"SPLITS": splits, "HEAD_DIM": HEAD_DIM}
+    constants |= {"BLOCK_D": triton.next_power_of_2(HEAD_DIM), "BLOCK_R": merge.MERGE_ROWS}
     grid = (f"ceil(rows / {merge.MERGE_ROWS})", "1", "1")
     return Variant(f"merge_fp16_split{splits}", merge.merge_kernel, types, constants, grid)
 
 
-def prefill_variant(dtype: str, window: int, head_dim: int = 64) -> Variant:
+def prefill_variant(dtype: str, window: int) -> Variant:
     """`causal_prefill`'s attention, 16 frames a program."""
     pointer = POINTERS[dtype]
     types = {name: pointer for name in ("query", "key", "value", "key_ring", "value_ring")}
     types |= {"position": "*i64", "out": pointer, "scale": "fp32", "frames": "i32", "rows": "i32", "heads": "i32"}
     types |= {f"{part}_{axis}": "i64" for part in ("query", "key", "value") for axis in "stnh"}
     types |= {"key_ring_s": "i64", "value_ring_s": "i64"}
-    cut = prefill.plan(16, window, head_dim, ITEM_BYTES[dtype])
-    constants: dict[str, int | bool] = {"WINDOW": window, "HEAD_DIM": head_dim}
-    constants |= {"BLOCK_D": triton.next_power_of_2(head_dim), "BLOCK_T": cut.frames, "BLOCK_W": cut.slots}
+    cut = prefill.plan(16, window, HEAD_DIM, ITEM_BYTES[dtype])
+    constants: dict[str, int | bool] = {"WINDOW": window, "HEAD_DIM": HEAD_DIM}
+    constants |= {"BLOCK_D": triton.next_power_of_2(HEAD_DIM), "BLOCK_T": cut.frames, "BLOCK_W": cut.slots}
     grid = (f"rows * ceil(frames / {cut.frames})", "streams", "1")
     return Variant(f"prefill_{dtype}_w{window}", prefill.prefill_kernel, types, constants, grid, cut.warps)
 
 
-def prefill_write_variant(dtype: str, window: int, head_dim: int = 64) -> Variant:
+def prefill_write_variant(dtype: str, window: int) -> Variant:
     """`causal_prefill`'s update of the ring."""
     pointer = POINTERS[dtype]
     types = {name: pointer for name in ("key", "value", "key_ring", "value_ring")}
     types |= {"position": "*i64", "first": "i32", "rows": "i32", "heads": "i32"}
     types |= {f"{part}_{axis}": "i64" for part in ("key", "value") for axis in "stnh"}
     types |= {"key_ring_s": "i64", "value_ring_s": "i64"}
-    constants: dict[str, int | bool] = {"WINDOW": window, "HEAD_DIM": head_dim}
-    constants |= {"BLOCK_D": triton.next_power_of_2(head_dim), "BLOCK_R": prefill.WRITE_ROWS}
+    constants: dict[str, int | bool] = {"WINDOW": window, "HEAD_DIM": HEAD_DIM}
+    constants |= {"BLOCK_D": triton.next_power_of_2(HEAD_DIM), "BLOCK_R": prefill.WRITE_ROWS}
     grid = (f"ceil(rows / {prefill.WRITE_ROWS})", "min(frames, window)", "streams")
     return Variant(f"prefill_write_{dtype}_w{window}", prefill.write_kernel, types, constants, grid)
 
 
-def decode_variant(dtype: str, tokens: int, head_dim: int = 64) -> Variant:
+def decode_variant(dtype: str, tokens: int) -> Variant:
     """`decode_attention` of so many tokens, unsplit, for up to 64 queries of a key head in a program."""
     pointer = POINTERS[dtype]
     types = {name: pointer for name in ("query", "key", "value", "key_cache", "value_cache")}
@@ -169,8 +170,8 @@ def decode_variant(dtype: str, tokens: int, head_dim: int = 64) -> Variant:
     types |= {f"{part}_{axis}": "i64" for part in ("query", "key", "value") for axis in "bht"}
     types |= {"key_cache_b": "i64", "value_cache_b": "i64", "mask_b": "i64", "mask_t": "i64"}
     group = 8  # at most, of one token
-    cut = decode.plan(1, group * tokens, 1, head_dim, ITEM_BYTES[dtype], PROCESSORS)
-    constants: dict[str, int | bool] = {"HEAD_DIM": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim)}
+    cut = decode.plan(1, group * tokens, 1, HEAD_DIM, ITEM_BYTES[dtype], PROCESSORS)
+    constants: dict[str, int | bool] = {"HEAD_DIM": HEAD_DIM, "BLOCK_D": triton.next_power_of_2(HEAD_DIM)}
     constants |= {"BLOCK_M": cut.rows, "BLOCK_T": max(decode.LEAST_TILE, triton.next_power_of_2(tokens))}
     constants |= {"BLOCK_C": cut.slots, "SPLITS": 1, "STAGES": cut.stages}
     grid = (f"ceil(group * tokens / {cut.rows})", "sequences * kv_heads", "1")
