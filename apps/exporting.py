@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..runtime.bundle import MANIFEST, Bundle, Manifest, check_replaceable
+from ..runtime.bundle import MANIFEST, Bundle, check_replaceable
 from ..runtime.errors import CheckpointError
+from ..runtime.manifest import Manifest
 from ..runtime.text import LabelError, read_labels
 
 if TYPE_CHECKING:

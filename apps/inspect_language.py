@@ -6,10 +6,11 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from ..runtime.bundle import Bundle, Language
+from ..runtime.bundle import Bundle
 from ..runtime.chat_format import STATES, TEMPLATES, Part, decides, fill, stop_tokens
 from ..runtime.decoding import visual_tokens
 from ..runtime.errors import BundleError
+from ..runtime.manifest import Language
 from ..runtime.onnx_files import weight_blocks
 
 WEIGHTS = {"fp32": "float32", "fp16": "float16", "w8": "INT8", "w4": "INT4"}

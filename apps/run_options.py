@@ -10,8 +10,8 @@ from pathlib import Path
 
 import cv2
 
-from ..runtime.bundle import LABEL_ROLES, STREAM_ROLES, Manifest
 from ..runtime.errors import FramestepError, OutputError
+from ..runtime.manifest import LABEL_ROLES, STREAM_ROLES, Manifest
 from .annotate import check_overlay
 from .events import EventDetector
 from .record import check_new_folder, check_outside_bundles, check_writable, identity

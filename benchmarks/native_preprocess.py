@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from framestep.runtime.bundle import FrameSpec
+from framestep.runtime.manifest import FrameSpec
 from framestep.runtime.preprocess import Preprocess
 
 SIZES = ((480, 640), (720, 1280), (1080, 1920), (2160, 3840))

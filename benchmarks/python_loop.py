@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from framestep.calibration.integer import BREAK_INTEGER_PRODUCTS
-from framestep.runtime.bundle import Bundle, graphs_for
+from framestep.runtime.bundle import Bundle
 from framestep.runtime.labels import label_inputs, read_label_embeddings
+from framestep.runtime.manifest import graphs_for
 from framestep.runtime.preprocess import Preprocess
 
 

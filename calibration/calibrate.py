@@ -15,8 +15,9 @@ import onnx
 from ..export.graph import WeightFile, save_graph
 from ..export.half import FLOAT, HALF, LARGEST, centre_pixels, round_as_half, to_half
 from ..export.linears import Linear, linears
-from ..runtime.bundle import Bundle, BundleWriter, Manifest, State, Variant
+from ..runtime.bundle import Bundle, BundleWriter
 from ..runtime.engines.choosing import choose_engine
+from ..runtime.manifest import Manifest, State, Variant
 from ..runtime.session import NonFiniteOutputError, Session
 from .clips import Clip
 from .compare import compare, engine_of, long_clip
@@ -89,7 +90,8 @@ def calibrate(
     start = time.perf_counter()
     models = _read_models(bundle)
     with BundleWriter(path, overwrite) as writer:
-        progress(f"observing {sum(len(clip.frames) for clip in clips)} frames of {len(clips)} clips")
+        listed = "1 clip" if len(clips) == 1 else f"{len(clips)} clips"
+        progress(f"observing {sum(len(clip.frames) for clip in clips)} frames of {listed}")
         seen, smoothed = _observe(bundle, models, clips, options)
         noise = layer_noise(models, seen)
         trials: list[Trial] = []

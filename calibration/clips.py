@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..runtime.bundle import Manifest
+from ..runtime.manifest import Manifest
 from ..runtime.preprocess import Preprocess
 from ..runtime.sources import open_source
 from .errors import CalibrationError

@@ -15,7 +15,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from ..export.rewriting import replace_nodes, set_initializer
-from ..runtime.bundle import StateUse
+from ..runtime.manifest import StateUse
 from .errors import CalibrationError
 from .observe import Activation
 from .quantize import weight_scale

@@ -20,9 +20,10 @@ import numpy as np
 import onnx
 
 from ..export.linears import linears
-from ..runtime.bundle import STREAMS, Bundle, Graph, Port
+from ..runtime.bundle import Bundle
 from ..runtime.engines.choosing import usable_cores
 from ..runtime.engines.onnxruntime import OnnxRuntimeEngine
+from ..runtime.manifest import STREAMS, Graph, Port
 from .clips import Clip
 from .entropy import entropy_threshold
 from .errors import CalibrationError

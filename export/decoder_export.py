@@ -7,19 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import __version__
-from ..runtime.bundle import (
-    FORMAT,
-    VERSION,
-    Bundle,
-    BundleWriter,
-    FrameSpec,
-    Graph,
-    Language,
-    Manifest,
-    Origin,
-    State,
-)
+from ..runtime.bundle import Bundle, BundleWriter
 from ..runtime.errors import CheckpointError, FramestepError
+from ..runtime.manifest import FORMAT, VERSION, FrameSpec, Graph, Language, Manifest, Origin, State
 from .decoder import DecoderConfig
 from .decoder_checkpoint import DecoderCheckpoint
 from .decoder_graph import PRECISIONS, Precision, write_decoder, write_embed, write_rebase

@@ -24,7 +24,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from ..runtime.bundle import STREAMS, TOKENS, Graph, Port, State, StateUse
+from ..runtime.manifest import STREAMS, TOKENS, Graph, Port, State, StateUse
 from .block_quantize import quantize_blocks, to_onnx
 from .decoder import MLP, Decoder, DecoderConfig, Layer, SelfAttention
 from .graph import GraphBuilder

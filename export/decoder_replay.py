@@ -12,7 +12,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..runtime.bundle import STREAMS, TOKENS, Bundle, Graph, graphs_for
+from ..runtime.bundle import Bundle
+from ..runtime.manifest import STREAMS, TOKENS, Graph, graphs_for
 from .decoder import Cache
 from .decoder_checkpoint import DecoderCheckpoint
 from .stored_weights import StoredWeights

@@ -12,18 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import __version__
-from ..runtime.bundle import (
-    FORMAT,
-    VERSION,
-    Bundle,
-    BundleWriter,
-    FrameSpec,
-    Manifest,
-    Origin,
-    Scoring,
-)
+from ..runtime.bundle import Bundle, BundleWriter
 from ..runtime.errors import CheckpointError, FramestepError
 from ..runtime.labels import read_label_embeddings
+from ..runtime.manifest import FORMAT, VERSION, FrameSpec, Manifest, Origin, Scoring
 from .checkpoint import Checkpoint, TaskHead
 from .graph import ACTIVATIONS, GraphBuilder, WeightFile
 from .labelling import LabelOptions, write_labels

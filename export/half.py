@@ -19,8 +19,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from ..runtime.bundle import Bundle, Variant, file_entry
+from ..runtime.bundle import Bundle, file_entry
 from ..runtime.errors import BundleError, OutputError
+from ..runtime.manifest import Variant
 from .graph import WeightFile, save_graph
 from .linears import linears
 from .rewriting import initializer, replace_nodes, set_initializer

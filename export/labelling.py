@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..runtime.bundle import Bundle, Graph, Labels, Manifest, Port, Scoring, Text, file_entry
+from ..runtime.bundle import Bundle, file_entry
 from ..runtime.errors import BundleError, CheckpointError, OutputError
 from ..runtime.labels import label_bytes
+from ..runtime.manifest import Graph, Labels, Manifest, Port, Scoring, Text
 from ..runtime.text import ACTION_TEMPLATES, PATCH_TEMPLATES, LabelError, TextEncoder
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..runtime.bundle import STREAMS, Graph, Port
 from ..runtime.errors import CheckpointError
+from ..runtime.manifest import STREAMS, Graph, Port
 from .decoder import Linear
 from .decoder_graph import Precision
 from .graph import GraphBuilder

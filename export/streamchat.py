@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..runtime.bundle import CROSS_POSITIONS
 from ..runtime.errors import CheckpointError
+from ..runtime.manifest import CROSS_POSITIONS
 from .decoder import MLP, DecoderConfig, Linear, RMSNorm, SelfAttention, TextModel, cosines_and_sines, rotate
 from .siglip import Siglip, SiglipConfig
 

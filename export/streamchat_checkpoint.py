@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..runtime.bundle import CROSS_POSITIONS
 from ..runtime.errors import CheckpointError, OutputError
+from ..runtime.manifest import CROSS_POSITIONS
 from .checkpoint import fill, find_checkpoint, read_json, read_weights, weight_files
 from .decoder_checkpoint import FILES, build, read_stop, read_tokenizer, read_tokens
 from .streamchat import FAMILY, GATE, CrossBlock, StreamChat, StreamChatConfig, default_cross_layers

@@ -13,18 +13,9 @@ import numpy.typing as npt
 import torch
 
 from .. import __version__
-from ..runtime.bundle import (
-    FORMAT,
-    VERSION,
-    Bundle,
-    BundleWriter,
-    Cross,
-    FrameSpec,
-    Language,
-    Manifest,
-    Origin,
-)
+from ..runtime.bundle import Bundle, BundleWriter
 from ..runtime.errors import CheckpointError
+from ..runtime.manifest import FORMAT, VERSION, Cross, FrameSpec, Language, Manifest, Origin
 from .decoder_export import TOKENIZER, CacheOptions, DecoderReport, check_replay
 from .decoder_graph import Precision, write_embed, write_rebase
 from .decoder_replay import EXACT_LEVEL, RUNTIME_LEVEL, GraphRun, Replay, largest_error

@@ -19,7 +19,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ..runtime.bundle import STREAMS, Graph, Port, State, StateUse
+from ..runtime.manifest import STREAMS, Graph, Port, State, StateUse
 from .decoder_graph import (
     Precision,
     TextWriter,

@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..runtime.bundle import STREAMS, Graph, Port, State, StateUse
 from ..runtime.errors import CheckpointError
+from ..runtime.manifest import STREAMS, Graph, Port, State, StateUse
 from .checkpoint import TaskHead
 from .graph import GraphBuilder
 from .streamformer import Attention, Layer, StreamFormer, StreamFormerConfig

@@ -12,13 +12,14 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..runtime.bundle import Bundle, EngineFile, Manifest, write_file
+from ..runtime.bundle import Bundle, write_file
 from ..runtime.engines.choosing import check_memory
 from ..runtime.engines.cuda_driver import CudaDriver
 from ..runtime.engines.engine_files import named, read_engine, source_key, with_engine
 from ..runtime.engines.tensorrt import TensorRtEngine
 from ..runtime.engines.tensorrt_package import Messages, choose_flavour, import_flavour
 from ..runtime.errors import EngineError, FramestepError, OutputError
+from ..runtime.manifest import EngineFile, Manifest
 from .tensorrt_network import (
     ATTENTIONS,
     LABELS,

@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..runtime.bundle import STREAMS, TOKENS, Bundle, Graph, Manifest, write_file
+from ..runtime.bundle import Bundle, write_file
 from ..runtime.engines.cuda_driver import CudaDriver
 from ..runtime.engines.tensorrt_package import Messages
 from ..runtime.errors import EngineError
+from ..runtime.manifest import STREAMS, TOKENS, Graph, Manifest
 from .tensorrt_attention import drop_unit_scales, split_by_tokens
 
 PRECISIONS = ("fp16", "fp16+int8", "fp32")

@@ -19,8 +19,9 @@ from typing import Any, Tuple  # noqa: UP035  TensorRT compares with these very 
 import onnx
 from onnx import helper
 
-from ..runtime.bundle import Bundle, Graph
+from ..runtime.bundle import Bundle
 from ..runtime.errors import EngineError
+from ..runtime.manifest import Graph
 from .rewriting import replace_nodes
 
 NAMESPACE, NAME = "framestep", "temporal_attention"

@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ..runtime.bundle import STREAMS, Graph, Port
+from ..runtime.manifest import STREAMS, Graph, Port
 from .decoder_graph import Precision, write_norm
 from .graph import GraphBuilder
 from .vision import Attention, FrameLayout, VisionTower

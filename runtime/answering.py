@@ -7,11 +7,11 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 
-from .bundle import Manifest
 from .chat_format import Words
 from .decoding import Array, CapacityError, Decoder, GraphRunner, Piece, Turn, visual_tokens
 from .dialogue_options import DialogueOptions
 from .events import Asked, Event, Notice
+from .manifest import Manifest
 from .questions import Question, Questions, as_question
 from .session import NonFiniteOutputError
 from .speaking import Clock, Seen, Speaker

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .bundle import Language
 from .errors import BundleError, EngineError
+from .manifest import Language
 from .text import open_tokenizer
 
 STATES = ("silence", "standby", "response")

@@ -17,8 +17,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from .bundle import Manifest
 from .errors import BundleError, FramestepError
+from .manifest import Manifest
 
 Array = npt.NDArray[Any]
 EVICTIONS = ("slots", "cut")

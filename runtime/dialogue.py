@@ -16,11 +16,11 @@ from itertools import accumulate
 
 import numpy as np
 
-from .bundle import Manifest
 from .chat_format import STATES, Words
 from .decoding import Array, CapacityError, Decoder, GraphRunner, Piece, Turn, visual_tokens
 from .dialogue_options import DialogueOptions
 from .events import Asked, Decision, Event, Notice, Withdrawn
+from .manifest import Manifest
 from .pruning import Pruner
 from .questions import Question, Questions, as_question
 from .sampling import softmax

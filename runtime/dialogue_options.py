@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .bundle import Manifest
 from .errors import FramestepError
+from .manifest import Manifest
 
 NEVER = 1.0  # as `response_from` and `standby_from`: a probability that no state reaches
 

@@ -12,9 +12,9 @@ from typing import Protocol
 
 import numpy as np
 
-from .bundle import Manifest
 from .decoding import Array, GraphRunner
 from .errors import BundleError, FramestepError
+from .manifest import Manifest
 from .session import NonFiniteOutputError
 
 

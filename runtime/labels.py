@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .bundle import Scoring
 from .errors import BundleError
+from .manifest import Scoring
 
 Array = npt.NDArray[Any]
 NAMES = ("text_embeddings", "patch_text_embeddings")

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .bundle import FrameSpec
 from .errors import FrameError
+from .manifest import FrameSpec
 
 Array = npt.NDArray[Any]
 BLOCK = 16  # output rows or columns per product

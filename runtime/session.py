@@ -17,11 +17,12 @@ import numpy as np
 import numpy.typing as npt
 
 from . import state_file
-from .bundle import LABEL_ROLES, STREAM_ROLES, Bundle, FrameSpec, Manifest, graphs_for
+from .bundle import Bundle
 from .engines import GraphEngine, PrefillEngine
 from .engines.choosing import choose_engine, choose_precision, make_engine, usable_cores
 from .errors import BundleError, EngineError, FrameError, FramestepError, StateError
 from .labels import label_inputs, read_label_embeddings
+from .manifest import LABEL_ROLES, STREAM_ROLES, FrameSpec, Manifest, graphs_for
 from .preprocess import Preprocess, check_frame
 
 Array = npt.NDArray[Any]

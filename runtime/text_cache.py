@@ -11,9 +11,9 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from .bundle import Manifest, Port
 from .decoding import Array, Decoder, GraphRunner, Piece, Turn
 from .frame_ring import EncodedFrame, FrameRing
+from .manifest import Manifest, Port
 from .sources.frame import Frame
 
 

@@ -14,7 +14,8 @@ from framestep.calibration.quantize import quantize
 from framestep.export.graph import WeightFile, save_graph
 from framestep.export.half import centre_pixels, to_half
 from framestep.export.linears import linears
-from framestep.runtime.bundle import Bundle, Variant, file_entry
+from framestep.runtime.bundle import Bundle, file_entry
+from framestep.runtime.manifest import Variant
 
 AMAX = 8.0  # what every linear layer is taken to see: ranges matter to numbers, not to the network
 

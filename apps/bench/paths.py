@@ -12,8 +12,9 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ...runtime.bundle import Bundle, Manifest
+from ...runtime.bundle import Bundle
 from ...runtime.errors import FramestepError
+from ...runtime.manifest import Manifest
 
 Array = npt.NDArray[Any]
 FRAMESTEP = "framestep"

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from ...runtime.bundle import Bundle, Manifest
+from ...runtime.bundle import Bundle
 from ...runtime.errors import EngineError, FramestepError
+from ...runtime.manifest import Manifest
 from .paths import Array, MissingPackageError, OutOfTimeError, PathSpec, frame_at, window_of
 
 RANDOM_INIT = re.compile(r"random-init:(base|tiny):(\d+)")  # origin of `framestep export --random-init`

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ...runtime.bundle import Bundle, Manifest
+from ...runtime.bundle import Bundle
+from ...runtime.manifest import Manifest
 from .measure import CAMERA_FRAME, Job, PositionSamples
 from .paths import window_of
 from .report import (

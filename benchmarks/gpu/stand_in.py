@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 
 from ...export.tensorrt_network import profiles
-from ...runtime.bundle import Bundle, EngineFile
+from ...runtime.bundle import Bundle
+from ...runtime.manifest import EngineFile
 
 ALIGNMENT = 256
 SCRATCH = 4096  # bytes of activations that an engine claims to need

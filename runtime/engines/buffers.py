@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..bundle import STREAMS, TOKENS, Graph, Manifest
 from ..errors import EngineError
+from ..manifest import STREAMS, TOKENS, Graph, Manifest
 from ..preprocess import Preprocess
 from . import StepTimes
 

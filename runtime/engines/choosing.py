@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from ..bundle import Bundle, Manifest
+from ..bundle import Bundle
 from ..errors import EngineError
+from ..manifest import Manifest
 from . import Engine
 
 ENGINES = ("onnxruntime", "torch", "tensorrt")

@@ -6,8 +6,9 @@ import hashlib
 import json
 from dataclasses import dataclass, replace
 
-from ..bundle import ENGINES, Bundle, EngineFile, Graph
+from ..bundle import ENGINES, Bundle
 from ..errors import EngineError
+from ..manifest import EngineFile, Graph
 from ..schema import to_json
 
 FLAVOURS = ("tensorrt", "tensorrt_rtx")  # Python packages, in the order in which they are looked for

@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..bundle import STREAMS, Bundle, Manifest, Port
+from ..bundle import Bundle
 from ..errors import EngineError, FramestepError
+from ..manifest import STREAMS, Manifest, Port
 from .buffers import BufferEngine
 from .cuda_driver import ALIGNMENT, Buffer, CudaDriver, DeviceError
 from .engine_files import Target

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..bundle import STREAMS, TOKENS, Bundle, Graph, Manifest, Port, write_file
+from ..bundle import Bundle, write_file
 from ..errors import EngineError, OutputError
+from ..manifest import STREAMS, TOKENS, Graph, Manifest, Port
 from .cuda_driver import Buffer, CudaDriver
 from .engine_files import Target, find_engine, read_engine
 from .tensorrt_package import Messages

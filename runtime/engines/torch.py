@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..bundle import STREAMS, Bundle, Graph, Port
+from ..bundle import Bundle
 from ..errors import EngineError
+from ..manifest import STREAMS, Graph, Port
 from .buffers import BufferEngine
 from .onnx_program import read_graph
 

@@ -6,8 +6,8 @@ import pytest
 from framestep.apps import annotate
 from framestep.apps.annotate import Annotator, Shown, check_overlay
 from framestep.apps.latency import Latencies
-from framestep.runtime.bundle import FrameSpec
 from framestep.runtime.errors import FramestepError
+from framestep.runtime.manifest import FrameSpec
 from framestep.runtime.preprocess import Preprocess
 
 LABELS = ("a cat", "a dog", "background")

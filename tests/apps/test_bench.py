@@ -278,7 +278,7 @@ def test_interrupt_keeps_what_was_measured(
     golden_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = sys.modules["framestep.apps.bench.bench"]
-    run = module._run_process  # type: ignore[attr-defined]
+    run = module.run_process  # type: ignore[attr-defined]
 
     def interrupted(task: Any, progress: Any) -> Any:
         if task.job.kind == "split":

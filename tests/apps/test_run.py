@@ -20,8 +20,8 @@ from framestep.apps import run as run_module
 from framestep.apps.run import Summary, run
 from framestep.apps.run_options import RunOptions
 from framestep.apps.status import LaneStatus
-from framestep.runtime.bundle import FORMAT, VERSION, FrameSpec, Graph, Labels, Manifest, Origin, Port
 from framestep.runtime.errors import FramestepError, SourceError
+from framestep.runtime.manifest import FORMAT, VERSION, FrameSpec, Graph, Labels, Manifest, Origin, Port
 from framestep.runtime.preprocess import Preprocess
 from framestep.runtime.session import NonFiniteOutputError, Result
 from framestep.runtime.sources import Frame

@@ -23,19 +23,9 @@ from framestep.export.export import ExportOptions, write_streamformer  # noqa: E
 from framestep.export.streamformer import BASE, random_model  # noqa: E402
 from framestep.export.tensorrt import build  # noqa: E402
 from framestep.export.tensorrt_network import BuildError, BuildOptions  # noqa: E402
-from framestep.runtime.bundle import (  # noqa: E402
-    Bundle,
-    BundleWriter,
-    FrameSpec,
-    Graph,
-    Manifest,
-    Origin,
-    Port,
-    State,
-    StateUse,
-    file_entry,
-)
+from framestep.runtime.bundle import Bundle, BundleWriter, file_entry  # noqa: E402
 from framestep.runtime.errors import BundleError, EngineError  # noqa: E402
+from framestep.runtime.manifest import FrameSpec, Graph, Manifest, Origin, Port, State, StateUse  # noqa: E402
 
 CARDS = ("8.6", "8.9", "12.0")
 MOST_SECONDS = 60.0  # of the processor: about 12 on this project's machines

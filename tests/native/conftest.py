@@ -1,4 +1,4 @@
-"""What the tests of the page for C and C++ programs and of the examples share: they are built once."""
+"""What tests of the native library share: its parts, the page for C and C++ programs and the examples, built once."""
 
 from __future__ import annotations
 
@@ -7,7 +7,13 @@ from pathlib import Path
 
 import pytest
 from c_api_page import Reader
+from native_parts import Parts, build_parts
 from v4l2_stand_in import StandIn
+
+
+@pytest.fixture(scope="session")
+def parts() -> Parts:
+    return build_parts()
 
 
 @pytest.fixture(scope="session")

@@ -11,20 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from native_parts import Parts, Refused, build_parts
+from native_parts import Parts, Refused
 
-from framestep.runtime.bundle import Bundle, EngineFile, file_entry
+from framestep.runtime.bundle import Bundle, file_entry
 from framestep.runtime.engines.engine_files import Target, find_engine, named, read_engine, source_key
 from framestep.runtime.errors import EngineError
+from framestep.runtime.manifest import EngineFile
 
 STEPS = Path(__file__).parents[1] / "data" / "steps.bundle"
 HERE = Target("tensorrt", "10.16.2.10", "8.7")
 ENGINE = 5  # fs_status
-
-
-@pytest.fixture(scope="module")
-def parts() -> Parts:
-    return build_parts()
 
 
 @pytest.fixture

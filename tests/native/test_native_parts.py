@@ -15,11 +15,11 @@ import onnx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from native_parts import MAX_DEPTH, Parts, Refused, build_parts
+from native_parts import MAX_DEPTH, Parts, Refused
 
 from framestep.runtime import labels, onnx_files, state_file
-from framestep.runtime.bundle import RESIZES, FrameSpec
 from framestep.runtime.errors import BundleError, StateError
+from framestep.runtime.manifest import RESIZES, FrameSpec
 from framestep.runtime.preprocess import Preprocess
 
 BUNDLE, FRAME, STATE, OUTPUT = 4, 6, 7, 8  # fs_status
@@ -35,11 +35,6 @@ class View(ctypes.Structure):
         ("data", ctypes.c_void_p),
         ("bytes", ctypes.c_size_t),
     ]
-
-
-@pytest.fixture(scope="module")
-def parts() -> Parts:
-    return build_parts()
 
 
 hypothesis_settings = settings(

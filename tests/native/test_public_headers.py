@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from framestep.runtime.bundle import Bundle, EngineFile, file_entry
+from framestep.runtime.bundle import Bundle, file_entry
 from framestep.runtime.engines.engine_files import named, source_key
+from framestep.runtime.manifest import EngineFile
 
 STEPS = Path(__file__).parents[1] / "data" / "steps.bundle"
 TENSORRT_TYPES = {"float32": 0, "uint8": 5, "int64": 8}  # nvinfer1::DataType

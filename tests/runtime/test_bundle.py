@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 import framestep
-from framestep.runtime.bundle import Bundle, BundleWriter, Manifest, graphs_for
+from framestep.runtime.bundle import Bundle, BundleWriter
 from framestep.runtime.errors import BundleError, OutputError
+from framestep.runtime.manifest import Manifest, graphs_for
 from framestep.runtime.onnx_files import external_files
 from framestep.runtime.schema import from_json, to_json
 

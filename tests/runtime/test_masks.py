@@ -8,8 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-from framestep.runtime.bundle import FrameSpec
 from framestep.runtime.errors import FrameError
+from framestep.runtime.manifest import FrameSpec
 from framestep.runtime.masks import NOT_SEEN, class_map, logits, score_maps
 from framestep.runtime.preprocess import Preprocess
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from framestep.runtime.bundle import FrameSpec
+from framestep.runtime.manifest import FrameSpec
 from framestep.runtime.preprocess import Preprocess
 
 

@@ -21,12 +21,13 @@ import pytest
 import torch
 
 import framestep
-from framestep.runtime.bundle import Bundle, file_entry, graphs_for
+from framestep.runtime.bundle import Bundle, file_entry
 from framestep.runtime.engines import choosing
 from framestep.runtime.engines.onnx_program import read_graph
 from framestep.runtime.engines.torch import PREFILL_FRAMES, TorchEngine
 from framestep.runtime.engines.torch_program import Program
 from framestep.runtime.errors import EngineError, FrameError
+from framestep.runtime.manifest import graphs_for
 
 SESSION_TESTS = importlib.util.spec_from_file_location("session_tests", Path(__file__).with_name("test_session.py"))
 session_tests = importlib.util.module_from_spec(SESSION_TESTS)
