@@ -19,8 +19,8 @@ from framestep.calibration.quantize import quantize
 from framestep.export.labelling import LabelOptions, label_bundle
 from framestep.export.linears import linears
 from framestep.export.rewriting import initializer, set_initializer
-from framestep.runtime.bundle import Bundle, BundleError, BundleWriter
-from framestep.runtime.errors import StateError
+from framestep.runtime.bundle import Bundle, BundleWriter
+from framestep.runtime.errors import BundleError, StateError
 from framestep.runtime.session import Session
 from framestep.runtime.sources import open_source
 
