@@ -106,7 +106,7 @@ typedef struct fs_session_options {
 /* What a session is. Text is borrowed until the session is closed. */
 typedef struct fs_session_info {
     size_t struct_size;
-    const char *engine;    /* "onnxruntime" or "tensorrt" */
+    const char *engine;    /* "onnxruntime", "onnxruntime:bf16", "onnxruntime:plain" or "tensorrt" */
     const char *device;    /* "cpu" or "cuda" */
     const char *precision; /* of the bundle's precisions */
     const char *library;   /* path of the engine's shared library */

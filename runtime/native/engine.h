@@ -61,7 +61,7 @@ class Engine {
 public:
     virtual ~Engine() = default;
 
-    virtual const char* name() const = 0;
+    virtual const char* name() const = 0;  // as EngineOptions has it
     virtual std::string library() const = 0;
     virtual std::string library_version() const = 0;
 
@@ -71,7 +71,7 @@ public:
     // Frames since reset, [streams]; the engine only reads them.
     virtual int64_t* positions() = 0;
 
-    // Takes the place of the labels so far. Allocates: outputs move.
+    // Takes the place of the labels so far, of shapes that the graphs take. Allocates: outputs move.
     virtual void set_labels(const LabelInputs& labels) = 0;
 
     // One step of the slots first..stop; every slot in the range runs, with state in place.

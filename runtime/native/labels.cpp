@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <map>
 
 #include "state_file.h"
 
@@ -37,6 +38,33 @@ LabelInputs read_labels(const std::filesystem::path& path, size_t count, const S
         throw Error(FS_ERROR_BUNDLE, path.string() + ": damaged; label the bundle again with 'framestep label'");
     }
     return labels;
+}
+
+void check_labels(const Plan& plan, const LabelInputs& labels) {
+    const auto count = static_cast<int64_t>(labels.count);
+    const std::map<std::string, std::vector<int64_t>> shapes = {
+        {"text_embeddings", {count, static_cast<int64_t>(labels.text_hidden)}},
+        {"patch_text_embeddings", {count, static_cast<int64_t>(labels.patch_text_hidden)}},
+        {"logit_scale", {}},
+        {"logit_bias", {}}};
+    for (size_t index = 0; index < plan.step_graphs; ++index) {
+        for (const Port& port : plan.graphs[index]->inputs) {
+            const auto given = shapes.find(port.role);
+            if (given == shapes.end()) continue;
+            const std::vector<int64_t>& shape = given->second;
+            bool fits = port.dtype == FS_FLOAT32 && port.shape.size() == shape.size();
+            std::string expected, found;
+            for (size_t axis = 0; axis < port.shape.size(); ++axis) {
+                const bool any = port.shape[axis].symbol == 'C' && axis == 0;
+                fits = fits && (any || port.shape[axis].size == shape[axis]);
+                expected += (axis == 0 ? "" : ", ") + (any ? "labels" : std::to_string(port.shape[axis].size));
+            }
+            if (fits) continue;
+            for (const int64_t size : shape) found += (found.empty() ? "" : ", ") + std::to_string(size);
+            throw Error(FS_ERROR_ARGUMENT, "labels: graph '" + plan.graphs[index]->name + "' takes '" + port.name + "' as " +
+                                               name_of(port.dtype) + " [" + expected + "], found float32 [" + found + "]");
+        }
+    }
 }
 
 }  // namespace framestep

@@ -11,4 +11,7 @@ namespace framestep {
 // The embeddings of `count` labels. Throws Error(FS_ERROR_BUNDLE): damaged, or not one row a label.
 LabelInputs read_labels(const std::filesystem::path& path, size_t count, const Scoring& scoring);
 
+// Throws Error(FS_ERROR_ARGUMENT) where a step's graphs take labels in another shape.
+void check_labels(const Plan& plan, const LabelInputs& labels);
+
 }  // namespace framestep

@@ -47,6 +47,18 @@ OnnxNode read_node(Text content) {
     return node;
 }
 
+bool has_graphs(const OnnxNode& node) {
+    constexpr uint64_t GRAPH_VALUE = 6, GRAPH_VALUES = 11;  // of AttributeProto
+    for (const auto& attribute : node.attributes) {
+        ProtobufFields fields(attribute.second);
+        ProtobufField field;
+        while (fields.next(field)) {
+            if (field.number == GRAPH_VALUE || field.number == GRAPH_VALUES) return true;
+        }
+    }
+    return false;
+}
+
 // A repeated integer, packed or one by one.
 void read_integers(const ProtobufField& field, std::vector<int64_t>& out) {
     if (!field.is_message) return out.push_back(static_cast<int64_t>(field.integer));
@@ -120,6 +132,7 @@ OnnxGraph::OnnxGraph(Text model) : model_(model) {
         if (field.number == INITIALIZER) constants_[name_in(field.content, 8)] = field.content;
         if (field.number == GRAPH_OUTPUT) ++outputs_[name_in(field.content, 1)];
     }
+    if (std::any_of(nodes_.begin(), nodes_.end(), has_graphs)) nodes_.clear();
     for (size_t index = 0; index < nodes_.size(); ++index) {
         for (const Text output : nodes_[index].outputs) producers_[output] = index;
         for (const Text input : nodes_[index].inputs) ++readers_[input];
@@ -157,6 +170,7 @@ std::optional<OnnxTensor> OnnxGraph::constant(Text name) const {
             default: break;
         }
     }
+    if (tensor.raw.empty() && tensor.location.empty()) return std::nullopt;
     return tensor;
 }
 

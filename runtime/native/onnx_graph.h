@@ -34,7 +34,8 @@ struct OnnxTensor {
     std::vector<int64_t> shape;
     std::string_view raw;       // little-endian; empty where they are in a file
     std::string location;       // of the file, relative to the graph's folder
-    uint64_t offset = 0, length = 0;
+    uint64_t offset = 0;
+    uint64_t length = 0;        // in the file; 0 where only the shape says it
 
     bool is(OnnxType wanted) const { return type == static_cast<int64_t>(wanted); }
 };
@@ -44,6 +45,7 @@ public:
     // Borrows the bytes. Throws ProtobufDamaged.
     explicit OnnxGraph(std::string_view model);
 
+    // None where a node has graphs of its own: those read values of this one as well.
     const std::vector<OnnxNode>& nodes() const { return nodes_; }
     // The node that makes a value; null for an input or a constant.
     const OnnxNode* producer(std::string_view value) const;
@@ -53,13 +55,13 @@ public:
     bool is_output(std::string_view value) const { return outputs_.count(value) != 0; }
     // Made for one reader: it may disappear together with it.
     bool is_between(std::string_view value) const { return readers(value) == 1 && !is_output(value); }
+    // Nothing also where a constant's numbers are fields of their own and not bytes.
     std::optional<OnnxTensor> constant(std::string_view name) const;
     // Of a constant of few int64 in the graph itself; empty for another.
     std::vector<int64_t> constant_integers(std::string_view name) const;
 
     // Another NodeProto in the place of a node; "" for none.
     void replace(const OnnxNode& node, std::string by) { replaced_[number(node)] = std::move(by); }
-    bool is_replaced(const OnnxNode& node) const { return replaced_.count(number(node)) != 0; }
 
     // The model with its replaced nodes, without the constants that only those read, with `OWN_DOMAIN`; "" where nothing
     // was replaced.

@@ -220,7 +220,7 @@ public:
         allocate_outputs(0);
     }
 
-    const char* name() const override { return "onnxruntime"; }
+    const char* name() const override { return options_.engine.c_str(); }
     std::string library() const override { return ort_.path; }
     std::string library_version() const override { return ort_.version; }
     uint8_t* frame(int slot) override { return frames_.memory.data() + slot * frames_.row(); }
@@ -243,10 +243,6 @@ public:
             labels.patch_text_embeddings.data());
         put("logit_scale", {}, &labels.logit_scale);
         put("logit_bias", {}, &labels.logit_bias);
-        for (size_t index = 0; index < plan_.step_graphs; ++index) {
-            const Graph* graph = plan_.graphs[index];
-            for (const Port& port : graph->inputs) check_label_port(*graph, port, made);
-        }
         allocate_outputs(count);  // may fail: nothing has changed then
         labels_ = std::move(made);
     }
@@ -520,21 +516,6 @@ private:
         ort_.check(ort_.BindInput(binding.get(), "x", to_device ? here.get() : there.get()), what);
         ort_.check(ort_.BindOutput(binding.get(), "y", to_device ? there.get() : here.get()), what);
         ort_.check(ort_.RunWithBinding(session, nullptr, binding.get()), what);
-    }
-
-    static void check_label_port(const Graph& graph, const Port& port, const std::map<std::string, Buffer>& made) {
-        const auto found = made.find(port.role);
-        if (found == made.end()) return;
-        const Buffer& buffer = found->second;
-        bool fits = port.dtype == FS_FLOAT32 && port.shape.size() == buffer.shape.size();
-        for (size_t axis = 0; fits && axis < port.shape.size(); ++axis) {
-            fits = port.shape[axis].symbol == 'C' ? axis == 0 : port.shape[axis].size == buffer.shape[axis];
-        }
-        if (fits) return;
-        std::string shape;
-        for (const int64_t size : buffer.shape) shape += (shape.empty() ? "" : ", ") + std::to_string(size);
-        throw Error(FS_ERROR_ARGUMENT, "labels: graph '" + graph.name + "' takes '" + port.name + "' in another shape than [" +
-                                           shape + "]");
     }
 
     // Buffers are bound by the manifest alone: compare it with the graph.

@@ -2,8 +2,10 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <exception>
+#include <new>
 #include <string>
 
 #include "onnx_graph.h"
@@ -17,7 +19,7 @@ struct Refused {
 };
 
 struct TensorShape {
-    static constexpr size_t MOST = 4;  // axes
+    static constexpr size_t MOST = 8;  // axes
 
     size_t rank = 0;
     int64_t sizes[MOST] = {};
@@ -49,13 +51,13 @@ public:
     const OrtValue* input(OrtKernelContext* context, size_t index) const {
         const OrtValue* value = nullptr;
         check(ort_.KernelContext_GetInput(context, index, &value));
-        return value;
+        return present(value, "input ", index);
     }
 
     OrtValue* output(OrtKernelContext* context, size_t index, const TensorShape& shape) const {
         OrtValue* value = nullptr;
         check(ort_.KernelContext_GetOutput(context, index, shape.sizes, shape.rank, &value));
-        return value;
+        return present(value, "output ", index);
     }
 
     TensorShape shape(const OrtValue* value) const {
@@ -79,8 +81,20 @@ public:
     // call(index) for each index below `count`, on all threads of the session.
     template <class Call>
     void parallel(OrtKernelContext* context, int64_t count, const Call& call) const {
-        const auto each = [](void* user, size_t index) { (*static_cast<const Call*>(user))(static_cast<int64_t>(index)); };
-        check(ort_.KernelContext_ParallelFor(context, each, static_cast<size_t>(count), 0, const_cast<Call*>(&call)));
+        struct Calls {
+            const Call& call;
+            std::atomic<bool> no_memory{false};
+        } calls{call};
+        const auto each = [](void* user, size_t index) {
+            auto& its = *static_cast<Calls*>(user);
+            try {
+                its.call(static_cast<int64_t>(index));
+            } catch (const std::bad_alloc&) {  // nothing may be thrown through ONNX Runtime's threads
+                its.no_memory = true;
+            }
+        };
+        check(ort_.KernelContext_ParallelFor(context, each, static_cast<size_t>(count), 0, &calls));
+        if (calls.no_memory) throw std::bad_alloc();
     }
 
     float number(const OrtKernelInfo* info, const char* name) const {
@@ -104,6 +118,13 @@ public:
     }
 
 private:
+    // ONNX Runtime gives null for what a node does not name.
+    template <class Value>
+    static Value* present(Value* value, const char* what, size_t index) {
+        if (value == nullptr) throw Refused{what + std::to_string(index) + " is missing"};
+        return value;
+    }
+
     const Ort& ort_;
 };
 

@@ -39,16 +39,18 @@ public:
         std::string_view found = tensor.raw;
         if (!tensor.location.empty()) {
             auto& file = files_[tensor.location];
-            const std::filesystem::path path = folder_ / tensor.location;
-            if (path.lexically_normal().parent_path() != folder_.lexically_normal()) {
-                throw Error(FS_ERROR_BUNDLE, path.string() + ": a graph's weights lie outside its bundle");
+            const std::filesystem::path location = std::filesystem::path(tensor.location).lexically_normal();
+            if (location.is_absolute() || *location.begin() == "..") {
+                throw Error(FS_ERROR_BUNDLE, folder_.string() + ": a graph's weights lie outside its bundle, in '" +
+                                                 tensor.location + "'; export the bundle again");
             }
-            if (file == nullptr) file = std::make_unique<MappedFile>(path, FS_ERROR_BUNDLE);
-            found = file->bytes(tensor.offset, tensor.length);
+            if (file == nullptr) file = std::make_unique<MappedFile>(folder_ / location, FS_ERROR_BUNDLE);
+            found = file->bytes(tensor.offset, tensor.length == 0 ? length : tensor.length);
         }
         if (found.size() == length) return found;
-        throw Error(FS_ERROR_BUNDLE, folder_.string() + ": a graph's constant has " + std::to_string(found.size()) +
-                                         " bytes in the place of " + std::to_string(length) + "; export the bundle again");
+        throw Error(FS_ERROR_BUNDLE, (folder_ / tensor.location).string() + ": a graph's constant has " +
+                                         std::to_string(found.size()) + " bytes in the place of " + std::to_string(length) +
+                                         "; export the bundle again");
     }
 
 private:
@@ -112,9 +114,9 @@ public:
     }
 
 private:
-    // Where the constants of a matrix lie; graphs that name the same bytes share one.
+    // Where the constants of a matrix lie, and how they are to be read; graphs that say the same share one.
     using Place = std::pair<std::string, uint64_t>;
-    using Stored = std::tuple<Place, Place, Place>;
+    using Stored = std::tuple<Place, Place, Place, int64_t, int64_t, int64_t, int>;
 
     std::shared_ptr<const Matrix> one(const ConstantProduct& product, Constants& constants) {
         const OnnxTensor scales = product.scales.value_or(OnnxTensor()), bias = product.bias.value_or(OnnxTensor());
@@ -122,7 +124,8 @@ private:
             return pack<Matrix>(product, constants);
         }
         const auto place = [](const OnnxTensor& tensor) { return Place(tensor.location, tensor.offset); };
-        auto& matrix = matrices_[{place(product.matrix), place(scales), place(bias)}];
+        auto& matrix = matrices_[{place(product.matrix), place(scales), place(bias), product.inputs, product.outputs,
+                                  product.block, product.bits}];
         if (matrix == nullptr) matrix = pack<Matrix>(product, constants);
         return matrix;
     }

@@ -10,7 +10,7 @@ using Text = std::string_view;
 using Products = std::vector<std::vector<ConstantProduct>>;
 
 constexpr int64_t UNIT = 32;                // inputs: the size of a block is a multiple
-constexpr int64_t MOST = int64_t{1} << 31;  // inputs or outputs
+constexpr int64_t MOST = int64_t{1} << 30;  // inputs or outputs: the bytes of a matrix can be counted in 64 bits
 
 struct Place {
     const OnnxNode* product;

@@ -24,7 +24,8 @@ void compute_products(const KernelCalls& calls, OrtKernelContext* context, const
     TensorShape shape = calls.shape(input);
     const int64_t inputs = products.front()->inputs();
     if (shape.rank < 1 || shape.rank > TensorShape::MOST || shape.sizes[shape.rank - 1] != inputs) {
-        throw Refused{"x has no rows of " + std::to_string(inputs) + " numbers"};
+        throw Refused{"x has no rows of " + std::to_string(inputs) + " numbers, or more than " +
+                      std::to_string(TensorShape::MOST) + " axes"};
     }
     int64_t rows = 1;
     for (size_t axis = 0; axis + 1 < shape.rank; ++axis) rows *= shape.sizes[axis];

@@ -22,7 +22,7 @@ void RingKernel::compute(OrtKernelContext* context) const {
     const OrtValue* inputs[INPUTS];
     for (size_t index = 0; index < INPUTS; ++index) inputs[index] = calls.input(context, index);
     const TensorShape shape = calls.shape(inputs[PAST_KEY]);
-    const auto [streams, rows, window, width] = shape.sizes;
+    const int64_t streams = shape.sizes[0], rows = shape.sizes[1], window = shape.sizes[2], width = shape.sizes[3];
     const TensorShape one = {4, {streams, rows, 1, width}};
     if (shape.rank != 4 || !(calls.shape(inputs[PAST_VALUE]) == shape) || !(calls.shape(inputs[QUERY]) == one) ||
         !(calls.shape(inputs[NEW_KEY]) == one) || !(calls.shape(inputs[NEW_VALUE]) == one) ||
@@ -47,7 +47,7 @@ void RingKernel::compute(OrtKernelContext* context) const {
     first.width = width;
     first.scale = scale_;
     const int64_t blocks = (rows + ROWS - 1) / ROWS;
-    calls.parallel(context, streams * blocks, [&, rows = rows, window = window, width = width](int64_t index) {
+    calls.parallel(context, streams * blocks, [&](int64_t index) {
         const int64_t stream = index / blocks, from = index % blocks * ROWS;
         const int64_t before = stream * rows * width;
         RingAttention ring = first;

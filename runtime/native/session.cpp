@@ -187,6 +187,7 @@ Session::Session(const std::string& path, const SessionOptions& options)
     if (bundle_.labels && bundle_.scoring) {
         LabelInputs labels =
             read_labels(bundle_.path / bundle_.labels->file, bundle_.labels->names.size(), *bundle_.scoring);
+        check_labels(plan_, labels);
         engine_->set_labels(labels);
         label_names_ = bundle_.labels->names;
     }
@@ -419,8 +420,9 @@ void Session::warm_up(int steps) {
 void Session::set_labels(LabelInputs labels, std::vector<std::string> names) {
     const auto guard = lock_open();
     const std::lock_guard outputs(outputs_lock_);
-    for (const auto& slot : slots_) slot->result.store(0, std::memory_order_release);
+    check_labels(plan_, labels);
     engine_->set_labels(labels);
+    for (const auto& slot : slots_) slot->result.store(0, std::memory_order_release);
     label_names_ = std::move(names);
 }
 

@@ -15,7 +15,7 @@ import onnx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from native_parts import ROOT, Parts, build_parts
+from native_parts import ROOT, Parts
 
 from framestep.export.block_quantize import dequantize_blocks, quantize_blocks, to_onnx
 from framestep.export.decoder_checkpoint import read_decoder_checkpoint
@@ -27,11 +27,6 @@ SIMD = ["baseline", "avx2", "avx512"]
 hypothesis_settings = settings(
     max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-
-
-@pytest.fixture(scope="module")
-def parts() -> Parts:
-    return build_parts()
 
 
 def simd_of(parts: Parts, name: str) -> int:
@@ -300,6 +295,10 @@ def test_a_number_that_is_not_finite_stays_so_in_bfloat16(bfloat16: Parts, numbe
     np.testing.assert_array_equal(y[hit], number)
 
 
+def test_a_kernel_s_thread_without_memory_fails_the_call_and_not_the_process(parts: Parts) -> None:
+    assert parts("kernel_without_memory") == b"std::bad_alloc"
+
+
 # Derived graphs
 
 
@@ -424,6 +423,51 @@ def test_what_is_more_than_a_bias_is_added_as_before(
     derived = derive(parts, backbone, tmp_path, set(), "floats")
     assert derived is not None and addition in derived.graph.node
     assert any(addition.input[0] in node.output for node in derived.graph.node if node.op_type == "Bfloat16Products")
+
+
+def number_by_number(model: onnx.ModelProto, name: str) -> None:
+    """A constant's numbers as fields of their own, which ONNX allows as well as bytes."""
+    item = next(item for item in model.graph.initializer if item.name == name)
+    count = int(np.prod(item.dims))
+    item.CopyFrom(onnx.helper.make_tensor(name, onnx.TensorProto.FLOAT, item.dims, np.zeros(count)))
+
+
+def too_large(model: onnx.ModelProto, name: str) -> None:
+    next(item for item in model.graph.initializer if item.name == name).dims[:] = [2**31, 2**31]
+
+
+@pytest.mark.parametrize("change", [number_by_number, too_large])
+def test_a_matrix_that_is_not_bytes_or_too_large_keeps_its_product(
+    parts: Parts, tmp_path: Path, backbone: onnx.ModelProto, change: Any
+) -> None:
+    product = constant_products(backbone)[0]
+    change(backbone, product.input[1])
+    derived = derive(parts, backbone, tmp_path, set(), "floats")
+    assert derived is not None and constant_products(derived) == [product]
+
+
+def test_a_bias_that_is_not_bytes_is_added_as_before(parts: Parts, tmp_path: Path, backbone: onnx.ModelProto) -> None:
+    products = {node.output[0] for node in constant_products(backbone)}
+    biases = {item.name for item in backbone.graph.initializer if len(item.dims) == 1}
+    addition = next(
+        node for node in backbone.graph.node if node.op_type == "Add" and node.input[0] in products and node.input[1] in biases
+    )  # fmt: skip
+    number_by_number(backbone, addition.input[1])
+    derived = derive(parts, backbone, tmp_path, set(), "floats")
+    assert derived is not None and addition in derived.graph.node and not constant_products(derived)
+
+
+@pytest.mark.parametrize("attribute", ["then_branch", "branches"])
+def test_a_graph_whose_nodes_have_graphs_is_left_as_it_is(
+    parts: Parts, tmp_path: Path, backbone: onnx.ModelProto, attribute: str
+) -> None:
+    """Those read its values too: here the matrix of a product."""
+    read = onnx.helper.make_node("Identity", [constant_products(backbone)[0].input[1]], ["inside"])
+    inner = onnx.helper.make_graph([read], "inner", [], [onnx.ValueInfoProto(name="inside")])
+    node = onnx.helper.make_node("If", ["condition"], ["seen"])
+    node.attribute.append(onnx.helper.make_attribute(attribute, inner if attribute == "then_branch" else [inner]))
+    backbone.graph.node.append(node)
+    assert derive(parts, backbone, tmp_path, products="floats") is None
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@
 #include <cstring>
 #include <new>
 #include <string>
+#include <thread>
 
 #include "attention.h"
 #include "bfloat16_products.h"
@@ -18,6 +19,7 @@
 #include "file_io.h"
 #include "json.h"
 #include "onnx_files.h"
+#include "own_operator.h"
 #include "preprocess.h"
 #include "product_graph.h"
 #include "protobuf.h"
@@ -215,6 +217,28 @@ void parts_multiply_bfloat16(int64_t inputs, int64_t outputs, const float* matri
     for (int64_t first = 0; first < packed.groups(); first += part) {
         kernels.multiply(packed, rounded, rows, first, std::min(first + part, packed.groups()), y);
     }
+}
+
+// What a kernel's call gives when a thread of ONNX Runtime's, for which one stands here, gets no memory in it.
+int parts_kernel_without_memory(char** text) {
+    Ort ort;
+    ort.KernelContext_ParallelFor = [](const OrtKernelContext*, void (*each)(void*, size_t), size_t total, size_t,
+                                       void* user) -> OrtStatus* {
+        std::thread([=] {
+            for (size_t index = 0; index < total; ++index) each(user, index);
+        }).join();
+        return nullptr;
+    };
+    return call(text, [&]() -> std::string {
+        try {
+            KernelCalls(ort).parallel(nullptr, 3, [](int64_t index) {
+                if (index == 1) throw std::bad_alloc();
+            });
+            return "";
+        } catch (const std::bad_alloc& error) {
+            return error.what();
+        }
+    });
 }
 
 // Writes the derived graph to `out`; the text is "none" where there is none. `rings`, `caches` and `products` ("floats" or

@@ -1,0 +1,196 @@
+"""Sessions over derived graphs: products whose constants lie in a file, are shared, or stand in graphs of other shapes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnx
+import pytest
+from native_parts import own_operators
+from onnx import TensorProto, helper, numpy_helper
+
+import framestep
+from framestep.runtime.bundle import file_entry
+from framestep.runtime.errors import FramestepError
+
+CPU = Path("/proc/cpuinfo")
+HAS_BFLOAT16 = CPU.is_file() and "avx512_bf16" in CPU.read_text("utf-8").split()
+needs_bfloat16 = pytest.mark.skipif(not HAS_BFLOAT16, reason="this processor has no AVX512-BF16")
+
+BLOCK = 32
+KINDS = {"blocks": "onnxruntime", "floats": "onnxruntime:bf16"}
+kinds = pytest.mark.parametrize("kind", ["blocks", pytest.param("floats", marks=needs_bfloat16)])
+
+Shapes = dict[str, list[str | int]]
+
+
+class GraphBundle:
+    """A bundle of one graph, `graph`, that is run by itself; axes `T` are of any size, and that of streams is added."""
+
+    def __init__(self, folder: Path, kind: str) -> None:
+        self.folder, self.engine = folder / "one.bundle", KINDS[kind]
+        self.kind = kind
+        self.folder.mkdir()
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: list[onnx.TensorProto] = []
+        self.imports = [helper.make_opsetid("", 24)]
+
+    def external(self, name: str, kind: int, shape: tuple[int, ...], offset: int, length: int | None) -> None:
+        """A constant in the file `weights.bin`."""
+        tensor = TensorProto(name=name, data_type=kind, dims=shape, data_location=TensorProto.EXTERNAL)
+        for key, value in (("location", "weights.bin"), ("offset", offset), ("length", length)):
+            if value is not None:
+                tensor.external_data.add(key=key, value=str(value))
+        self.constants.append(tensor)
+
+    def product(self, x: str, y: str, shape: tuple[int, int], length: bool = True) -> None:
+        """y = x times the matrix of this shape that `weights.bin` begins with, INT8 in blocks or float32."""
+        inputs, outputs = shape
+        numbers = inputs * outputs
+        if self.kind == "floats":
+            self.external(f"{y}.matrix", TensorProto.FLOAT, shape, 0, 4 * numbers if length else None)
+        else:
+            self.external(f"{y}.integers", TensorProto.INT8, shape, 0, numbers if length else None)
+            scales = np.full((inputs // BLOCK, outputs), 0.01, np.float32)
+            self.constants.append(numpy_helper.from_array(scales, f"{y}.scales"))
+            names = [f"{y}.integers", f"{y}.scales"]
+            self.nodes.append(helper.make_node("DequantizeLinear", names, [f"{y}.matrix"], axis=0, block_size=BLOCK))
+        self.nodes.append(helper.make_node("MatMul", [x, f"{y}.matrix"], [y]))
+
+    def write(self, inputs: Shapes, outputs: Shapes) -> None:
+        rng = np.random.default_rng(0)
+        weights = rng.integers(-127, 128, 1 << 14).astype(np.int8)
+        if self.kind == "floats":
+            weights = rng.standard_normal(1 << 12).astype(np.float32)
+        (self.folder / "weights.bin").write_bytes(weights.tobytes())
+        infos = [
+            [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["S", *shape]) for name, shape in ports.items()]
+            for ports in (inputs, outputs)
+        ]
+        graph = helper.make_graph(self.nodes, "graph", *infos, self.constants)
+        model = helper.make_model(graph, opset_imports=self.imports, ir_version=11)
+        (self.folder / "graph.onnx").write_bytes(model.SerializeToString())
+        ports = [
+            [{"name": n, "role": role, "dtype": "float32", "shape": ["S", *shape]} for n, shape in given.items()]
+            for role, given in (("embeddings", inputs), ("output", outputs))
+        ]
+        manifest = {
+            "format": "framestep", "version": 1, "family": "streamformer", "precision": "fp32",
+            "frame": {"height": 64, "width": 64, "resize": "crop"},
+            "graphs": {"graph": {"file": "graph.onnx", "inputs": ports[0], "outputs": ports[1], "states": []}},
+            "states": [], "origin": {"checkpoint": "none", "framestep": "0.1.0"}, "rate": None, "grid": [4, 4],
+            "scoring": None, "labels": None, "text": None, "variants": {},
+            "files": {
+                name: {"bytes": entry.bytes, "sha256": entry.sha256}
+                for name in ("graph.onnx", "weights.bin") for entry in [file_entry(self.folder / name)]
+            },
+        }  # fmt: skip
+        (self.folder / "manifest.json").write_text(json.dumps(manifest), "utf-8")
+
+    def run(self, inputs: dict[str, np.ndarray], path: str = "", engine: str = "") -> tuple[dict[str, np.ndarray], int]:
+        """What the graph gives, and how many of its parts operators of ours ran."""
+        opened = framestep.load(path or self.folder, engine=engine or self.engine, device="cpu", graphs=["graph"])
+        with opened as session, session.open_stream() as stream:
+            found = stream.run("graph", inputs)
+            return {name: np.array(array) for name, array in found.items()}, own_operators(session)["graph"]
+
+    def check(self, inputs: dict[str, np.ndarray], operators: int) -> None:
+        """The same as ONNX Runtime gives with its own operators, within the rounding of 8 bits."""
+        found, count = self.run(inputs)
+        expected, _ = self.run(inputs, engine="onnxruntime:plain")
+        assert count == operators
+        for name, array in expected.items():
+            assert found[name].shape == array.shape
+            assert np.linalg.norm(found[name] - array) < 2e-2 * np.linalg.norm(array)
+
+
+def numbers(*shape: int) -> np.ndarray:
+    return np.random.default_rng(1).standard_normal(shape).astype(np.float32)
+
+
+@pytest.fixture
+def bundle(tmp_path: Path, kind: str) -> GraphBundle:
+    return GraphBundle(tmp_path, kind)
+
+
+@kinds
+def test_a_bundle_can_be_named_from_within(bundle: GraphBundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle.product("x", "y", (64, 32))
+    bundle.write({"x": ["T", 64]}, {"y": ["T", 32]})
+    monkeypatch.chdir(bundle.folder)
+    x = numbers(3, 64)
+    here, there = bundle.run({"x": x}, "."), bundle.run({"x": x})
+    np.testing.assert_array_equal(here[0]["y"], there[0]["y"])
+
+
+@kinds
+def test_matrices_of_the_same_bytes_and_another_shape_are_two(bundle: GraphBundle) -> None:
+    bundle.product("wide", "few", (64, 16))
+    bundle.product("narrow", "many", (32, 32))
+    bundle.write({"wide": ["T", 64], "narrow": ["T", 32]}, {"few": ["T", 16], "many": ["T", 32]})
+    bundle.check({"wide": numbers(3, 64), "narrow": numbers(3, 32)}, 2)
+
+
+@kinds
+def test_a_matrix_that_two_products_read_is_read_by_both(bundle: GraphBundle) -> None:
+    bundle.product("x", "once", (32, 32))
+    again = onnx.NodeProto.FromString(bundle.nodes[-1].SerializeToString())
+    again.input[0], again.output[0] = "once", "twice"
+    bundle.nodes.append(again)
+    bundle.write({"x": ["T", 32]}, {"once": ["T", 32], "twice": ["T", 32]})
+    # in blocks only where one product alone reads what the dequantizer makes
+    bundle.check({"x": numbers(5, 32)}, 2 if bundle.kind == "floats" else 0)
+
+
+@kinds
+def test_the_length_of_a_constant_may_be_left_to_its_shape(bundle: GraphBundle) -> None:
+    bundle.product("x", "y", (64, 50), length=False)
+    bundle.write({"x": ["T", 64]}, {"y": ["T", 50]})
+    bundle.check({"x": numbers(3, 64)}, 1)
+
+
+@kinds
+def test_x_may_have_more_axes(bundle: GraphBundle) -> None:
+    bundle.product("x", "y", (64, 50))
+    bundle.write({"x": ["T", 2, 3, 64]}, {"y": ["T", 2, 3, 50]})
+    bundle.check({"x": numbers(4, 2, 3, 64)}, 1)
+
+
+@kinds
+@pytest.mark.parametrize("length", [100, 1 << 40])
+def test_a_constant_of_another_length_is_refused_by_its_files_name(bundle: GraphBundle, length: int) -> None:
+    bundle.product("x", "y", (64, 50))
+    for entry in bundle.constants[0].external_data:
+        entry.value = str(length) if entry.key == "length" else entry.value
+    bundle.write({"x": ["T", 64]}, {"y": ["T", 50]})
+    with pytest.raises(FramestepError, match=r"weights\.bin: (a graph's constant has 100 bytes|ends at byte 16384)"):
+        bundle.run({"x": numbers(3, 64)})
+
+
+@kinds
+def test_an_operator_of_ours_in_a_file_that_names_fewer_results_is_refused(bundle: GraphBundle) -> None:
+    bundle.product("x", "y", (64, 32))
+    bundle.product("x", "z", (64, 32))
+    own = {"blocks": "BlockProducts", "floats": "Bfloat16Products"}[bundle.kind]
+    bundle.nodes.append(helper.make_node(own, ["x"], ["forged"], domain="framestep", products=0))
+    bundle.imports.append(helper.make_opsetid("framestep", 1))
+    bundle.write({"x": ["T", 64]}, {name: ["T", 32] for name in ("y", "z", "forged")})
+    with pytest.raises(FramestepError, match=f"{own}: "):
+        bundle.run({"x": numbers(3, 64)})
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("kind", ["floats"])
+@pytest.mark.parametrize("rows", [1, 4, 5, 255, 256, 257, 515])
+def test_many_rows_are_rounded_and_multiplied_a_part_at_a_time(bundle: GraphBundle, rows: int) -> None:
+    bundle.product("x", "y", (33, 49))
+    bundle.write({"x": ["T", 33]}, {"y": ["T", 49]})
+    x = numbers(rows, 33)
+    found, count = bundle.run({"x": x})
+    matrix = np.frombuffer((bundle.folder / "weights.bin").read_bytes(), np.float32)[: 33 * 49].reshape(33, 49)
+    left, right = (array.astype(ml_dtypes.bfloat16).astype(np.float64) for array in (x, matrix))
+    assert count == 1
+    assert (np.abs(found["y"] - left @ right) <= 1e-6 * (np.abs(left) @ np.abs(right))).all()
