@@ -1,7 +1,8 @@
 """The torch engine: a bundle's ONNX graphs run by PyTorch, with our kernels for attention over a ring.
 
 On a CPU it is the readable reference. On CUDA a step is captured once for each range of slots as a CUDA graph, copies
-from and to pinned host memory included: a frame is then one launch and one synchronisation.
+from and to pinned host memory included: a frame is then one launch and one synchronisation. So is a decoder's step of
+one token, captured for each slot.
 
 What it computes in is asked for with the engine's name: `torch` computes in the types of the graph, and `torch:fp16`,
 `torch:bf16`, `torch:tf32` and `torch:fp32` in that, whatever the graph has: weights, state and arithmetic of every
@@ -14,9 +15,10 @@ from __future__ import annotations
 
 import importlib.util
 import threading
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -45,6 +47,15 @@ PREFILL_FRAMES = 32  # at once; bounds the memory of `prefill`
 # A capture begins with a wait for the whole device, which fails while another one runs; and products have one precision
 # in the whole process.
 _capturing = threading.RLock()
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """A captured run of one graph for one slot, and the pinned memory that it copies from and to."""
+
+    graph: Any
+    inputs: dict[str, Array]
+    outputs: dict[str, Array]
 
 
 class TorchEngine(BufferEngine):
@@ -113,6 +124,8 @@ class TorchEngine(BufferEngine):
         except RuntimeError as error:
             raise EngineError(f"no memory on {device} for {streams} streams ({_line(error)}); load fewer") from None
         self._captured: OrderedDict[tuple[int, int], Any] = OrderedDict()
+        self._own_captured: dict[tuple[int, str], _Launch] = {}
+        self._own_runs: Counter[str] = Counter()  # of one shape, before a capture
         self._pool: Any = None
         self._side = torch.cuda.Stream() if device == "cuda" else None
         self._allocate_outputs({})
@@ -131,22 +144,22 @@ class TorchEngine(BufferEngine):
                 return
             graph = self._captured.get((first, stop))
             if graph is None:
-                graph = self._capture(first, stop, self._side)
+                graph = self._capture(first, stop)
             self._captured.move_to_end((first, stop))
             graph.replay()
             torch.cuda.current_stream().synchronize()
 
     def run_graph(self, slot: int, name: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """See `BufferEngine.run_graph`. Nothing is captured: T differs from run to run."""
+        """See `BufferEngine.run_graph`. On CUDA, runs with one token or none are captured when there were a few."""
         graph = self._own_graphs[name]
-        with self._guard(f"the graph '{name}'"), self._arithmetic():
-            given = {key: torch.tensor(array, device=self._device) for key, array in inputs.items()}
-            given.update({use.input: self._states[use.state][slot : slot + 1] for use in graph.states})
-            found = self._own_programs[name](given, _step)
-            return {
-                port.name: found[port.name].to("cpu", getattr(torch, port.dtype), copy=True).numpy()
-                for port in graph.outputs
-            }
+        with self._guard(f"the graph '{name}'"):
+            if self._side is not None and _has_one_shape(graph, inputs):
+                if (slot, name) in self._own_captured or self._own_runs[name] >= WARM_UPS:
+                    return self._launch(slot, name, inputs)
+                self._own_runs[name] += 1
+            with self._arithmetic(), self._aside():
+                made = self._run_own(slot, name, {key: torch.tensor(array) for key, array in inputs.items()})
+                return {key: value.to("cpu", copy=True).numpy() for key, value in made.items()}
 
     def can_prefill(self) -> bool:
         """Whether `prefill` can run these graphs: every state is a ring that our attention reads and writes."""
@@ -200,6 +213,7 @@ class TorchEngine(BufferEngine):
             with _capturing:
                 torch.cuda.synchronize()
         self._captured.clear()
+        self._own_captured.clear()
         self._programs.clear()
         self._own_programs.clear()
         self._states.clear()
@@ -211,23 +225,66 @@ class TorchEngine(BufferEngine):
         floats = dtype if graph.states else torch.float32
         return Program(read_graph(bundle.file(graph.file)), position, rings, floats, self._device)
 
-    def _capture(self, first: int, stop: int, side: torch.cuda.Stream) -> Any:
-        graph = torch.cuda.CUDAGraph()
+    def _capture(self, first: int, stop: int) -> Any:
         with self._arithmetic():
-            # A step may run twice on the same frame: it writes the same slot with the same keys and values.
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
+            with self._aside():
+                # A step may run twice on the same frame: it writes the same slot with the same keys and values.
                 for _ in range(WARM_UPS):
                     self._step(first, stop)
-            side.synchronize()
-            # other sessions' threads go on allocating and stepping meanwhile
-            with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
-                self._step(first, stop)
-        self._pool = graph.pool()  # one range runs at a time, so all may use the same memory
+            graph = self._record(lambda: self._step(first, stop))
         while len(self._captured) >= MOST_GRAPHS:
             self._captured.popitem(last=False)
         self._captured[first, stop] = graph
         return graph
+
+    def _launch(self, slot: int, name: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Run a graph by one launch, which is captured before the first one."""
+        run = self._own_captured.get((slot, name))
+        if run is None:
+            ports = self._own_graphs[name]
+            given, made = ({port.name: self._host_one(port) for port in many} for many in (ports.inputs, ports.outputs))
+
+            def work() -> None:
+                for key, value in self._run_own(slot, name, given).items():
+                    made[key].copy_(value.contiguous(), non_blocking=True)
+
+            with self._arithmetic():
+                graph = self._record(work)
+            run = _Launch(graph, *({key: host.numpy() for key, host in many.items()} for many in (given, made)))
+            self._own_captured[slot, name] = run
+        for key, array in inputs.items():
+            np.copyto(run.inputs[key], array)
+        run.graph.replay()
+        torch.cuda.current_stream().synchronize()
+        return {key: array.copy() for key, array in run.outputs.items()}
+
+    def _record(self, work: Callable[[], None]) -> Any:
+        """Capture what `work` asks of the device; it does not happen yet."""
+        graph = torch.cuda.CUDAGraph()
+        # other sessions' threads go on allocating and stepping meanwhile
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._side, capture_error_mode="thread_local"):
+            work()
+        self._pool = graph.pool()  # one graph runs at a time, so all may use the same memory
+        return graph
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """On the stream that captures, where libraries then have their memory already; on a CPU just so."""
+        if self._side is None:
+            yield
+            return
+        self._side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._side):
+            yield
+        self._side.synchronize()
+
+    def _run_own(self, slot: int, name: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """One of the own graphs over inputs on the host; the outputs are on the device, in the manifest's types."""
+        graph = self._own_graphs[name]
+        given = {key: value.to(self._device, non_blocking=True) for key, value in inputs.items()}
+        given.update({use.input: self._states[use.state][slot : slot + 1] for use in graph.states})
+        found = self._own_programs[name](given, _step)
+        return {port.name: found[port.name].to(getattr(torch, port.dtype)) for port in graph.outputs}
 
     def _step(self, first: int, stop: int) -> None:
         """From the host's inputs to the host's outputs; on CUDA nothing of it waits."""
@@ -272,6 +329,10 @@ class TorchEngine(BufferEngine):
         """Zeroed host memory; pinned where a GPU copies from and to it."""
         return torch.zeros(tuple(shape), dtype=dtype, pin_memory=self._device.type == "cuda")
 
+    def _host_one(self, port: Port) -> Tensor:
+        """Host memory for a port, every axis of which that may differ is 1."""
+        return self._host([1 if isinstance(n, str) else n for n in port.shape], getattr(torch, port.dtype))
+
     def _twin(self, host: Tensor) -> Tensor:
         """The same on the device; on a CPU the very same."""
         return host if self._device.type == "cpu" else torch.zeros_like(host, device=self._device)
@@ -305,6 +366,12 @@ class TorchEngine(BufferEngine):
 def available_devices() -> list[str]:
     """Devices that PyTorch can use here, fastest first."""
     return ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+
+
+def _has_one_shape(graph: Graph, inputs: Mapping[str, Array]) -> bool:
+    """Whether every axis that may differ from run to run is 1."""
+    extents = (zip(port.shape, inputs[port.name].shape, strict=True) for port in graph.inputs)
+    return all(extent == 1 for pairs in extents for n, extent in pairs if isinstance(n, str))
 
 
 def _step(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+
+import cuda_graphs
 import decoder_models
 import golden
 import numpy as np
@@ -15,6 +18,7 @@ from framestep.export.stored_weights import StoredWeights
 from framestep.export.streamformer import StreamFormerConfig
 from framestep.kernels import operators
 from framestep.runtime.bundle import Bundle, BundleWriter
+from framestep.runtime.engines.torch import WARM_UPS
 
 CAPACITY, TOKENS = 48, 20
 
@@ -115,3 +119,55 @@ def test_what_is_seen_and_said_is_as_on_onnx_runtime(tmp_path, kind) -> None:
             found[engine] = np.stack(results), np.stack(logits)
     for ours, expected in zip(found["torch"], found["onnxruntime"], strict=True):
         golden.assert_close(ours, expected)
+
+
+@pytest.fixture
+def sessions(tmp_path, monkeypatch):
+    """An engine that goes the CUDA way, one that does not, and what the driver of the first was asked for."""
+    decoder_models.save(decoder_models.qwen2(), tmp_path / "checkpoint")
+    _, bundle = write(tmp_path)
+    load = functools.partial(framestep.load, bundle.path, engine="torch", device="cpu", streams=2)
+    with load() as session, load() as eager:
+        yield session, eager, cuda_graphs.Driver(session._engine, monkeypatch).calls
+
+
+def test_on_cuda_a_token_is_one_launch_and_one_synchronisation_of_each_graph(sessions) -> None:
+    session, eager, calls = sessions
+    streams = session.open_stream(), eager.open_stream()
+    tokens = random_tokens()
+
+    def both(first: int, stop: int) -> None:
+        found, expected = (say(stream, tokens[first:stop], first) for stream in streams)
+        golden.assert_close(found, expected)
+
+    both(0, 5)
+    for at in range(5, 5 + WARM_UPS):
+        both(at, at + 1)
+    assert "capture" not in calls
+    first, graphs = 5 + WARM_UPS, ("embed", "decoder")
+    calls.clear()
+    both(first, first + 1)
+    assert calls == ["capture", "replay", "synchronize"] * len(graphs)
+    calls.clear()
+    for at in range(first + 1, first + 4):
+        both(at, at + 1)
+    assert calls == ["replay", "synchronize"] * len(graphs) * 3
+    calls.clear()
+    both(first + 4, first + 7)
+    assert "replay" not in calls
+
+
+def test_on_cuda_slots_keep_apart_and_positions_change_between_launches(sessions) -> None:
+    session, eager, calls = sessions
+    tokens, results = random_tokens(), []
+    for opened in (session, eager):
+        streams = [opened.open_stream() for _ in range(2)]
+        found = [say(stream, tokens[at : at + 5], 0) for at, stream in enumerate(streams)]
+        for at in range(5, 5 + 2 * WARM_UPS):
+            for shift, stream in enumerate(streams):
+                moved = np.where(np.arange(CAPACITY) < at, np.arange(CAPACITY) + 1 + shift, 0)[None]
+                stream.run("rebase", {"slot_positions": moved})
+                found.append(say(stream, tokens[at - shift : at - shift + 1], at))
+        results.append(np.stack(found))
+    assert calls.count("capture") == 3 * 2
+    golden.assert_close(*results)

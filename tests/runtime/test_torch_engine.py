@@ -14,6 +14,7 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
+import cuda_graphs
 import golden
 import numpy as np
 import onnx
@@ -24,7 +25,7 @@ import framestep
 from framestep.runtime.bundle import Bundle, file_entry
 from framestep.runtime.engines import choosing
 from framestep.runtime.engines.onnx_program import read_graph
-from framestep.runtime.engines.torch import PREFILL_FRAMES, TorchEngine
+from framestep.runtime.engines.torch import PREFILL_FRAMES
 from framestep.runtime.engines.torch_program import Program
 from framestep.runtime.errors import EngineError, FrameError
 from framestep.runtime.manifest import graphs_for
@@ -317,71 +318,11 @@ def test_operators_agree_with_onnx_runtime(op, inputs, attributes, tmp_path):
     np.testing.assert_allclose(found, expected, atol=1e-6, rtol=1e-5)
 
 
-class Driver:
-    """Stands in for `torch.cuda`: what is captured runs at once, and again at each replay."""
-
-    def __init__(self, engine: TorchEngine) -> None:
-        self.calls: list[str] = []
-        self.step = engine._step
-        engine._step = self.recorded_step
-        self.last: tuple[int, int] = (0, 0)
-
-    def recorded_step(self, first: int, stop: int) -> None:
-        self.last = first, stop
-        self.calls.append("step")
-        self.step(first, stop)
-
-    def install(self, monkeypatch) -> None:
-        driver = self
-
-        class Stream:
-            def wait_stream(self, other) -> None:
-                driver.calls.append("wait")
-
-            def synchronize(self) -> None:
-                driver.calls.append("synchronize")
-
-        class Graph:
-            def replay(self) -> None:
-                driver.calls.append("replay")
-                driver.step(*self.range)
-
-            def pool(self) -> tuple[int, int]:
-                return (0, 1)
-
-        class Capture:
-            def __init__(self, graph, pool, stream, capture_error_mode) -> None:
-                self.graph = graph
-
-            def __enter__(self) -> None:
-                driver.calls.append("capture")
-
-            def __exit__(self, *error) -> None:
-                self.graph.range = driver.last
-
-        class Using:
-            def __init__(self, stream) -> None: ...
-            def __enter__(self) -> None: ...
-            def __exit__(self, *error) -> None: ...
-
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream())
-        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-        monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-        monkeypatch.setattr(torch.cuda, "graph", Capture)
-        monkeypatch.setattr(torch.cuda, "stream", Using)
-        self.side = Stream()
-
-
 @pytest.fixture
 def cuda_session(golden_bundle, monkeypatch):
     """A session whose engine goes the CUDA way, with copies of its inputs and a stand-in for the driver."""
     with framestep.load(golden_bundle, engine="torch", device="cpu", streams=3) as session:
-        engine = session._engine
-        engine._frames, engine._positions = engine._frames.clone(), engine._positions.clone()
-        driver = Driver(engine)
-        driver.install(monkeypatch)
-        engine._side = driver.side
-        yield session, driver
+        yield session, cuda_graphs.Driver(session._engine, monkeypatch)
 
 
 def test_on_cuda_a_frame_is_one_launch_and_one_synchronisation(cuda_session, arrays):
@@ -413,11 +354,7 @@ def test_on_cuda_each_range_of_slots_is_captured_once_and_labels_capture_again(c
 def test_on_cuda_the_precision_of_products_is_set_to_capture_and_not_to_launch(golden_bundle, arrays, monkeypatch):
     asked = []
     with framestep.load(golden_bundle, engine="torch:tf32", device="cpu") as session:
-        engine = session._engine
-        engine._frames, engine._positions = engine._frames.clone(), engine._positions.clone()
-        driver = Driver(engine)
-        driver.install(monkeypatch)
-        engine._side = driver.side
+        cuda_graphs.Driver(session._engine, monkeypatch)
         monkeypatch.setattr(torch, "set_float32_matmul_precision", asked.append)
         stream = session.open_stream()
         for frame in arrays["frames"][:3]:
@@ -430,11 +367,7 @@ def test_on_cuda_sessions_capture_in_turns(golden_bundle, arrays, monkeypatch):
     with ExitStack() as stack:
         sessions = [stack.enter_context(framestep.load(golden_bundle, engine="torch", device="cpu")) for _ in range(2)]
         for session in sessions:
-            engine = session._engine
-            engine._frames, engine._positions = engine._frames.clone(), engine._positions.clone()
-            driver = Driver(engine)
-            driver.install(monkeypatch)
-            engine._side = driver.side
+            cuda_graphs.Driver(session._engine, monkeypatch)
 
         class Graph:
             def replay(self) -> None: ...
