@@ -208,6 +208,23 @@ def test_an_interrupt_exits_130(monkeypatch, capsys) -> None:
     assert capsys.readouterr().err.strip() == "framestep: interrupted"
 
 
+def test_an_interrupt_while_modules_load_is_one_line() -> None:
+    code = """
+import sys
+
+class Interrupting:
+    def find_spec(self, name, *_):
+        if name == "typer":
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Interrupting())
+from framestep.__main__ import main
+main()
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (found.returncode, found.stdout, found.stderr) == (130, "", "framestep: interrupted\n")
+
+
 @pytest.mark.parametrize(
     "error",
     [
