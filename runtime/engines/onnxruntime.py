@@ -161,6 +161,8 @@ class OnnxRuntimeEngine:
 
     def warm_up(self, steps: int) -> None:
         """Run every number of slots `steps` times; no clock moves."""
+        for kind in ("fs_frame", "uint8_t *", "int64_t *"):
+            self._library.ffi.typeof(kind)  # cffi parses C's words at their first use, which takes milliseconds
         self._library.check(self._library.functions.fs_warm_up(self._session, steps))
 
     def last_step(self, slot: int) -> StepTimes:

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 import framestep
+from framestep.runtime import library
+from framestep.runtime.engines import onnxruntime
 from framestep.runtime.errors import EngineError, FrameError, OutputError, StateError
 
 
@@ -251,6 +253,16 @@ def test_only_asked_outputs_are_fetched(golden_bundle):
 def test_bad_options_are_named(golden_bundle, options, message):
     with pytest.raises(EngineError, match=message):
         framestep.load(golden_bundle, **options)
+
+
+def test_after_warm_up_a_step_parses_no_c_declaration(golden_bundle, monkeypatch):
+    fresh = library.Library(library.HEADER, library.LIBRARY)  # parses each name of a type once, for milliseconds
+    monkeypatch.setattr(onnxruntime, "library", lambda: fresh)
+    with framestep.load(golden_bundle) as session, session.open_stream() as stream:
+        session.warm_up()
+        parsed = set(fresh.ffi._parsed_types)
+        stream.step(np.zeros((48, 64, 3), np.uint8))
+        assert set(fresh.ffi._parsed_types) == parsed
 
 
 def test_without_a_gpu_auto_takes_the_cpu(golden_bundle):
