@@ -19,7 +19,7 @@ from typing import IO, Any
 import cv2
 import numpy as np
 
-from ..runtime.bundle import is_bundle
+from ..runtime.bundle import bundle_around
 from ..runtime.errors import OutputError
 
 DISK_RESERVE = 64 * 1024 * 1024  # bytes left free, so that a recording can still be finished
@@ -53,10 +53,8 @@ def check_writable(path: Path, option: str) -> None:
 
 def check_outside_bundles(path: Path, option: str) -> None:
     """Raises OutputError, naming `option` and `path`, where `path` is a bundle or lies in one."""
-    place = path.resolve()
-    for folder in (place, *place.parents):
-        if is_bundle(folder):
-            raise OutputError(f"{option} {path}: lies in the bundle {folder}; name another place")
+    if (bundle := bundle_around(path)) is not None:
+        raise OutputError(f"{option} {path}: lies in the bundle {bundle}; name another place")
 
 
 def identity(path: Path) -> object:

@@ -176,7 +176,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             # files from before PyTorch 1.6 are no zip archives and cannot be mapped
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        found = re.search(r"(?:GLOBAL|global:?) ([\w.]+)", str(error))
+        found = re.search(r"(?:GLOBAL|global:?) (?!GLOBAL)([\w.]+)", str(error))
         what = f"it names {found[1]}" if found else "it is not PyTorch's"
         raise CheckpointError(f"{path}: refused, a pickle that holds more than weights ({what})") from None
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError):

@@ -15,7 +15,7 @@ from .. import __version__
 from ..runtime.bundle import Bundle, BundleWriter
 from ..runtime.errors import CheckpointError, FramestepError
 from ..runtime.labels import read_label_embeddings
-from ..runtime.manifest import FORMAT, VERSION, FrameSpec, Manifest, Origin, Scoring
+from ..runtime.manifest import FORMAT, MAX_STATE_BYTES, VERSION, FrameSpec, Manifest, Origin, Scoring
 from .checkpoint import Checkpoint, TaskHead
 from .graph import ACTIVATIONS, GraphBuilder, WeightFile
 from .labelling import LabelOptions, write_labels
@@ -112,6 +112,10 @@ def write_streamformer(
     backbone_weights, label_weights = WeightFile(folder / "backbone.bin"), WeightFile(folder / "label.bin")
     builder = GraphBuilder("backbone", backbone_weights)
     backbone, states = write_backbone(model, window, image_size, builder)
+    if (largest := max(state.bytes_per_stream() for state in states)) > MAX_STATE_BYTES:
+        raise CheckpointError(
+            f"--window: {window} frames make a state of {largest} bytes a stream; at most {MAX_STATE_BYTES} can be"
+        )
     builder.save(folder / builder.file)
     builder = GraphBuilder("label", label_weights)
     label = write_label_graph(config, builder)

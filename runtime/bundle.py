@@ -144,8 +144,10 @@ def check_replaceable(path: Path, replace: bool) -> None:
     """Whether a bundle may be written at `path`.
 
     Raises:
-        OutputError: something is there, and not to be replaced or no bundle.
+        OutputError: something is there, and not to be replaced or no bundle, or the place lies in another bundle.
     """
+    if (around := bundle_around(path.resolve().parent)) is not None:
+        raise OutputError(f"{path}: lies in the bundle {around}; name another place")
     if not path.exists():
         return
     if not replace:
@@ -160,6 +162,12 @@ def is_bundle(path: Path) -> bool:
         return f'"{FORMAT}"'.encode() in (path / MANIFEST).read_bytes()
     except OSError:
         return False
+
+
+def bundle_around(path: Path) -> Path | None:
+    """The bundle that `path` is or lies in, if any."""
+    place = path.resolve()
+    return next((folder for folder in (place, *place.parents) if is_bundle(folder)), None)
 
 
 class BundleWriter:

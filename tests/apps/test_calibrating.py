@@ -17,7 +17,7 @@ def test_a_bundle_comes_out_that_runs_and_tells_of_itself(golden_bundle, tmp_pat
     assert main(monkeypatch, "calibrate", golden_bundle, "--video", SCENE, "-o", out, "--drift-frames", "120") == 0
     told = capsys.readouterr()
     assert "int8  cosine of pooled 0.99" in told.out and "report.md" in told.out
-    assert "observing 60 frames of 1 clips" in told.err
+    assert "observing 60 frames of 1 clip\n" in told.err
     assert main(monkeypatch, "run", out, "--source", SCENE, "--max-frames", "4", "--json") == 0
     assert json.loads(capsys.readouterr().out)["engine"].endswith("int8")
     assert main(monkeypatch, "inspect", out, "--json") == 0

@@ -92,6 +92,14 @@ def test_any_window_agrees_with_pytorch(tmp_path, window):
     golden.assert_close(stepped(path, frames)[0], features[0].numpy())
 
 
+def test_a_window_beyond_all_memory_is_refused(tmp_path):
+    with pytest.raises(
+        CheckpointError, match=r"--window: 1000000000 frames make a state of \d+ bytes a stream; at most"
+    ):
+        export(tmp_path / "x", ExportOptions(window=10**9))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_window_defaults_to_the_frames_of_the_checkpoint(tmp_path):
     manifest = Bundle.open(export(tmp_path / "x", ExportOptions(rate=4)).path).manifest
     assert {state.capacity for state in manifest.states} == {16}

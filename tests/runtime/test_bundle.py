@@ -243,6 +243,8 @@ def test_an_existing_bundle_is_not_replaced_unless_asked(bundle, tmp_path):
         BundleWriter(bundle)
     with pytest.raises(OutputError, match="exists and is not a bundle"):
         BundleWriter(tmp_path, replace=True)
+    with pytest.raises(OutputError, match="inner: lies in the bundle .*; name another place"):
+        BundleWriter(bundle / "x" / "inner", replace=True)
     (tmp_path / "manifest.json").write_text('{"name": "a web page"}')
     with pytest.raises(OutputError, match="is not a bundle; it is not replaced"):
         BundleWriter(tmp_path, replace=True)
