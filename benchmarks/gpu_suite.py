@@ -37,6 +37,7 @@ SECTIONS = {
     "streams": 60,
     "compare": 115,
     "decoding": 30,
+    "decoder": 45,
     "prime": 30,
     "tensorrt": 120,
     "onnxruntime": 30,
@@ -93,7 +94,7 @@ def main() -> int:
 def run_section(options: argparse.Namespace) -> int:
     """In the process of one section."""
     import_checkout()
-    from framestep.benchmarks.gpu import bandwidth, checks, compiled, decoding, step, tune
+    from framestep.benchmarks.gpu import bandwidth, checks, compiled, decoding, speaking, step, tune
     from framestep.benchmarks.gpu.hardware import find_hardware
     from framestep.benchmarks.gpu.section import Section
     from framestep.benchmarks.gpu.sizes import FULL, SMALL
@@ -112,6 +113,7 @@ def run_section(options: argparse.Namespace) -> int:
         "onnxruntime": lambda: compiled.onnxruntime(section, hardware, sizes, options.work),
         "prime": lambda: step.prime(section, hardware, sizes, options.work),
         "decoding": lambda: decoding.run(section, hardware, sizes),
+        "decoder": lambda: speaking.run(section, hardware, sizes, options.work),
         "compare": lambda: step.compare(section, hardware, sizes, options.work),
         "tune": lambda: tune.run(section, hardware, sizes),
     }

@@ -127,6 +127,8 @@ def activation(kind: str) -> nn.Module:
         return nn.GELU()
     if kind == "gelu_pytorch_tanh":
         return nn.GELU(approximate="tanh")
+    if kind == "silu":
+        return nn.SiLU()
     from transformers.activations import ACT2FN
 
     if not isinstance(kind, str):

@@ -20,11 +20,11 @@ from ...runtime.bundle import Bundle
 from ...runtime.engines.engine_files import FLAVOURS
 from ...runtime.errors import EngineError
 from ...runtime.session import Session
-from .hardware import Hardware
+from .hardware import Hardware, spread
 from .section import Section
 from .sizes import Sizes
 from .stand_in import stand_in
-from .step import LIMITS, OUTPUTS, WARM_RUNS, _error, _frames, _reference, _spread, model_and_bundle
+from .step import LIMITS, OUTPUTS, WARM_RUNS, _error, _frames, _reference, model_and_bundle
 
 BUILDS = (("fp16", 1), ("fp16", 4), ("fp32", 1))  # precision and streams
 
@@ -127,4 +127,4 @@ def _measure(section: Section, hardware: Hardware, sizes: Sizes, session: Sessio
             hardware.wall(lambda: engine.step(frames), WARM_RUNS)
             wall[position] += hardware.wall(lambda: engine.step(frames), max(2, sizes.runs // 4))
     for position, spent in wall.items():
-        section.add("compiled", **row, position=position, **_spread(spent))
+        section.add("compiled", **row, position=position, **spread(spent))

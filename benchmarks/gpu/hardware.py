@@ -173,6 +173,15 @@ def percentile(values: Sequence[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
+def spread(seconds: Sequence[float]) -> dict[str, float]:
+    """Percentiles in milliseconds."""
+    return {
+        "p50_ms": percentile(seconds, 0.5) * 1e3,
+        "p99_ms": percentile(seconds, 0.99) * 1e3,
+        "max_ms": max(seconds) * 1e3,
+    }
+
+
 def _wall(call: Callable[[], Any], count: int) -> list[float]:
     spent = []
     for _ in range(count):

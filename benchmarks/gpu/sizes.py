@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from ...export.streamformer import BASE, TINY, StreamFormerConfig
 
@@ -21,6 +22,7 @@ class Sizes:
         served: stream counts of the whole step.
         runs: measured steps at each position.
         primed: frames that a stream is primed with.
+        decoder: of a whole decoder, as in Hugging Face's `config.json`.
         capacity: of the decoder's cache.
     """
 
@@ -34,6 +36,7 @@ class Sizes:
     served: tuple[int, ...]
     runs: int
     primed: tuple[int, ...]
+    decoder: dict[str, Any]
     capacity: int
 
 
@@ -48,6 +51,18 @@ FULL = Sizes(
     served=(1, 4, 16, 64, 128, 192, 256, 320, 384),
     runs=400,
     primed=(16, 64, 256),
+    decoder={  # Qwen2.5-0.5B
+        "model_type": "qwen2",
+        "vocab_size": 151936,
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 32768,
+        "rope_theta": 1e6,
+        "tie_word_embeddings": True,
+    },
     capacity=4096,
 )
 SMALL = Sizes(
@@ -61,5 +76,16 @@ SMALL = Sizes(
     served=(1, 2),
     runs=4,
     primed=(3,),
+    decoder={
+        "model_type": "qwen2",
+        "vocab_size": 500,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+    },
     capacity=64,
 )

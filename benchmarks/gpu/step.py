@@ -16,7 +16,7 @@ from ...export.streamformer import StreamFormer, random_model
 from ...runtime.bundle import Bundle, BundleWriter
 from ...runtime.session import Session
 from .baselines import GrowingStep, RingStep
-from .hardware import Hardware, percentile
+from .hardware import Hardware, spread
 from .section import Section
 from .sizes import Sizes
 
@@ -141,14 +141,14 @@ def _precision(
                 hardware.wall(lambda: engine.run_range(0, 1), WARM_RUNS)
                 wall[position] += hardware.wall(lambda: engine.run_range(0, 1), max(2, sizes.runs // 8))
         for position, spent in wall.items():
-            section.add("step", precision=precision, position=position, **_spread(spent))
+            section.add("step", precision=precision, position=position, **spread(spent))
         section.facts[f"{precision}_load_seconds"] = round(loaded, 2)
         section.facts[f"{precision}_peak_bytes"] = hardware.peak_bytes()
         if precision == "fp16":
             stream.reset()
             rgb = frames[0]
             hardware.wall(lambda: stream.step(rgb), WARM_RUNS)
-            section.add("session", **_spread(hardware.wall(lambda: stream.step(rgb), sizes.runs)))
+            section.add("session", **spread(hardware.wall(lambda: stream.step(rgb), sizes.runs)))
             if not hardware.rehearsal:
                 _profile(section, engine)
 
@@ -182,14 +182,14 @@ def _serve(section: Section, hardware: Hardware, sizes: Sizes, bundle: Bundle, s
         hardware.wall(lambda: engine.run_range(0, streams), 5)
         once = hardware.wall(lambda: engine.run_range(0, streams), 2)[-1]
         spent = hardware.wall(lambda: engine.run_range(0, streams), max(20, min(300, int(1.5 / once))))
-        spread = _spread(spent)
+        found = spread(spent)
         if not np.isfinite(engine.outputs["pooled"]).all():
             section.fail(f"{streams} streams: the result is not finite")
         section.add(
             "streams",
             streams=streams,
-            **spread,
-            frames_per_second=streams / (spread["p50_ms"] / 1e3),
+            **found,
+            frames_per_second=streams / (found["p50_ms"] / 1e3),
             peak_gigabytes=hardware.peak_bytes() / 1e9,
         )
 
@@ -206,7 +206,7 @@ def _eager(
     with torch.inference_mode():
         call = _whole(hardware, step, frame, position)
         hardware.wall(call, 3)
-        section.add("baselines", name=name, position=position, **_spread(hardware.wall(call, count)))
+        section.add("baselines", name=name, position=position, **spread(hardware.wall(call, count)))
 
 
 def _compiled(section: Section, hardware: Hardware, sizes: Sizes, ring: RingStep, frame: Tensor) -> None:
@@ -219,8 +219,8 @@ def _compiled(section: Section, hardware: Hardware, sizes: Sizes, ring: RingStep
             hardware.wall(call, 10)
             if "compile_seconds" not in section.facts:
                 section.facts["compile_seconds"] = round(time.perf_counter() - begin, 1)
-            spread = _spread(hardware.wall(call, 200))
-            section.add("baselines", name="torch.compile, reduce-overhead, ring, float16", position=position, **spread)
+            found = spread(hardware.wall(call, 200))
+            section.add("baselines", name="torch.compile, reduce-overhead, ring, float16", position=position, **found)
     skips = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
     section.facts["compile_cudagraph_skips"] = skips  # more than none: it ran without CUDA graphs
     section.save()
@@ -285,14 +285,6 @@ def _session(bundle: Bundle, hardware: Hardware, precision: str, streams: int) -
 def _frames(sizes: Sizes, count: int) -> np.ndarray[Any, Any]:
     height, width = sizes.model.image_size
     return np.random.default_rng(1).integers(0, 256, (count, height, width, 3), np.uint8)
-
-
-def _spread(seconds: list[float]) -> dict[str, float]:
-    return {
-        "p50_ms": percentile(seconds, 0.5) * 1e3,
-        "p99_ms": percentile(seconds, 0.99) * 1e3,
-        "max_ms": max(seconds) * 1e3,
-    }
 
 
 def _error(found: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> float:

@@ -20,7 +20,7 @@ gpu_suite = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(gpu_suite)
 
 
-REHEARSED = ("bandwidth", "step", "prime", "decoding", "compare", "tune")
+REHEARSED = ("bandwidth", "step", "prime", "decoding", "decoder", "compare", "tune")
 
 
 def run(*arguments, suite=SUITE, cwd=None):

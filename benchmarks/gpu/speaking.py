@@ -1,0 +1,92 @@
+"""A whole decoder through the engine: right, and how long a token takes from its number to its logits on the host."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...export.decoder import Decoder, DecoderConfig
+from ...export.decoder_checkpoint import DecoderCheckpoint
+from ...export.decoder_export import DecoderOptions, write_bundle
+from ...runtime.bundle import Bundle, BundleWriter
+from ...runtime.session import Session
+from .bandwidth import measure_copy
+from .hardware import Hardware, spread
+from .section import Section
+from .sizes import Sizes
+from .step import WARM_RUNS
+
+CHUNK, TOKENS = 40, 12  # of a prompt, and said one by one
+LIMIT = 2e-2
+
+
+def run(section: Section, hardware: Hardware, sizes: Sizes, work: Path) -> None:
+    """Logits against the model in float32, and the latency of a token by tokens in the cache."""
+    torch.manual_seed(0)
+    config = DecoderConfig.from_dict(sizes.decoder, "sizes")
+    model, path = Decoder(config).eval(), work / "decoder.bundle"
+    checkpoint = DecoderCheckpoint("qwen2", "random", model, None, None, None, None, {}, ())
+    with BundleWriter(path) as writer:
+        write_bundle(checkpoint, writer, DecoderOptions("fp16", sizes.capacity))
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, CHUNK + TOKENS)
+    expected = _reference(model, tokens)
+    del model, checkpoint
+    hardware.free()
+    copy = measure_copy(hardware)
+    with Session(Bundle.open(path, verify=False), "torch:fp16", hardware.device.type) as session:
+        speaker = _Speaker(session, sizes.capacity)
+        found = [speaker.say(tokens[:CHUNK])]
+        found += [speaker.say(tokens[at : at + 1]) for at in range(CHUNK, CHUNK + TOKENS)]
+        error = np.linalg.norm(np.stack(found) - expected) / np.linalg.norm(expected)
+        section.check("decoder fp16: logits", float(error), LIMIT)
+        weights = (path / "decoder.bin").stat().st_size
+        for at in (CHUNK, sizes.capacity - 1):
+            speaker.at = at
+
+            def call() -> None:
+                speaker.say(tokens[:1])
+                speaker.at -= 1
+
+            hardware.wall(call, WARM_RUNS)
+            measured = spread(hardware.wall(call, sizes.runs))
+            cache = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * sizes.capacity
+            section.add(
+                "decoder",
+                tokens=at,
+                **measured,
+                tokens_per_second=1e3 / measured["p50_ms"],
+                megabytes=(weights + cache) / 1e6,
+                share_of_copy=(weights + cache) / copy / (measured["p50_ms"] / 1e3),
+            )
+
+
+class _Speaker:
+    """A stream whose next token goes to slot `at`, at the position of the same number."""
+
+    def __init__(self, session: Session, capacity: int) -> None:
+        self._stream = session.open_stream()
+        self._slots = np.arange(capacity)
+        self.at = 0
+
+    def say(self, tokens: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Logits after the last of the tokens."""
+        embeddings = self._stream.run("embed", {"tokens": tokens})["embeddings"]
+        inputs = {
+            "embeddings": embeddings,
+            "position_ids": self.at + np.arange(len(tokens))[None],
+            "write_index": np.array(self.at),
+            "slot_mask": self._slots < self.at,
+        }
+        self.at += len(tokens)
+        return self._stream.run("decoder", inputs)["logits"]
+
+
+@torch.inference_mode()
+def _reference(model: Decoder, tokens: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Logits from the end of the prompt on, of the model in float32 over all tokens at once, on the CPU."""
+    logits, _ = model(model.embed(torch.from_numpy(tokens)[None]), torch.arange(len(tokens))[None, None])
+    found: np.ndarray[Any, Any] = logits[0, CHUNK - 1 :].numpy()
+    return found
