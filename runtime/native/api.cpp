@@ -205,8 +205,11 @@ SessionOptions options_of(const fs_session_options* given) {
 
 constexpr int32_t MAX_SIDE = 1 << 14;  // pixels
 
-Frame frame_of(const fs_frame& given) {
-    need(given.data, "frame");
+Frame frame_of(const fs_frame& given, size_t index) {
+    const auto refused = [&](fs_status status, const std::string& why) {
+        return Error(status, "frames[" + std::to_string(index) + "]: " + why);
+    };
+    if (given.data == nullptr) throw refused(FS_ERROR_ARGUMENT, "data is null");
     Frame frame{};
     frame.stream = given.stream;
     const int format = number_of(given.format);
@@ -214,18 +217,18 @@ Frame frame_of(const fs_frame& given) {
         case FS_RGB: frame.picture.format = PixelFormat::rgb; break;
         case FS_BGR: frame.picture.format = PixelFormat::bgr; break;
         case FS_GREY: frame.picture.format = PixelFormat::grey; break;
-        default: throw Error(FS_ERROR_FRAME, "frame: the format " + std::to_string(format) + " is unknown");
+        default: throw refused(FS_ERROR_FRAME, "the format " + std::to_string(format) + " is unknown");
     }
     if (given.width < 1 || given.width > MAX_SIDE || given.height < 1 || given.height > MAX_SIDE) {
-        throw Error(FS_ERROR_FRAME, "frame: expected 1 to " + std::to_string(MAX_SIDE) + " pixels a side, found " +
-                                        std::to_string(given.width) + " by " + std::to_string(given.height));
+        throw refused(FS_ERROR_FRAME, "expected 1 to " + std::to_string(MAX_SIDE) + " pixels a side, found " +
+                                          std::to_string(given.width) + " by " + std::to_string(given.height));
     }
     const int64_t row = int64_t{given.width} * (format == FS_GREY ? 1 : 3);
     constexpr int64_t MAX_STRIDE = int64_t{1} << 32;
     const int64_t stride = given.stride == 0 ? row : given.stride;
     if (stride > MAX_STRIDE || stride < row) {
-        throw Error(FS_ERROR_FRAME, "frame: a stride of " + std::to_string(given.stride) + " bytes; expected 0, or at least " +
-                                        std::to_string(row) + " for its width");
+        throw refused(FS_ERROR_FRAME, "a stride of " + std::to_string(given.stride) + " bytes; expected 0, or at least " +
+                                          std::to_string(row) + " for its width");
     }
     frame.picture.data = given.data;
     frame.picture.width = given.width;
@@ -250,7 +253,7 @@ fs_status step(fs_session handle, fs_frame* frames, size_t count) {
     for (size_t index = 0; index < count; ++index) {
         const auto given = read_struct<fs_frame>(place + index * size, "frames");
         if (given.struct_size != size) throw Error(FS_ERROR_ARGUMENT, "frames: structs of different sizes");
-        known.push_back(frame_of(given));
+        known.push_back(frame_of(given, index));
     }
     const fs_status status = session->step(known.data(), count);
     bool first = true;

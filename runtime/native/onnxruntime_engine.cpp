@@ -16,7 +16,8 @@
 namespace framestep {
 namespace {
 
-constexpr size_t ALIGNMENT = 64;  // bytes: a cache line
+constexpr size_t ALIGNMENT = 64;        // bytes: a cache line
+constexpr size_t MOST_BINDINGS = 1024;  // ranges of slots that stay bound: all of 44 streams'
 // MatMulAddFusion makes a Gemm with a float bias, which is no integer product; CommonSubexpressionElimination merges the
 // quantizers of layers that share an input, and a shared one is not fused. Such layers would run in float.
 constexpr const char* BREAK_INTEGER_PRODUCTS = "MatMulAddFusion;CommonSubexpressionElimination";
@@ -248,13 +249,14 @@ public:
     }
 
     void run(int first, int stop) override {
-        std::vector<Binding>& bindings = bindings_[{first, stop}];
-        if (bindings.empty()) {
+        auto found = bindings_.find({first, stop});
+        if (found == bindings_.end()) {
             std::vector<Binding> made = bind(first, stop);
-            bindings = std::move(made);
+            if (bindings_.size() >= MOST_BINDINGS) bindings_.clear();
+            found = bindings_.emplace(std::pair(first, stop), std::move(made)).first;
         }
-        for (size_t index = 0; index < bindings.size(); ++index) {
-            const Binding& binding = bindings[index];
+        for (size_t index = 0; index < found->second.size(); ++index) {
+            const Binding& binding = found->second[index];
             for (const HostInput& input : binding.copied) {  // a binding copies to the device when it is made, not in a run
                 ort_.check(ort_.BindInput(binding.binding.get(), input.name, input.value), "ONNX Runtime failed in a step");
             }

@@ -89,7 +89,9 @@ Plan make_plan(const Bundle& bundle, const Manifest& manifest, const std::vector
         const auto found = std::find_if(manifest.graphs.begin(), manifest.graphs.end(),
                                         [&](const Graph& graph) { return graph.name == name; });
         if (found == manifest.graphs.end()) {
-            throw Error(FS_ERROR_ARGUMENT, "graphs: '" + name + "' is unknown; see " + bundle.path.string());
+            std::string known;
+            for (const Graph& graph : manifest.graphs) known += (known.empty() ? "" : ", ") + graph.name;
+            throw Error(FS_ERROR_ARGUMENT, "graphs: '" + name + "' is unknown; this bundle has " + known);
         }
         if (std::find(plan.graphs.begin(), plan.graphs.end(), &*found) == plan.graphs.end()) plan.graphs.push_back(&*found);
     }

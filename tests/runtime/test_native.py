@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -215,6 +216,9 @@ def test_rings_are_run_by_operators_of_ours_unless_the_plain_engine_is_asked_for
         assert native.c.fs_graph_describe(session, index, graph) == 0
         found.append(graph.own_operators)
     assert found == [rings, 0, 0]
+    info = native.library.new("fs_session_info")
+    assert native.c.fs_session_describe(session, info) == 0
+    assert native.library.text(info.engine) == engine
     older, kept = native.library.new("fs_graph_info"), 77  # a program from before the last member
     older.struct_size, older.own_operators = native.ffi.offsetof("fs_graph_info", "own_operators"), kept
     assert native.c.fs_graph_describe(session, 0, older) == 0
@@ -358,6 +362,7 @@ def test_an_impossible_frame_is_refused_and_no_stream_advances(native, session, 
     for name, value in change.items():
         setattr(frames[1], name, native.ffi.cast("uint8_t *", value) if name == "data" else value)
     assert native.name(native.c.fs_step(session, frames, 2)) == status
+    assert native.error().startswith("frames[1]: ")
     assert native.position(first) == native.position(second) == 0
 
 
@@ -414,6 +419,25 @@ def test_outputs_are_borrowed_until_a_step_takes_their_place(native, session, go
     generation = native.generation(left)
     assert native.c.fs_warm_up(session, 1) == 0
     assert native.c.fs_output_valid(left, generation) == 0
+
+
+def test_memory_does_not_grow_with_the_streams_that_were_ever_stepped_together(native):
+    """It would by some 10 MB: what one range of places needs to be run is kept for so many ranges."""
+    places = 256
+    session = native.open(streams=places, outputs=["pooled"], engine="onnxruntime", threads=1)
+    streams, rgb = [native.stream(session) for _ in range(places)], np.zeros((64, 64, 3), np.uint8)
+
+    def resident() -> int:
+        pages = Path("/proc/self/statm").read_text("utf-8").split()[1]
+        return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+    ranges = [(first, first + width) for width in range(1, 10) for first in range(places - width)]
+    for index, (first, last) in enumerate(ranges):
+        if index == 1100:
+            before = resident()
+        assert native.step(session, (streams[first], rgb), (streams[last], rgb)) == "FS_OK"
+    assert resident() - before < 4 << 20
+    assert native.c.fs_session_close(session) == 0
 
 
 def test_the_memory_stays_where_it_is(native, session, golden_frames):

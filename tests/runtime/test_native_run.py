@@ -185,7 +185,7 @@ def test_slots_beyond_the_capacity_are_refused(native):
 def test_unknown_graphs_are_refused_when_a_session_is_opened(path):
     made = Native(path, ("embed", "speak"))
     assert made.status == "FS_ERROR_ARGUMENT"
-    assert "graphs: 'speak' is unknown" in made.error()
+    assert "graphs: 'speak' is unknown; this bundle has embed, decoder, rebase" in made.error()
 
 
 def test_a_bundle_without_frames_and_without_graphs_has_nothing_to_run(path):
