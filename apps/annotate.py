@@ -23,6 +23,7 @@ from .latency import Latencies
 Colour = tuple[int, int, int]  # BGR
 
 SMALLEST_WIDTH = 640
+MOST_ENLARGED = 4096  # height to which a narrow picture is enlarged
 MOST_LABELS_SHOWN = 8
 LARGEST_MAP = 512  # pixels on the long side at which maps are computed; then they are enlarged
 FONT = cv2.FONT_HERSHEY_SIMPLEX
@@ -155,9 +156,9 @@ class Annotator:
 
     def _draw_region(self, canvas: np.ndarray, rgb: np.ndarray) -> None:
         """A thin frame about what the model sees, where that is not everything."""
-        scale = canvas.shape[1] / rgb.shape[1]
+        down, across = canvas.shape[0] / rgb.shape[0], canvas.shape[1] / rgb.shape[1]
         region = self._preprocess.region(rgb.shape[0], rgb.shape[1])
-        top, left, height, width = (round(side * scale) for side in region)
+        top, left, height, width = (round(side * scale) for side, scale in zip(region, (down, across) * 2, strict=True))
         if top > 0 or left > 0 or top + height < canvas.shape[0] or left + width < canvas.shape[1]:
             cv2.rectangle(canvas, (left, top), (left + width - 1, top + height - 1), (225, 225, 225), 1, cv2.LINE_AA)
 
@@ -319,10 +320,10 @@ class _SlowRange:
 
 
 def _enlarged(bgr: np.ndarray) -> np.ndarray:
-    """`bgr` at least 640 pixels wide, with even sides (video codecs want them)."""
+    """`bgr` at least 640 pixels wide, with even sides (video codecs want them), but not enlarged to just any height."""
     height, width = bgr.shape[:2]
     scale = max(1.0, SMALLEST_WIDTH / width)
-    size = (_even(width * scale), _even(height * scale))
+    size = (_even(width * scale), _even(min(height * scale, max(height, MOST_ENLARGED))))
     if size == (width, height):
         return bgr
     return cv2.resize(bgr, size, interpolation=cv2.INTER_CUBIC if scale > 1 else cv2.INTER_LINEAR)
@@ -358,6 +359,8 @@ def _blend(canvas: np.ndarray, colour: np.ndarray, opacity: np.ndarray) -> None:
 def _panel(canvas: np.ndarray, left: int, top: int, width: int, height: int) -> None:
     """Darkens a rectangle so that text on it can be read."""
     part = canvas[top : top + height, left : left + width]
+    if not part.size:  # a picture of a few rows
+        return
     background = np.empty_like(part)
     background[:] = PANEL
     part[:] = cv2.addWeighted(part, 0.28, background, 0.72, 0)

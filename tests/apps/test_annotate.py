@@ -38,6 +38,16 @@ def test_pictures_are_at_least_640_wide_with_even_sides_and_the_frames_aspect(he
         assert picture.shape[0] > picture.shape[1] * height / width - 2
 
 
+@pytest.mark.parametrize(("height", "width"), [(1, 400), (400, 1), (1, 3000)])
+def test_slivers_of_a_picture_are_drawn_at_a_size_that_can_be_looked_at(height: int, width: int) -> None:
+    grid = np.random.default_rng(0).random((3, 7, 7), np.float32)
+    for overlay in (None, "all", "a dog"):
+        picture = annotator(overlay=overlay).draw(
+            shown(height, width, scores=np.array([0.1, 0.9, 0.5], np.float32), patch_scores=grid)
+        )
+        assert 2 < picture.shape[0] <= 4200 and picture.shape[1] == max(640, width)
+
+
 def test_the_frame_given_is_not_changed() -> None:
     frame = shown(720, 1280, scores=np.ones(3, np.float32), patch_scores=np.ones((3, 4, 4), np.float32))
     before = frame.rgb.copy()
