@@ -62,7 +62,7 @@ typedef enum fs_dtype {
     FS_INT8 = 2,
     FS_INT32 = 3,
     FS_INT64 = 4,
-    FS_BOOL = 5,
+    FS_BOOL = 5, /* a byte, 0 or not */
     FS_FLOAT16 = 6,
     FS_FLOAT32 = 7
 } fs_dtype;

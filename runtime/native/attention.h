@@ -20,7 +20,7 @@ struct RingAttention {
     float* key;              // [rows, window, width], written in slot `slot`
     float* value;            // [rows, window, width]
     float* result;           // [rows, width]
-    const bool* visible;     // [window]: the slots that the query attends to; none: the result is zero
+    const uint8_t* visible;  // [window], not 0: the slots that the query attends to; none: the result is zero
     int64_t window;
     int64_t width;
     int64_t slot;
@@ -39,7 +39,7 @@ struct CachedAttention {
     const float* key;        // [slots, width]
     const float* value;      // [slots, width]
     float* result;           // [heads, width]
-    const bool* visible;     // [slots]: the slots that the queries attend to; none: the result is zero
+    const uint8_t* visible;  // [slots], not 0: the slots that the queries attend to; none: the result is zero
     int64_t heads;           // at most MOST_HEADS
     int64_t slots;
     int64_t width;           // even
@@ -61,7 +61,7 @@ struct ChunkAttention {
     const float* keys;       // as `pack_keys` lays them out
     const float* value;      // [slots, width]
     float* result;           // like the query
-    const bool* visible;     // [tokens, slots]: the slots that a token attends to; none: its result is zero
+    const uint8_t* visible;  // [tokens, slots], not 0: the slots that a token attends to; none: its result is zero
     int64_t token_stride;
     int64_t tokens;
     int64_t heads;           // tokens * heads is at most MOST_ROWS

@@ -46,7 +46,7 @@ void CacheKernel::compute(OrtKernelContext* context) const {
     const auto* new_values = calls.data<const float>(inputs[NEW_VALUE]);
     const auto* cosines = calls.data<const float>(inputs[COSINES]);
     const auto* sines = calls.data<const float>(inputs[SINES]);
-    const auto* mask = calls.data<const bool>(inputs[MASK]);
+    const auto* mask = calls.data<const uint8_t>(inputs[MASK]);
     auto* result = calls.data<float>(calls.output(context, RESULT, query));
     const int64_t numbers = streams * groups * slots * width;
     const auto updated = [&](Input past, Output present) {

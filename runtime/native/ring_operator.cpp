@@ -42,7 +42,7 @@ void RingKernel::compute(OrtKernelContext* context) const {
     first.result = calls.data<float>(calls.output(context, RESULT, one));
     first.key = calls.updated(inputs[PAST_KEY], calls.output(context, KEY, shape), numbers);
     first.value = calls.updated(inputs[PAST_VALUE], calls.output(context, VALUE, shape), numbers);
-    first.visible = calls.data<const bool>(inputs[MASK]);
+    first.visible = calls.data<const uint8_t>(inputs[MASK]);
     first.window = window;
     first.width = width;
     first.scale = scale_;

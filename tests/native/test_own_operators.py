@@ -43,6 +43,11 @@ def sizes(*numbers: int) -> list[ctypes.c_int64]:
     return [ctypes.c_int64(number) for number in numbers]
 
 
+def some_byte(visible: np.ndarray, seed: int) -> np.ndarray:
+    """A mask as a program in C may have it: of what is true, any byte but 0."""
+    return visible.astype(np.uint8) * np.uint8(1 + seed % 255)
+
+
 def softmax(scores: np.ndarray) -> np.ndarray:
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     return weights / weights.sum(axis=-1, keepdims=True)
@@ -91,7 +96,7 @@ def test_ring_attention_is_that_of_float64_and_writes_one_slot(
     key, value = arrays["key"].copy(), arrays["value"].copy()
     key[:, slot], value[:, slot] = arrays["new_key"], arrays["new_value"]
 
-    result = ring_attention(parts, simd_of(parts, simd), arrays, visible, slot, scale)
+    result = ring_attention(parts, simd_of(parts, simd), arrays, some_byte(visible, seed), slot, scale)
 
     scores = scale * np.einsum("rd,rwd->rw", arrays["query"], key[:, visible], dtype=np.float64)
     expected = np.einsum("rw,rwd->rd", softmax(scores), value[:, visible], dtype=np.float64)
@@ -130,7 +135,8 @@ def test_cached_attention_rotates_its_queries_and_is_that_of_float64(
     visible = rng.random(slots) < share
     key[~visible], value[~visible] = np.nan, np.inf  # never read
     result = np.full_like(query, np.nan)
-    arrays = pointers(query, cosines, sines, key, value, result, visible)
+    mask = some_byte(visible, seed)
+    arrays = pointers(query, cosines, sines, key, value, result, mask)
     numbers = (*sizes(heads, slots, 2 * half), ctypes.c_float(scale))
     parts.library.parts_cached_attention(simd_of(parts, simd), *arrays, *numbers)
 
@@ -168,7 +174,8 @@ def test_attention_of_a_chunk_is_that_of_each_token(
     unseen = ~visible.any(axis=0)
     key[unseen], value[unseen] = np.nan, np.inf  # no part of any sum
     result = np.full_like(query, 99)
-    arrays = pointers(query, cosines, sines, key, value, result, visible)
+    mask = some_byte(visible, seed)
+    arrays = pointers(query, cosines, sines, key, value, result, mask)
     numbers = (*sizes(query[0].size, tokens, heads, slots, width), ctypes.c_float(scale))
     parts.library.parts_chunk_attention(simd_of(parts, simd), *arrays, *numbers)
 

@@ -157,7 +157,7 @@ int parts_external_files(const char* path, char** text) {
 }
 
 void parts_ring_attention(int simd, const float* query, const float* new_key, const float* new_value, float* key,
-                          float* value, float* result, const bool* visible, int64_t rows, int64_t window, int64_t width,
+                          float* value, float* result, const uint8_t* visible, int64_t rows, int64_t window, int64_t width,
                           int64_t slot, float scale) {
     std::vector<float> scratch(ring_attention_scratch(window));
     const RingAttention ring = {query, new_key, new_value, key, value, result, visible, window, width, slot, scale};
@@ -166,7 +166,7 @@ void parts_ring_attention(int simd, const float* query, const float* new_key, co
 }
 
 void parts_cached_attention(int simd, const float* query, const float* cosines, const float* sines, const float* key,
-                            const float* value, float* result, const bool* visible, int64_t heads, int64_t slots,
+                            const float* value, float* result, const uint8_t* visible, int64_t heads, int64_t slots,
                             int64_t width, float scale) {
     std::vector<float> scratch(cached_attention_scratch(slots, width));
     attention_with(static_cast<Simd>(simd)).cached({query, cosines, sines, key, value, result, visible, heads, slots, width, scale},
@@ -174,7 +174,7 @@ void parts_cached_attention(int simd, const float* query, const float* cosines, 
 }
 
 void parts_chunk_attention(int simd, const float* query, const float* cosines, const float* sines, const float* key,
-                           const float* value, float* result, const bool* visible, int64_t token_stride, int64_t tokens,
+                           const float* value, float* result, const uint8_t* visible, int64_t token_stride, int64_t tokens,
                            int64_t heads, int64_t slots, int64_t width, float scale) {
     const AttentionKernels& kernels = attention_with(static_cast<Simd>(simd));
     std::vector<float> packed(static_cast<size_t>(padded(slots) * width), NAN);
