@@ -23,7 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import decode, merge, prefill, residual_norm, temporal
+from . import decode, merge, prefill, residual_norm, rotary, temporal
 
 TARGETS = {"sm_80": 80, "sm_87": 87, "sm_90": 90, "sm_110": 110, "sm_120": 120}  # A100, Orin, H100/H200, Thor, RTX 50
 PROCESSORS = 128  # of the GPU that launches are planned for; only the number of splits follows from it
@@ -90,7 +90,9 @@ def variants() -> list[Variant]:
         prefill_write_variant("fp16", 16),
         decode_variant("fp16", 1),
         decode_variant("fp16", 64),
-        norm_variant("fp16", 768),
+        norm_variant("fp16", 768, centred=True),
+        norm_variant("fp16", 896, centred=False),
+        rotary_variant("fp16"),
     ]
 
 
@@ -178,20 +180,30 @@ def decode_variant(dtype: str, tokens: int) -> Variant:
     return Variant(f"decode_{dtype}_t{tokens}", decode.decode_kernel, types, constants, grid, decode.WARPS)
 
 
-def norm_variant(dtype: str, width: int) -> Variant:
-    """`residual_norm` with a float32 sum."""
+def norm_variant(dtype: str, width: int, centred: bool) -> Variant:
+    """`residual_norm` with a float32 sum: layer norm, or the RMS norm of decoders."""
     pointer = POINTERS[dtype]
     types = {"x": "*fp32", "update": pointer, "weight": pointer, "bias": pointer, "total": "*fp32", "normed": pointer}
     types |= {"epsilon": "fp32"}
-    constants: dict[str, int | bool] = {"WIDTH": width, "BLOCK_D": triton.next_power_of_2(width)}
+    constants: dict[str, int | bool] = {"CENTRED": centred, "WIDTH": width, "BLOCK_D": triton.next_power_of_2(width)}
     return Variant(
-        f"residual_norm_{dtype}",
+        f"residual_norm_{dtype}" if centred else f"residual_rms_norm_{dtype}",
         residual_norm.residual_norm_kernel,
         types,
         constants,
         ("rows", "1", "1"),
         residual_norm.WARPS,
     )
+
+
+def rotary_variant(dtype: str) -> Variant:
+    """`rotary` of queries or keys."""
+    types = {name: POINTERS[dtype] for name in ("x", "cos", "sin", "out")}
+    types |= {"heads": "i32", "tokens": "i32"} | {f"x_{axis}": "i64" for axis in "bht"}
+    constants: dict[str, int | bool] = {"HALF": HEAD_DIM // 2, "BLOCK_H": rotary.HEADS}
+    constants |= {"BLOCK_D": triton.next_power_of_2(HEAD_DIM // 2)}
+    grid = ("sequences * tokens", f"ceil(heads / {rotary.HEADS})", "1")
+    return Variant(f"rotary_{dtype}", rotary.rotary_kernel, types, constants, grid, rotary.WARPS)
 
 
 def compile_variant(variant: Variant, target: str, folder: Path) -> Compiled:

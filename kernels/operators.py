@@ -1,4 +1,4 @@
-"""Attention over a stream's memory as `torch.library` operators.
+"""Attention over a stream's memory, and what stands around it, as `torch.library` operators.
 
 Each has a fake implementation and declares what it writes, so `torch.compile` and CUDA graphs see through it. On CUDA
 it runs a Triton kernel, elsewhere the reference. Weights and sums are float32 whatever the inputs are. None of them is
@@ -27,6 +27,7 @@ MOST_WINDOW = 4096
 LEAST_HEAD_DIM, MOST_HEAD_DIM = 16, 128
 MOST_TOKENS = 64
 MOST_WIDTH = 8192
+MOST_ROTATED = 256
 
 
 @torch.library.custom_op("framestep::temporal_attention", mutates_args=("key_ring", "value_ring"))
@@ -213,14 +214,17 @@ def decode_attention(
 
 
 @torch.library.custom_op("framestep::residual_norm", mutates_args=())
-def residual_norm(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """x + update, and the layer norm of that over the last axis.
+def residual_norm(
+    x: Tensor, update: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    """x + update, and the norm of that over the last axis.
 
     Args:
         x: [..., D], contiguous, of the dtype of the update or float32.
         update: [..., D], contiguous, float16, bfloat16 or float32.
-        weight, bias: [D], of the dtype of the update.
-        epsilon: added to the variance.
+        weight, bias: [D], of the dtype of the update or float32. With a bias it is the layer norm, without one the RMS
+            norm, which takes no mean away (https://arxiv.org/abs/1910.07467).
+        epsilon: added to the variance, or to the mean square.
 
     Returns:
         The sum [..., D] in the dtype of x, and its norm [..., D] in that of the update.
@@ -232,21 +236,53 @@ def residual_norm(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, epsil
     if x.dim() < 1 or not 1 <= x.shape[-1] <= MOST_WIDTH:
         raise ValueError(f"{name}: x: expected a last axis of 1 to {MOST_WIDTH}, found {list(x.shape)}")
     width = x.shape[-1:]
-    for part, tensor, shape in (("update", update, x.shape), ("weight", weight, width), ("bias", bias, width)):
+    _check_dtypes(name, update)
+    given = [("x", x, x.shape), ("update", update, x.shape), ("weight", weight, width)]
+    for part, tensor, shape in (*given, *([] if bias is None else [("bias", bias, width)])):
         _check_shape(name, part, tensor, shape)
         if tensor.device != x.device:
             raise ValueError(f"{name}: {part}: expected on {x.device}, found on {tensor.device}")
-    for part, tensor in (("x", x), ("update", update), ("weight", weight), ("bias", bias)):
         if not tensor.is_contiguous():
             raise ValueError(f"{name}: {part}: expected contiguous, found strides {tensor.stride()}")
-    _check_dtypes(name, update, weight, bias)
-    if x.dtype not in (update.dtype, torch.float32):
-        raise ValueError(f"{name}: x: expected {_plain(update.dtype)} or float32, found {_plain(x.dtype)}")
+        if tensor.dtype not in (update.dtype, torch.float32):
+            found = _plain(tensor.dtype)
+            raise ValueError(f"{name}: {part}: expected {_plain(update.dtype)} or float32, found {found}")
     if not x.is_cuda:
         return reference.residual_norm(x, update, weight, bias, epsilon)
     from .residual_norm import launch
 
     return launch(x, update, weight, bias, epsilon)
+
+
+@torch.library.custom_op("framestep::rotary", mutates_args=())
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding (https://arxiv.org/abs/2104.09864): number i of a head is paired with number i + d / 2.
+
+    Args:
+        x: [B, H, T, d], d even and at most 256, float16, bfloat16 or float32; its last axis is contiguous.
+        cos, sin: [B, T, d / 2] of how far each pair turns, contiguous, of the dtype of x.
+
+    Returns:
+        [B, H, T, d] of the dtype of x, contiguous.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or strides that do not fit.
+    """
+    name = "rotary"
+    if x.dim() != 4 or x.shape[-1] % 2 or not 2 <= x.shape[-1] <= MOST_ROTATED:
+        raise ValueError(f"{name}: x: expected [B, H, T, d] with an even d to {MOST_ROTATED}, found {list(x.shape)}")
+    B, _, T, d = x.shape
+    for part, tensor in (("cos", cos), ("sin", sin)):
+        _check_shape(name, part, tensor, (B, T, d // 2))
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name}: {part}: expected contiguous, found strides {tensor.stride()}")
+    _check_dtypes(name, x, cos, sin)
+    _check_rows(name, x, ("x", x), ("cos", cos), ("sin", sin))
+    if not x.is_cuda:
+        return reference.rotary(x, cos, sin)
+    from .rotary import launch
+
+    return launch(x, cos, sin)
 
 
 @temporal_attention.register_fake
@@ -293,8 +329,13 @@ def _(
 
 
 @residual_norm.register_fake
-def _(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(update)
+
+
+@rotary.register_fake
+def _(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
 
 
 def _check_temporal(

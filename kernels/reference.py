@@ -74,11 +74,25 @@ def decode_attention(
     return (weights @ values).to(query.dtype)
 
 
-def residual_norm(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+def residual_norm(
+    x: Tensor, update: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float
+) -> tuple[Tensor, Tensor]:
     """See `operators.residual_norm`."""
     total = x + update.to(x.dtype)
-    normed = torch.nn.functional.layer_norm(total, weight.shape, weight.to(x.dtype), bias.to(x.dtype), epsilon)
+    wide = total.to(torch.promote_types(x.dtype, torch.float32))
+    if bias is None:
+        normed = torch.nn.functional.rms_norm(wide, weight.shape, weight.to(wide.dtype), epsilon)
+    else:
+        normed = torch.nn.functional.layer_norm(wide, weight.shape, weight.to(wide.dtype), bias.to(wide.dtype), epsilon)
     return total, normed.to(update.dtype)
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """See `operators.rotary`."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    a, b = x.to(wide).chunk(2, dim=-1)
+    cos, sin = cos.to(wide).unsqueeze(1), sin.to(wide).unsqueeze(1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
 def write_ring(new: Tensor, ring: Tensor, position: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""A residual sum and the layer norm that follows, in one launch: the sum is not written and read again.
+"""A residual sum and the norm that follows, in one launch: the sum is not written and read again.
 
 Between the matrix products of a step there is little else, and at one stream a launch costs more than its bytes.
 """
@@ -25,6 +25,7 @@ def residual_norm_kernel(
     total,  # [rows, D] contiguous
     normed,
     epsilon,
+    CENTRED: tl.constexpr,  # layer norm; else by the root of the mean square, without a bias
     WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -38,16 +39,16 @@ def residual_norm_kernel(
     added = added.to(total.dtype.element_ty)
     tl.store(total + at, added, mask=here)
     wide = added.to(tl.float32)
-    mean = tl.sum(wide, axis=0) / WIDTH
-    centred = tl.where(here, wide - mean, 0.0)
-    variance = tl.sum(centred * centred, axis=0) / WIDTH
-    scale = tl.load(weight + i, mask=here, other=0.0).to(tl.float32)
-    shift = tl.load(bias + i, mask=here, other=0.0).to(tl.float32)
-    result = centred * tl.rsqrt(variance + epsilon) * scale + shift
+    if CENTRED:
+        wide = tl.where(here, wide - tl.sum(wide, axis=0) / WIDTH, 0.0)
+    variance = tl.sum(wide * wide, axis=0) / WIDTH
+    result = wide * tl.rsqrt(variance + epsilon) * tl.load(weight + i, mask=here, other=0.0).to(tl.float32)
+    if CENTRED:
+        result += tl.load(bias + i, mask=here, other=0.0).to(tl.float32)
     tl.store(normed + at, result.to(normed.dtype.element_ty), mask=here)
 
 
-def launch(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+def launch(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> tuple[Tensor, Tensor]:
     """Run the kernel; shapes as in `operators.residual_norm`, unchecked."""
     total, normed = torch.empty_like(x), torch.empty_like(update)
     width = x.shape[-1]
@@ -59,6 +60,7 @@ def launch(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, epsilon: flo
         total,
         normed,
         epsilon,
+        CENTRED=bias is not None,
         WIDTH=width,
         BLOCK_D=triton.next_power_of_2(width),
         num_warps=WARPS,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...kernels import decode, prefill, reference, residual_norm, temporal
+from ...kernels import decode, prefill, reference, residual_norm, rotary, temporal
 from ...kernels.temporal import Launch
 from .hardware import Hardware, poisoned
 from .section import Section
@@ -48,6 +48,7 @@ def run(section: Section, hardware: Hardware, sizes: Sizes) -> None:
         if not (small and dtype == torch.bfloat16):
             section.attempt("decode_attention", lambda d=dtype: _decode(section, inputs, d, small))
         section.attempt("residual_norm", lambda d=dtype: _norm(section, inputs, d, small))
+        section.attempt("rotary", lambda d=dtype: _rotary(section, inputs, d, small))
     if not small:
         section.attempt("temporal_attention beyond 2^31", lambda: _far(section, inputs))
     section.facts["checks"] = len(section.rows.get("checks", []))
@@ -197,17 +198,32 @@ def _decode(section: Section, inputs: Inputs, dtype: torch.dtype, small: bool) -
 
 
 def _norm(section: Section, inputs: Inputs, dtype: torch.dtype, small: bool) -> None:
-    for width in (40,) if small else (96, 768, 1152):
+    for width in (40,) if small else (96, 768, 896, 1152):
         for kept in {dtype, torch.float32}:
             x, update = inputs.normal(2, 9, width, dtype=kept) + 2, inputs.normal(2, 9, width, dtype=dtype)
-            weight, bias = inputs.normal(width, dtype=dtype), inputs.normal(width, dtype=dtype)
-            with poisoned():
-                total, normed = residual_norm.launch(x, update, weight, bias, 1e-6)
-            label = _label("residual_norm", dtype, (18, width, NAMES[kept]))
-            section.check(f"{label}: sum", error(total, x.double() + update.double()), LIMITS[kept])
-            wide = total.double()
-            expected = torch.nn.functional.layer_norm(wide, (width,), weight.double(), bias.double(), 1e-6)
-            section.check(label, error(normed, expected), LIMITS[dtype])
+            weight = inputs.normal(width, dtype=dtype)
+            for bias in (inputs.normal(width, dtype=dtype), None):
+                with poisoned():
+                    total, normed = residual_norm.launch(x, update, weight, bias, 1e-6)
+                label = _label(
+                    "residual_norm" if bias is not None else "residual_rms_norm", dtype, (18, width, NAMES[kept])
+                )
+                section.check(f"{label}: sum", error(total, x.double() + update.double()), LIMITS[kept])
+                wide = (None if bias is None else bias.double(), 1e-6)
+                _, expected = reference.residual_norm(
+                    total.double(), torch.zeros_like(total).double(), weight.double(), *wide
+                )
+                section.check(label, error(normed, expected), LIMITS[dtype])
+
+
+def _rotary(section: Section, inputs: Inputs, dtype: torch.dtype, small: bool) -> None:
+    for B, H, T, d in [(2, 3, 5, 40)] if small else [(1, 14, 1, 64), (3, 14, 33, 64), (2, 40, 7, 128), (1, 2, 3, 80)]:
+        x = inputs.normal(B, T, H, d, dtype=dtype).transpose(1, 2)
+        cos, sin = (inputs.normal(B, T, d // 2, dtype=dtype) for _ in range(2))
+        with poisoned():
+            found = rotary.launch(x, cos, sin)
+        expected = reference.rotary(x.double(), cos.double(), sin.double())
+        section.check(_label("rotary", dtype, (B, H, T, d)), error(found, expected), LIMITS[dtype])
 
 
 def _far(section: Section, inputs: Inputs) -> None:

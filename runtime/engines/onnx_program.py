@@ -6,7 +6,9 @@ The rewrites change no arithmetic but the order of sums:
   `DequantizeLinear` go into it, and their scales become two more inputs, a number for each head;
 - the same around a cache that is linear, with any slot and mask, becomes one `CachedAttention`;
 - `MatMul` by a constant and `Add` of a constant vector become one `Linear`, and several of one input one `LinearGroup`;
-- `Add` and the `LayerNormalization` of its sum become one `ResidualNorm`.
+- `Add` and the `LayerNormalization` or `RMSNormalization` of its sum become one `ResidualNorm`; where the sum is
+  float32 beside products in half precision, the `Cast` before it and the one behind the norm go into it;
+- `Mul` of a value and its `Sigmoid` becomes `Silu`, `Gather` of one constant place a `Select`, which copies nothing.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from ..errors import EngineError
 Array = npt.NDArray[Any]
 RING = "RingAttention"
 CACHED = "CachedAttention"
+FLOAT32, HALVES = 1, (10, 16)  # ONNX's numbers of types
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,7 @@ def rewrite(graph: OnnxGraph, position: str, rings: Sequence[tuple[str, str]]) -
     graph = _merge_attentions(graph, position, rings)
     graph = _merge_linears(graph)
     graph = _group_linears(graph)
+    graph = _name_forms(graph)
     return _merge_norms(graph)
 
 
@@ -298,34 +302,72 @@ def _group_linears(graph: OnnxGraph) -> OnnxGraph:
 
 def _merge_norms(graph: OnnxGraph) -> OnnxGraph:
     makers = {output: node for node in graph.nodes for output in node.outputs}
+    users = {name: node for node in graph.nodes for name in node.inputs}  # the only one, where there is one
+    uses = _uses(graph)
     merged: dict[str, Node | None] = {}
     for node in graph.nodes:
-        if node.op != "LayerNormalization" or len(node.inputs) != 3 or len(node.outputs) != 1:
+        centred = node.op == "LayerNormalization"
+        if node.op not in ("LayerNormalization", "RMSNormalization") or len(node.inputs) != 2 + centred:
             continue
         add = makers.get(node.inputs[0])
-        axis = node.attributes.get("axis", -1)
-        if add is None or add.op != "Add" or add.outputs[0] in merged or axis != -1:
+        if add is None or add.op != "Add" or add.outputs[0] in merged:
+            continue
+        if len(node.outputs) != 1 or node.attributes.get("axis", -1) != -1:
             continue
         if any(name in graph.constants for name in add.inputs) or any(
             n not in graph.constants for n in node.inputs[1:]
         ):
             continue
-        attributes = {"epsilon": node.attributes.get("epsilon", 1e-5)}
-        outputs = (add.outputs[0], node.outputs[0])
-        merged[add.outputs[0]] = Node("ResidualNorm", node.name, (*add.inputs, *node.inputs[1:]), outputs, attributes)
+        (x, update), normed = add.inputs, node.outputs[0]
+        widened, narrowed = makers.get(update), users.get(normed)
+        float32 = uses[update] == uses[normed] == 1 and _casts(widened, FLOAT32) and _casts(narrowed, *HALVES)
+        if float32:
+            assert widened is not None and narrowed is not None
+            update, normed = widened.inputs[0], narrowed.outputs[0]
+            merged[narrowed.outputs[0]] = None
+        attributes = {"epsilon": node.attributes.get("epsilon", 1e-5), "wide": float32}
+        inputs, outputs = (x, update, *node.inputs[1:]), (add.outputs[0], normed)
         merged[node.outputs[0]] = None
+        merged[add.outputs[0]] = Node("ResidualNorm", node.name, inputs, outputs, attributes)
     kept = [merged.get(node.outputs[0], node) for node in graph.nodes]
     nodes = [node for node in kept if node is not None]
+    normed_sums = {node.inputs[0] for node in nodes if node.op == "RMSNormalization"}
+    normed_sums |= {node.inputs[0] for node in nodes if node.op == "Select" and node.outputs[0] in normed_sums}
     others = set(graph.outputs)  # what is used elsewhere than as the running sum of a residual
     for node in nodes:
-        others.update(node.inputs[1:] if node.op == "ResidualNorm" else node.inputs)
-    return replace(graph, nodes=tuple(_mark_wide(node, others) for node in nodes))
+        last = node.op == "Add" and node.outputs[0] in normed_sums and uses[node.outputs[0]] == 1
+        others.update(node.inputs[1:] if node.op == "ResidualNorm" or last else node.inputs)
+    return _without_unused(replace(graph, nodes=tuple(_mark_wide(node, others) for node in nodes)))
+
+
+def _casts(node: Node | None, *kinds: int) -> bool:
+    return node is not None and node.op == "Cast" and node.attributes["to"] in kinds
 
 
 def _mark_wide(node: Node, others: set[str]) -> Node:
     if node.op != "ResidualNorm":
         return node
-    return replace(node, attributes={**node.attributes, "wide": node.outputs[0] not in others})
+    wide = node.attributes["wide"] or node.outputs[0] not in others
+    return replace(node, attributes={**node.attributes, "wide": wide})
+
+
+def _name_forms(graph: OnnxGraph) -> OnnxGraph:
+    makers, uses = {output: node for node in graph.nodes for output in node.outputs}, _uses(graph)
+    nodes = []
+    for node in graph.nodes:
+        if node.op == "Mul":
+            for x, gate in (node.inputs, node.inputs[::-1]):
+                sigmoid = makers.get(gate)
+                if sigmoid is not None and sigmoid.op == "Sigmoid" and sigmoid.inputs == (x,) and uses[gate] == 1:
+                    node = replace(node, op="Silu", inputs=(x,))
+                    break
+        elif node.op == "Gather":
+            place = graph.constants.get(node.inputs[1])
+            if place is not None and place.ndim == 0:
+                attributes = {"axis": node.attributes.get("axis", 0), "index": int(place)}
+                node = replace(node, op="Select", inputs=node.inputs[:1], attributes=attributes)
+        nodes.append(node)
+    return _without_unused(replace(graph, nodes=tuple(nodes)))
 
 
 def _uses(graph: OnnxGraph) -> Counter[str]:

@@ -298,19 +298,19 @@ class TorchEngine(BufferEngine):
     def _compute(self, frames: Tensor, positions: Tensor, first: int, stop: int, attend: Attend) -> dict[str, Tensor]:
         made: dict[str, Tensor] = {}
         for graph, program in zip(self._graphs, self._programs, strict=True):
-            inputs = {port.name: self._input(port, frames, positions, made, graph) for port in graph.inputs}
+            inputs = {port.name: self._input(port, frames, positions, made) for port in graph.inputs}
             inputs.update({use.input: self._states[use.state][first:stop] for use in graph.states})
             found = program(inputs, attend)
             made.update({port.name: found[port.name] for port in graph.outputs})
         return made
 
-    def _input(self, port: Port, frames: Tensor, positions: Tensor, made: Mapping[str, Tensor], graph: Graph) -> Tensor:
+    def _input(self, port: Port, frames: Tensor, positions: Tensor, made: Mapping[str, Tensor]) -> Tensor:
         if port.role == "frame":
             return frames
         if port.role == "position":
             return positions
         if port.role == "output":
-            return made[port.name] if graph.states else made[port.name].float()
+            return made[port.name]
         if port.role not in self._constants:
             raise EngineError(f"input '{port.name}' needs labels; set them before the first step")
         return self._constants[port.role]

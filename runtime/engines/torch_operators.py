@@ -94,11 +94,15 @@ def tensor_scatter(node: Node) -> Compute:
     axis, mode = node.attributes.get("axis", -2), node.attributes.get("mode", "linear")
 
     def compute(past: Tensor, update: Tensor, first: Tensor | None = None) -> Tensor:
-        slots = torch.arange(update.shape[axis], device=past.device)[None]  # [1, T]
-        if first is not None:
-            slots = first[:, None] + slots  # [S, T]
+        if first is not None and update.shape[axis] == 1:
+            slots = first[:, None]  # [S, 1]
+        else:
+            slots = torch.arange(update.shape[axis], device=past.device)[None]  # [1, T]
+            slots = slots if first is None else first[:, None] + slots  # [S, T]
         if mode == "circular":
             slots = slots % past.shape[axis]
+        if past.shape[0] == 1:
+            return past.index_copy_(axis, slots[0], update)
         streams = torch.arange(past.shape[0], device=past.device)[:, None]
         past.movedim(axis, 1)[streams, slots] = update.movedim(axis, 1)
         return past
@@ -118,12 +122,12 @@ def layer_normalization(node: Node) -> Compute:
 
 
 def rms_normalization(node: Node) -> Compute:
-    """In float32 at least, as the operator's `stash_type` says."""
+    """In float32 at least, as the operator's `stash_type` says; the result has the type of the weight."""
     axis, epsilon = node.attributes.get("axis", -1), node.attributes.get("epsilon", 1e-5)
 
     def compute(x: Tensor, weight: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return F.rms_norm(wide, x.shape[axis:], eps=epsilon).to(x.dtype) * weight
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return F.rms_norm(x.to(wide), x.shape[axis:], weight.to(wide), epsilon).to(weight.dtype)
 
     return compute
 
@@ -140,12 +144,9 @@ def rotary_embedding(node: Node) -> Compute:
     def compute(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         flat = x.dim() == 3
         if flat:
-            x, cos, sin = x.unflatten(-1, (heads, -1)), cos.unsqueeze(2), sin.unsqueeze(2)
-        else:
-            cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-        a, b = x.chunk(2, dim=-1)
-        turned = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
-        return turned.flatten(2) if flat else turned
+            x = x.unflatten(-1, (heads, -1)).transpose(1, 2)
+        turned: Tensor = operators.rotary(x, cos.contiguous(), sin.contiguous())
+        return turned.transpose(1, 2).flatten(2) if flat else turned
 
     return compute
 
@@ -327,11 +328,9 @@ def linear_group(node: Node) -> Compute:
 
 def residual_norm(node: Node) -> Compute:
     """A sum and its norm. A sum that only leads to further ones is kept in float32: it is rounded once a layer else."""
-    from ...kernels import operators
-
     epsilon, wide = node.attributes["epsilon"], node.attributes["wide"]
 
-    def compute(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    def compute(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x, update = torch.broadcast_tensors(x, update)
         x = x.float() if wide else x.to(update.dtype)
         total, normed = operators.residual_norm(x.contiguous(), update.contiguous(), weight, bias, epsilon)
@@ -403,4 +402,6 @@ OPERATORS: dict[str, Callable[[Node], Compute]] = {
     "Linear": linear,
     "LinearGroup": linear_group,
     "ResidualNorm": residual_norm,
+    "Select": lambda node: lambda x: x.select(node.attributes["axis"], node.attributes["index"]),
+    "Silu": lambda node: F.silu,
 }

@@ -60,6 +60,7 @@ class Program:
         graph = rewrite(graph, position or "", rings)
         graph = _with_floats(graph, dtype)
         self.outputs = graph.outputs
+        self._dtype = dtype
         self.rings = sum(node.op == RING for node in graph.nodes)
         scales = {name for node in graph.nodes if node.op == RING for name in node.inputs[6:]}
         all_rings = self.rings * 2 == len(rings) and not any(node.op == "TensorScatter" for node in graph.nodes)
@@ -81,13 +82,15 @@ class Program:
         """Run.
 
         Args:
-            inputs: by name, those of state included; state is updated in place.
+            inputs: by name, those of state included; state is updated in place. Floating numbers may have any type.
             attend: one step of attention over rings.
 
         Returns:
             The graph's outputs by name.
         """
         values: dict[str, Any] = {**self._constants, **inputs}
+        if self._dtype is not None:
+            values.update({name: x.to(self._dtype) for name, x in inputs.items() if x.is_floating_point()})
         for call in self._calls:
             given = [values[name] for name in call.inputs]
             made = _attend(call.node, attend, *given) if call.compute is None else call.compute(*given)

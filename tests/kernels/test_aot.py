@@ -30,7 +30,7 @@ def compiled(tmp_path_factory):
         done = run("-o", folder, "--kernel", "temporal_fp16_w16", "--target", "sm_120")
     assert done.returncode == 0, done.stderr
     others = ("temporal_int8_w16", "merge_fp16_split4", "prefill_fp16_w16", "prefill_write_fp16_w16")
-    others += ("decode_fp16_t1", "residual_norm_fp16")
+    others += ("decode_fp16_t1", "residual_norm_fp16", "residual_rms_norm_fp16", "rotary_fp16")
     done = run("-o", folder, "--target", "sm_90", *(part for name in others for part in ("--kernel", name)))
     assert done.returncode == 0, done.stderr
     return folder

@@ -6,7 +6,7 @@ import pytest
 import torch
 from attention_inputs import TOLERANCE, error, ring_inputs
 
-from framestep.kernels import operators, reference, residual_norm
+from framestep.kernels import operators, reference, residual_norm, rotary
 
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
@@ -37,6 +37,14 @@ def norm_case(device, dtype=torch.float16):
     return x, update.to(dtype), weight, bias, 1e-6
 
 
+def rotary_case(device, dtype=torch.float16, heads=5, head_dim=32):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, 2 * heads * head_dim, generator=generator).to(device, dtype)
+    x = x[..., heads * head_dim :].unflatten(-1, (heads, head_dim)).transpose(1, 2)  # a slice of a larger product
+    angles = 3 * torch.randn(2, 3, head_dim // 2, generator=generator)
+    return x, angles.cos().to(device, dtype), angles.sin().to(device, dtype)
+
+
 @pytest.mark.parametrize(
     ("operator", "case"),
     [
@@ -45,6 +53,8 @@ def norm_case(device, dtype=torch.float16):
         (operators.causal_prefill, lambda device: ring_case(device, frames=5)),
         (operators.decode_attention, decode_case),
         (operators.residual_norm, norm_case),
+        (operators.residual_norm, lambda device: (*norm_case(device)[:3], None, 1e-6)),
+        (operators.rotary, rotary_case),
     ],
 )
 def test_opcheck(device, operator, case):
@@ -80,6 +90,43 @@ def test_residual_norm_keeps_a_float32_sum_beside_half_precision(device):
     assert torch.equal(total, x + update)
     expected = torch.nn.functional.layer_norm(total.double(), (96,), weight.double(), bias.double(), epsilon)
     assert error(normed, expected) <= TOLERANCE[torch.float16]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("width", [1, 96, 896])
+def test_residual_rms_norm_against_float64(device, dtype, width):
+    generator = torch.Generator().manual_seed(0)
+    x = 50 * torch.randn(2, 7, width, generator=generator).to(device)
+    update, weight = (torch.randn(*s, width, generator=generator).to(device, dtype) for s in ((2, 7), ()))
+    for scale in (weight, weight.float()):
+        total, normed = residual_norm.launch(x, update, scale, None, 1e-6)
+        assert torch.equal(total, x + update)
+        wide = total.double()
+        expected = wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight.double()
+        assert normed.dtype == dtype and error(normed, expected) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "head_dim"), [(1, 2), (5, 32), (14, 64), (9, 80)])
+def test_rotary_against_complex_numbers_in_float64(device, dtype, heads, head_dim):
+    x, cos, sin = rotary_case(device, dtype, heads, head_dim)
+    pairs = torch.complex(*x.double().chunk(2, dim=-1)) * torch.complex(cos.double(), sin.double())[:, None]
+    for found in (rotary.launch(x, cos, sin), reference.rotary(x, cos, sin)):
+        assert found.is_contiguous() and found.dtype == dtype
+        assert error(found, torch.cat([pairs.real, pairs.imag], dim=-1)) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x, cos, sin: (x[..., :31], cos, sin), r"x: expected \[B, H, T, d\] with an even d"),
+        (lambda x, cos, sin: (x, cos[:, :2], sin), r"cos: expected shape \[2, 3, 16\], found \[2, 2, 16\]"),
+        (lambda x, cos, sin: (x, cos, sin.float()), "expected one dtype, found float16 and float32"),
+    ],
+)
+def test_what_does_not_fit_a_rotation_is_named(change, message):
+    with pytest.raises(ValueError, match=f"rotary: .*{message}"):
+        operators.rotary(*change(*rotary_case(torch.device("cpu"))))
 
 
 def changed(case, **replaced):

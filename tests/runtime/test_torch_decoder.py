@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 
 import cuda_graphs
 import decoder_models
@@ -68,6 +69,57 @@ def test_half_precision_is_near_float32(tmp_path) -> None:
     with torch.inference_mode():
         expected = model(torch.from_numpy(random_tokens())[None]).logits[0, [18, 19]].numpy()
     assert np.linalg.norm(found - expected) < 2e-2 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "w8"])
+@pytest.mark.parametrize(("engine", "limit"), [("torch:tf32", 1e-5), ("torch:fp16", 5e-3), ("torch:bf16", 4e-2)])
+def test_every_bundle_runs_in_every_precision(tmp_path, precision, engine, limit) -> None:
+    decoder_models.save(decoder_models.qwen2(), tmp_path / "checkpoint")
+    _, bundle = write(tmp_path, precision)
+    found = []
+    for name in ("torch:fp32", engine):
+        with framestep.load(bundle.path, engine=name) as session, session.open_stream() as stream:
+            found.append(np.stack([say(stream, random_tokens()[:19], 0), say(stream, random_tokens()[19:], 19)]))
+    assert np.linalg.norm(found[1] - found[0]) < limit * np.linalg.norm(found[0])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_sum_beyond_half_precision_stays_finite(tmp_path, precision) -> None:
+    """Trained decoders have a few channels with sums of tens of thousands, which their norms make small again."""
+    model, channel = decoder_models.qwen2(tie_word_embeddings=False), 3
+    layers = model.model.layers
+    norms = [norm for layer in layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, channel] = 40_000
+        for norm in (*norms, model.model.norm):
+            norm.weight *= 1_000
+            norm.weight[channel] = 1e-3
+        attention = layers[0].self_attn
+        attention.v_proj.bias.fill_(1)
+        attention.o_proj.weight[channel] = 40_000 / attention.o_proj.in_features
+        states = model(torch.from_numpy(random_tokens())[None], output_hidden_states=True)
+    assert max(float(x.max()) for x in states.hidden_states) > 65_504
+    decoder_models.save(model, tmp_path / "checkpoint")
+    _, bundle = write(tmp_path, precision)
+    expected = states.logits[0, -1].numpy()
+    for name in ("torch", "torch:fp16"):
+        with framestep.load(bundle.path, engine=name) as session, session.open_stream() as stream:
+            found = say(stream, random_tokens(), 0)
+        assert np.linalg.norm(found - expected) < 2e-2 * np.linalg.norm(expected)
+
+
+def test_a_layer_is_ten_calls_and_views(tmp_path) -> None:
+    decoder_models.save(decoder_models.qwen2(), tmp_path / "checkpoint")
+    _, bundle = write(tmp_path, "fp16")
+    with framestep.load(bundle.path, engine="torch") as session:
+        calls = Counter(call.node.op for call in session._engine._own_programs["decoder"]._calls)
+    layers = decoder_models.SIZES["num_hidden_layers"]
+    each = {"LinearGroup": 2, "Linear": 2, "RotaryEmbedding": 2, "CachedAttention": 1, "Silu": 1, "Mul": 1}
+    each["TensorScatter"] = 1  # keys before they are turned
+    assert {name: calls[name] for name in each} == {name: count * layers for name, count in each.items()}
+    # the first norm has no sum before it, and the last one is of one token alone
+    assert (calls["ResidualNorm"], calls["RMSNormalization"], calls["Add"]) == (2 * layers - 1, 2, 1)
+    assert "Sigmoid" not in calls and calls["Cast"] <= 5
 
 
 def test_steps_of_few_tokens_take_our_attention_and_those_of_many_pytorchs(tmp_path, monkeypatch) -> None:
