@@ -616,7 +616,11 @@ def bench(
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure latency across stream positions, against what one would otherwise run."""
+    """Measure latency across stream positions, against what one would otherwise run.
+
+    What cannot be measured is told, also in the report. Exit status 2: an error, or framestep itself could not be
+    measured.
+    """
     from ..runtime.bundle import Bundle
     from ..runtime.schema import to_json
     from .bench import BenchOptions
@@ -675,6 +679,8 @@ def bench(
         return
     report = run_bench(options, bench_status_for(quiet=as_json))
     _print_facts(to_json(report), as_json, f"{output / 'report.md'}")
+    if report.path("framestep") is None:
+        raise typer.Exit(2)
 
 
 @app.command()

@@ -74,7 +74,8 @@ def bench(options: BenchOptions, status: BenchStatus) -> Report:
     measuring, and what was measured until then is written.
 
     Raises:
-        FramestepError: the options make no sense, the bundle cannot be read or the folder not written.
+        FramestepError: the options make no sense, the bundle cannot be read, the folder not written, or nothing could
+            be measured and the folder has an earlier report, which stays.
     """
     _check(options)
     bundle = Bundle.open(options.bundle)
@@ -85,6 +86,8 @@ def bench(options: BenchOptions, status: BenchStatus) -> Report:
             report = run.measure()
         finally:
             status.close()
+    if not report.paths and (options.output / "report.json").exists():
+        raise FramestepError(f"{options.output}: nothing could be measured; the earlier report there stays as it was")
     plots = _draw(report, options.output, status)
     if plots is None:
         report = replace(report, problems=(*report.problems, NO_PLOTS))
@@ -275,7 +278,7 @@ class _Run:
             samples = max(BLOCK, options.samples // 2)
             job = self._job("streams", FRAMESTEP, samples=samples, streams=streams)
             expected = START_S + (samples + window) * self.step_s * (streams + 2)
-            tasks.append(Task(f"{streams} streams", job, {}, expected))
+            tasks.append(Task("1 stream" if streams == 1 else f"{streams} streams", job, {}, expected))
         steady = max(options.steady, options.frames[-1] if options.every_frame else 0)
         if steady:
             job = self._job("steady", FRAMESTEP, samples=steady)

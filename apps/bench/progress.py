@@ -56,8 +56,9 @@ class PlainBenchStatus(QuietBenchStatus):
     def working(self, what: str, done_s: float) -> None:
         if what != self._what:
             self._what = what
-            left = f" (about {(self._total_s - done_s) / 60:.0f} min left)" if self._total_s else ""
-            print(f"{what}{left}", file=sys.stderr, flush=True)
+            left = max(0.0, self._total_s - done_s)
+            told = f"{left / 60:.0f} min" if left > 90 else f"{left:.0f} s"
+            print(f"{what} (about {told} left)" if self._total_s else what, file=sys.stderr, flush=True)
 
 
 class BenchProgress:

@@ -12,10 +12,12 @@ from .report import Latency, PathReport, Report
 
 
 def write_report(report: Report, folder: Path, plots: Sequence[Path]) -> None:
-    """Write `report.json` and `report.md` into the folder."""
+    """Write `report.json` and `report.md` into the folder, in which no other report's plots stay."""
     text = json.dumps(to_json(report), indent=1, ensure_ascii=False, allow_nan=False)
     (folder / "report.json").write_text(text + "\n", "utf-8")
     (folder / "report.md").write_text(markdown(report, [plot.name for plot in plots]), "utf-8")
+    for name in {"latency.png", "memory.png", "histogram.png"} - {plot.name for plot in plots}:
+        (folder / name).unlink(missing_ok=True)  # of an earlier report
 
 
 def markdown(report: Report, plots: Sequence[str]) -> str:
@@ -215,7 +217,7 @@ def _machine_section(machine: Machine) -> list[str]:
         ("environment", ", ".join(f"{k}={v}" for k, v in machine.environment.items()) or "no allocator settings"),
         ("Python", machine.python),
         ("packages", ", ".join(f"{name} {version}" for name, version in machine.packages.items())),
-        ("load average at the start", f"{machine.load}"),
+        ("load average at the start", f"{machine.load}; well above 0 where others were at work"),
     ]
     rows = [f"| {name} | {value} |" for name, value in facts if value]
     return ["## Machine", "", "| | |", "| --- | --- |", *rows, ""]

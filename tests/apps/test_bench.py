@@ -13,6 +13,7 @@ from typing import Any
 import golden
 import numpy as np
 import pytest
+from command_line import main
 
 from framestep.apps.bench import BenchOptions, bench
 from framestep.apps.bench.baselines import BASELINES, GROUPS
@@ -274,6 +275,15 @@ def test_bundle_for_a_device_that_is_not_here_still_gives_a_report(golden_bundle
     assert "cuda" in (tmp_path / "report" / "report.md").read_text()
 
 
+def test_a_report_is_not_replaced_by_one_of_nothing(golden_bundle: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    (tmp_path / "report.json").write_text("{}")
+    with pytest.raises(FramestepError, match="nothing could be measured; the earlier report there stays as it was"):
+        bench(options(golden_bundle, tmp_path, threads=10**6), Lines())
+    assert [file.name for file in tmp_path.iterdir()] == ["report.json"]
+    assert main(monkeypatch, "bench", golden_bundle, "-o", tmp_path / "new", "--threads", 10**6) == 2
+    assert "new/report.md" in capsys.readouterr().out
+
+
 def test_interrupt_keeps_what_was_measured(
     golden_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -332,9 +342,13 @@ def test_log_gets_a_line_for_each_measurement(capsys: pytest.CaptureFixture[str]
     status.plan(600.0)
     for done in (0.0, 1.0, 2.0):
         status.working("framestep, process 1 of 5", done)
+    status.plan(45.0)
+    status.working("1 stream", 3.0)
     status.report("openvino: missing")
     status.close()
-    assert capsys.readouterr().err == "framestep, process 1 of 5 (about 10 min left)\nwarning: openvino: missing\n"
+    assert capsys.readouterr().err == (
+        "framestep, process 1 of 5 (about 10 min left)\n1 stream (about 42 s left)\nwarning: openvino: missing\n"
+    )
     quiet = bench_status_for(quiet=True)
     quiet.plan(1.0)
     quiet.working("framestep", 0.0)
