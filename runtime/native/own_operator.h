@@ -149,7 +149,7 @@ OrtStatus* guarded(const Ort& ort, const char* name, const Call& call) {
 //     void compute(OrtKernelContext*) const
 template <class Kernel>
 OwnOperator<Kernel> own_operator(const Ort& ort, const typename Kernel::Shared* shared) {
-    constexpr int REQUIRED = 0, VARIADIC = 2;
+    static constexpr int REQUIRED = 0, VARIADIC = 2;
     OwnOperator<Kernel> made = {};
     made.version = ORT_API_VERSION_USED;
     made.ort = &ort;

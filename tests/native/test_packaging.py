@@ -34,6 +34,24 @@ def test_a_wheel_has_the_command_as_a_module_and_no_setup(tmp_path):
     assert (tmp_path / "framestep" / "include" / "framestep.h").is_file()
 
 
+@pytest.mark.parametrize("source", ["own_operators", "attention", "bfloat16_products", "block_products"])
+def test_clang_takes_what_is_written_for_instruction_sets_and_for_onnx_runtime(source):
+    if shutil.which("clang++") is None:
+        pytest.skip("needs clang++")
+    command = [
+        "clang++",
+        "-std=c++17",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-fsyntax-only",
+        f"-I{NATIVE}",
+        f"-I{ROOT}/include",
+    ]
+    done = subprocess.run([*command, NATIVE / f"{source}.cpp"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("libraries", ["lib", "lib64", "lib/x86_64-linux-gnu"])
 def test_the_pkg_config_file_finds_its_prefix(tmp_path, libraries):
     for tool in ("cmake", "pkg-config"):
