@@ -21,7 +21,7 @@ from ...runtime.errors import FramestepError
 from ...runtime.events import Answer, Decision
 from ...runtime.session import Session, Stream
 from ...runtime.speaking import Seen
-from .figures import make_folder, spread, write_figures
+from .figures import Spread, make_folder, p50_p99_max, spread, write_figures
 from .machine import Machine, examine_machine, resident
 
 SYSTEM = "You watch."
@@ -45,7 +45,7 @@ class TurnFigures:
 
     turn: int
     turns: int
-    decision_ms: tuple[float, ...]
+    decision_ms: Spread
     tokens: float
     steps: float
     used: int
@@ -70,7 +70,7 @@ class DialogueReport:
     machine: Machine
     frame_tokens: int
     capacity: int
-    encode_ms: tuple[float, ...]
+    encode_ms: Spread
     slots: tuple[TurnFigures, ...]
     cut: tuple[TurnFigures, ...]
     forgotten: int
@@ -85,7 +85,7 @@ class DialogueReport:
             f"{self.engine}; {self.machine.title()}.",
             "",
             f"A frame has {self.frame_tokens} tokens, the cache holds {self.capacity}."
-            f" Encoding a frame: p50 {self.encode_ms[0]:.2f} ms, p99 {self.encode_ms[2]:.2f} ms."
+            f" Encoding a frame: {p50_p99_max(self.encode_ms)} ms (p50 / p99 / max)."
             f" Answers: {self.tokens_a_second:.1f} tokens a second, the first {self.first_token_ms:.1f} ms after the"
             f" decision. {self.forgotten} turns were forgotten, positions brought down {self.rebased} times.",
             "",
@@ -94,9 +94,8 @@ class DialogueReport:
         ]
         for name, rows in (("slots", self.slots), ("cut", self.cut)):
             for row in rows:
-                p50, _, p99, most = row.decision_ms
                 lines.append(
-                    f"| {name} | {row.turn} | {p50:.2f} / {p99:.2f} / {most:.2f} | {row.tokens:g} | {row.steps:g} |"
+                    f"| {name} | {row.turn} | {p50_p99_max(row.decision_ms)} | {row.tokens:g} | {row.steps:g} |"
                     f" {row.used} | {row.resident_bytes / 1e6:.1f} |"
                 )
         return "\n".join(lines) + "\n"
@@ -162,7 +161,7 @@ def bench_dialogue(
     return report
 
 
-def _encode(session: Session, stream: Stream, samples: int) -> tuple[list[np.ndarray], tuple[float, ...]]:
+def _encode(session: Session, stream: Stream, samples: int) -> tuple[list[np.ndarray], Spread]:
     """What the model sees of some frames, and milliseconds of a frame."""
     generator = np.random.default_rng(0)
     height, width = session.frame.height, session.frame.width

@@ -13,8 +13,9 @@ import numpy as np
 from ...runtime.bundle import write_file
 from ...runtime.errors import OutputError
 from ...runtime.schema import to_json
+from .report import percentile
 
-RANKS = (50, 95, 99, 100)
+Spread = tuple[float | None, float | None, float | None, float | None]
 
 
 class Figures(Protocol):
@@ -23,11 +24,19 @@ class Figures(Protocol):
     def as_text(self) -> str: ...
 
 
-def spread(milliseconds: Sequence[float]) -> tuple[float, ...]:
-    """p50, p95, p99 and max; zeros where nothing was measured."""
+def spread(milliseconds: Sequence[float]) -> Spread:
+    """p50, p95, p99 and max, None where there are too few for it."""
     if not milliseconds:
-        return (0.0,) * len(RANKS)
-    return tuple(round(float(np.percentile(milliseconds, rank)), 4) for rank in RANKS)
+        return (None, None, None, None)
+    ordered = np.sort(np.asarray(milliseconds, float))
+    p50, most = (round(float(value), 4) for value in (np.median(ordered), ordered[-1]))
+    return (p50, percentile(ordered, 95), percentile(ordered, 99), most)
+
+
+def p50_p99_max(figures: Spread) -> str:
+    """In words, – where there is none."""
+    p50, _, p99, most = figures
+    return " / ".join("–" if value is None else f"{value:.2f}" for value in (p50, p99, most))
 
 
 def make_folder(folder: Path) -> None:

@@ -23,7 +23,7 @@ from ...runtime.frame_ring import FrameRing
 from ...runtime.session import Session
 from ...runtime.sources.frame import Frame
 from ...runtime.text_cache import TextCache
-from .figures import make_folder, spread, write_figures
+from .figures import Spread, make_folder, p50_p99_max, spread, write_figures
 from .machine import Machine, examine_machine, resident
 
 QUESTION = "What is happening?"
@@ -44,8 +44,8 @@ class PassedFigures:
     """
 
     frames: int
-    token_ms: tuple[float, ...]
-    frame_ms: tuple[float, ...]
+    token_ms: Spread
+    frame_ms: Spread
     resident_bytes: int
 
 
@@ -66,7 +66,7 @@ class RateFigures:
     tokens: int
     tokens_a_second: float
     first_token_ms: float
-    age_ms: tuple[float, ...]
+    age_ms: Spread
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class PromptFigures:
     frames: int
     tokens: int
     refresh_ms: float
-    token_ms: tuple[float, ...]
+    token_ms: Spread
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class FollowingReport:
         ]
         for row in self.passed:
             memory = f"{row.resident_bytes / 1e6:.1f}"
-            lines.append(f"| {row.frames} | {_three(row.token_ms)} | {_three(row.frame_ms)} | {memory} |")
+            lines.append(f"| {row.frames} | {p50_p99_max(row.token_ms)} | {p50_p99_max(row.frame_ms)} | {memory} |")
         lines += [
             "",
             "| frames a second | encoded | dropped | tokens a second | first token, ms | age p50 / p99 / max, ms |",
@@ -129,14 +129,15 @@ class FollowingReport:
         for at in self.rates:
             lines.append(
                 f"| {at.rate:g} | {at.seen} | {at.dropped} | {at.tokens_a_second:.1f} | {at.first_token_ms:.1f} |"
-                f" {_three(at.age_ms)} |"
+                f" {p50_p99_max(at.age_ms)} |"
             )
         lines += ["", "Age: from the capture of the newest frame that a token could see to the token."]
         if self.prompt is not None:
             lines += [
                 "",
                 f"The other way, {self.prompt.frames} frames as {self.prompt.tokens} tokens of the prompt: to show"
-                f" newer ones takes {self.prompt.refresh_ms:.1f} ms, each token then {_three(self.prompt.token_ms)} ms;"
+                f" newer ones takes {self.prompt.refresh_ms:.1f} ms, each token then"
+                f" {p50_p99_max(self.prompt.token_ms)} ms (p50 / p99 / max);"
                 " in the same graph, so these pay for a cross-attention that sees nothing.",
             ]
         lines += ["", *self.notes] if self.notes else []
@@ -335,8 +336,3 @@ def _frame_tokens(session: Session) -> int:
     grid = session.bundle.manifest.grid
     assert grid is not None
     return grid[0] * grid[1]
-
-
-def _three(milliseconds: tuple[float, ...]) -> str:
-    p50, _, p99, most = milliseconds
-    return f"{p50:.2f} / {p99:.2f} / {most:.2f}"
