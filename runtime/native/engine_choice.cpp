@@ -61,7 +61,7 @@ EngineChoice choose_bfloat16(const Bundle& bundle, const std::string& device, co
     const std::string name = std::string("the engine '") + BFLOAT16 + "' ";
     if (device == "cuda") throw Error(FS_ERROR_ENGINE, name + "is for CPUs; on a GPU use precision fp16");
     if (bfloat16_kernels() == nullptr) {
-        throw Error(FS_ERROR_ENGINE, name + "needs a processor with AVX512-BF16, which this one is not; use 'onnxruntime'");
+        throw Error(FS_ERROR_ENGINE, name + "needs AVX512-BF16, which this processor does not have; use 'onnxruntime'");
     }
     const Manifest& manifest = bundle.choose(precision == "auto" ? "fp32" : precision, "cpu");
     if (manifest.precision != "fp32") {

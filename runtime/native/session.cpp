@@ -4,11 +4,11 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <set>
 #include <thread>
 
 #include "engine_choice.h"
+#include "finite.h"
 #include "labels.h"
 #include "state_file.h"
 
@@ -32,22 +32,9 @@ int usable_cores() {
     return static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
 }
 
-// A number is NaN or infinite where all bits of its exponent are set. No branch, so that it takes many at a time.
-template <class Bits>
-bool no_exponent_is_full(const uint8_t* data, size_t bytes, Bits exponent) {
-    bool bad = false;
-    for (size_t at = 0; at + sizeof(Bits) <= bytes; at += sizeof(Bits)) {
-        Bits bits;
-        std::memcpy(&bits, data + at, sizeof bits);
-        bad |= (bits & exponent) == exponent;
-    }
-    return !bad;
-}
-
 bool finite(const void* data, size_t bytes, fs_dtype dtype) {
-    const auto* place = static_cast<const uint8_t*>(data);
-    if (dtype == FS_FLOAT32) return no_exponent_is_full<uint32_t>(place, bytes, 0x7f800000u);
-    if (dtype == FS_FLOAT16) return no_exponent_is_full<uint16_t>(place, bytes, 0x7c00);
+    if (dtype == FS_FLOAT32) return all_finite(data, bytes, FLOAT32_EXPONENT);
+    if (dtype == FS_FLOAT16) return all_finite(data, bytes, FLOAT16_EXPONENT);
     return true;
 }
 

@@ -273,7 +273,7 @@ def assert_fits_as_python_does(parts: Parts, frame: np.ndarray, format: str, spe
         NativePreprocess(parts, spec, simd)(frame, format, out)
         difference = np.abs(out.astype(int) - expected)
         assert difference.max() <= 1, simd
-        assert difference.sum() <= max(3, 0.01 * difference.size), simd  # another rounding, now and then
+        assert difference.sum() <= max(8, 0.01 * difference.size), simd  # another rounding, now and then
         assert (guarded[:64] == 77).all()
         assert (guarded[-64:] == 77).all()
 

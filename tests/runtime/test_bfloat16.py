@@ -129,5 +129,5 @@ def test_it_refuses_other_precisions(golden_bundle, tmp_path, options, message) 
 
 @pytest.mark.skipif(HAS_BFLOAT16, reason="this processor has AVX512-BF16")
 def test_a_processor_without_the_instructions_is_told_so(golden_bundle) -> None:
-    with pytest.raises(EngineError, match=r"needs a processor with AVX512-BF16, which this one is not"):
+    with pytest.raises(EngineError, match=r"needs AVX512-BF16, which this processor does not have"):
         framestep.load(golden_bundle, engine="onnxruntime:bf16")
