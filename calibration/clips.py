@@ -111,7 +111,12 @@ def _truth(name: str, manifest: Manifest, indices: list[int]) -> np.ndarray | No
     file = Path(name).with_suffix(TRUTH_SUFFIX) if "://" not in name else None
     if file is None or not file.is_file() or manifest.labels is None:
         return None
-    lines = file.read_text("utf-8").split("\n")
+    try:
+        lines = file.read_text("utf-8-sig").split("\n")
+    except OSError as error:
+        raise CalibrationError(f"{file}: cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise CalibrationError(f"{file}: cannot be read: not UTF-8 text") from None
     known = {label: number for number, label in enumerate(manifest.labels.names)}
     truth = []
     for index in indices:

@@ -161,10 +161,11 @@ def write_report(folder: Path, report: Report) -> None:
 
 def markdown(report: Report, plots: list[str]) -> str:
     """The report as text."""
+    clips = "1 clip" if len(report.clips) == 1 else f"{len(report.clips)} clips"
     lines = [
         "# Calibration report",
         "",
-        f"From `{report.source}`: {report.frames} frames of {len(report.clips)} clips, stepped with live memory;"
+        f"From `{report.source}`: {report.frames} frames of {clips}, stepped with live memory;"
         f" ranges by {report.method}"
         + (f"; outliers of {report.smoothed_norms} layer norms moved into weights" if report.smoothed_norms else "")
         + f"; {report.calibration_seconds:g} s. Checked on {', '.join(report.checked_on)}.",

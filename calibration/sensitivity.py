@@ -86,7 +86,7 @@ def fewest_kept(
         elif high >= most:
             reached = max(trials, key=lambda item: item.reached)
             raise CalibrationError(
-                f"{budget}: not reached; the best was {reached.reached:.4g} with {len(reached.kept)} of {len(names)}"
+                f"{budget}: not reached; the best was {abs(reached.reached):.6g} with {len(reached.kept)} of {len(names)}"
                 " layers in float. Try --smooth, another --method, or more and other video"
             )
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -14,6 +15,7 @@ from framestep.calibration.compare import long_clip
 from framestep.calibration.errors import CalibrationError
 from framestep.runtime.bundle import Bundle
 from framestep.runtime.errors import SourceError
+from framestep.runtime.manifest import Labels
 
 
 def write_video(path: Path, frames) -> str:
@@ -63,6 +65,17 @@ def test_an_unreadable_clip_is_refused(golden_bundle, tmp_path) -> None:
     (tmp_path / "damaged.mp4").write_bytes(b"no video")
     with pytest.raises(SourceError, match="damaged.mp4"):
         read_clips([str(tmp_path / "damaged.mp4")], Bundle.open(golden_bundle).manifest, 100)
+
+
+def test_the_truth_about_frames_may_begin_with_a_mark_and_must_be_text(golden_bundle, tmp_path) -> None:
+    manifest = replace(Bundle.open(golden_bundle).manifest, labels=Labels(("a cat", "a dog"), "labels.safetensors"))
+    video, truth = write_video(tmp_path / "a.mp4", noise(12)), tmp_path / "a.labels.txt"
+    truth.write_bytes("\ufeffa dog\r\n".encode() + b"a cat\r\n" * 11)
+    (clip,) = read_clips([video], manifest, 100)
+    assert clip.truth is not None and clip.truth.tolist() == [1] + 11 * [0]
+    truth.write_bytes(b"caf\xe9\n" * 12)
+    with pytest.raises(CalibrationError, match="a.labels.txt: cannot be read: not UTF-8 text"):
+        read_clips([video], manifest, 100)
 
 
 def test_a_long_stream_is_made_without_a_jump() -> None:
