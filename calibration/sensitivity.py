@@ -84,10 +84,10 @@ def fewest_kept(
         if keeps(trials[-1].reached):
             best = trials[-1]
         elif high >= most:
-            reached = max(trials, key=lambda item: item.reached)
+            most_reached = max(trials, key=lambda item: item.reached)
             raise CalibrationError(
-                f"{budget}: not reached; the best was {abs(reached.reached):.6g} with {len(reached.kept)} of {len(names)}"
-                " layers in float. Try --smooth, another --method, or more and other video"
+                f"{budget}: not reached; the best was {abs(most_reached.reached):.6g} with {len(most_reached.kept)} of"
+                f" {len(names)} layers in float. Try --smooth, another --method, or more and other video"
             )
         else:
             low, high = high, min(2 * high, most)
