@@ -264,7 +264,10 @@ def as_rgb(frame: np.ndarray, format: str) -> np.ndarray:
     return frame[..., ::-1] if format == "bgr" else frame
 
 
-def assert_fits_as_python_does(parts: Parts, frame: np.ndarray, format: str, spec: FrameSpec) -> None:
+def assert_fits_as_python_does(
+    parts: Parts, frame: np.ndarray, format: str, spec: FrameSpec, share: float = 0.01
+) -> None:
+    """`share`: of the numbers that may be rounded another way, by one."""
     expected = np.zeros((spec.height, spec.width, 3), np.uint8)
     Preprocess(spec)(as_rgb(frame, format), expected)
     for simd in range(parts.library.parts_fastest_simd() + 1):
@@ -273,7 +276,7 @@ def assert_fits_as_python_does(parts: Parts, frame: np.ndarray, format: str, spe
         NativePreprocess(parts, spec, simd)(frame, format, out)
         difference = np.abs(out.astype(int) - expected)
         assert difference.max() <= 1, simd
-        assert difference.sum() <= max(8, 0.01 * difference.size), simd  # another rounding, now and then
+        assert difference.sum() <= max(3, share * difference.size), simd
         assert (guarded[:64] == 77).all()
         assert (guarded[-64:] == 77).all()
 
@@ -287,7 +290,8 @@ def assert_fits_as_python_does(parts: Parts, frame: np.ndarray, format: str, spe
 )
 @hypothesis_settings
 def test_frames_are_fitted_as_in_python(parts, size, model, resize, format, padding):
-    assert_fits_as_python_does(parts, a_frame(*size, format, padding), format, FrameSpec(*model, resize))
+    # of sizes like 16 to 24 many a number lies in the middle between two
+    assert_fits_as_python_does(parts, a_frame(*size, format, padding), format, FrameSpec(*model, resize), share=0.1)
 
 
 @pytest.mark.parametrize("resize", RESIZES)

@@ -4,7 +4,7 @@
 #     sanitize.sh thread|address|valgrind [stress|interface] [BUILD]
 #
 # `stress` has an engine without a model, `interface` runs over the ONNX Runtime that FRAMESTEP_ONNXRUNTIME names; without
-# either both run, where the checker can. `address` looks for undefined behaviour as well. What ONNX Runtime itself does is
+# either both run, where the checker can. `address` looks for undefined behaviour as well. What ONNX Runtime itself
 # and the loader do is left out by suppressions, which name them only. Ends with 0 where nothing was found.
 set -euo pipefail
 kind=${1:?thread, address or valgrind}
