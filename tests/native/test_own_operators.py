@@ -287,6 +287,26 @@ def test_products_are_those_of_float64_with_both_operands_rounded_to_bfloat16(
     assert (np.abs(y - expected) <= 1e-6 * largest).all()
 
 
+@pytest.mark.parametrize("rest", [0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], ids=hex)
+def test_every_number_is_rounded_to_the_nearest_ties_to_even_and_small_ones_to_zero(bfloat16: Parts, rest: int) -> None:
+    """All upper halves of float32, as x and as a matrix of one row, whose products with 1 are itself."""
+    numbers = ((np.arange(1 << 16, dtype=np.uint32) << 16) | rest).view(np.float32)
+    with np.errstate(all="ignore"):
+        expected = np.where(np.abs(numbers) < np.finfo(np.float32).tiny, 0, numbers).astype(ml_dtypes.bfloat16)
+    expected = expected.astype(np.float32)
+    rounded, y = np.empty(1 << 16, ml_dtypes.bfloat16), np.empty(1, np.float32)
+    column = np.zeros_like(numbers)
+    bfloat16.library.parts_multiply_bfloat16(
+        *sizes(1 << 16, 1), *pointers(column, None, numbers), *sizes(1, 1), *pointers(rounded, y)
+    )
+    np.testing.assert_array_equal(rounded.astype(np.float32), expected)
+    one, kept, products = np.ones(1, np.float32), np.empty(2, np.uint16), np.empty_like(numbers)
+    bfloat16.library.parts_multiply_bfloat16(
+        *sizes(1, 1 << 16), *pointers(numbers, None, one), *sizes(1, 100), *pointers(kept, products)
+    )
+    np.testing.assert_array_equal(products, expected)
+
+
 @pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("place", ["x", "matrix"])
 def test_a_number_that_is_not_finite_stays_so_in_bfloat16(bfloat16: Parts, number: float, place: str) -> None:
