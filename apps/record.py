@@ -170,6 +170,9 @@ class VideoRecorder:
             return
         self._writer.release()
         self._writer = None
+        if not self._frames:
+            self._partial.unlink(missing_ok=True)
+            return
         readable = cv2.VideoCapture(str(self._partial))
         frames = int(readable.get(cv2.CAP_PROP_FRAME_COUNT)) if readable.isOpened() else 0
         readable.release()

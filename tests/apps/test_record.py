@@ -177,6 +177,17 @@ def test_a_disk_filling_up_stops_the_recording_and_keeps_it_playable(
     assert frames_in(tmp_path / "out.mp4")[0] == 32
 
 
+def test_a_disk_that_is_full_before_the_first_frame_leaves_no_video(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(1 << 40, 0, record.DISK_RESERVE - 1))
+    recorder = VideoRecorder(tmp_path / "out.mp4", 10)
+    with pytest.raises(OutputError, match="recording stopped after 0 frames"):
+        recorder.write(picture(), 0.0)
+    recorder.close()
+    assert not recorder.finished and list(tmp_path.iterdir()) == []
+
+
 def test_a_still_black_scene_is_not_taken_for_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(record, "FRAMES_WITHOUT_GROWTH", record.FRAMES_WITHOUT_GROWTH // 3)
     recorder = VideoRecorder(tmp_path / "out.mp4", 25)
