@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import cuda_graphs
 import decoder_models
@@ -223,3 +226,15 @@ def test_on_cuda_slots_keep_apart_and_positions_change_between_launches(sessions
         results.append(np.stack(found))
     assert calls.count("capture") == 3 * 2
     golden.assert_close(*results)
+
+
+@pytest.mark.parametrize("kind", ["streamformer", "qwen2_5_vl"])
+def test_no_number_of_a_device_is_needed_on_the_host(tmp_path, golden_bundle, kind) -> None:
+    path = golden_bundle
+    if kind == "qwen2_5_vl":
+        decoder_models.save(decoder_models.qwen2_5_vl(), tmp_path / "checkpoint")
+        path = write(tmp_path, frame_size=(56, 84))[1].path
+    script = Path(__file__).parents[1] / "pretend_device.py"
+    done = subprocess.run([sys.executable, script, path, "float16", "1"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == list(Bundle.open(path).manifest.graphs)
