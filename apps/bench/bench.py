@@ -146,8 +146,10 @@ class _Run:
         self.problems: list[str] = []
         self.verified: dict[str, tuple[Verification | None, str]] = {}
         self.done_s = 0.0
+        self.reason = ""
         try:
-            self.device = choose_engine(bundle.manifest, options.engine, options.device).device
+            choice = choose_engine(bundle.manifest, options.engine, options.device)
+            self.device, self.reason = choice.device, choice.reason
         except FramestepError:
             self.device = options.device  # our own processes will say what is wrong
         self.step_s = 0.2
@@ -212,7 +214,7 @@ class _Run:
         if answer.result is not None:
             usable.append(FRAMESTEP)
             self.step_s = answer.result["step_ms"] / 1e3
-            self.engine = answer.result["engine"]
+            self.engine = f"{self.reason}, {answer.result['precision']}"
         else:
             self._problem(f"{FRAMESTEP}: {answer.error}")
         for name in expand_compare(self.options.compare):

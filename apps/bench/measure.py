@@ -122,7 +122,7 @@ def measure_reference(job: Job, emit: Emit) -> dict[str, Any]:
         latencies.append(time.perf_counter() - start)
     features, pooled = (np.stack(part) for part in zip(*outputs, strict=True))
     np.savez(job.reference, features=features, pooled=pooled)
-    return {"step_ms": float(np.median(latencies)) * 1e3, "engine": path.session.engine_choice}
+    return {"step_ms": float(np.median(latencies)) * 1e3, "precision": path.session.precision}
 
 
 def measure_difference(job: Job, emit: Emit) -> dict[str, Any]:

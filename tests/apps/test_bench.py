@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from command_line import main
 
+import framestep
 from framestep.apps.bench import BenchOptions, bench
 from framestep.apps.bench.baselines import BASELINES, GROUPS
 from framestep.apps.bench.bench import expand_compare, parse_numbers
@@ -296,8 +297,10 @@ def test_interrupt_keeps_what_was_measured(
         return run(task, progress)
 
     monkeypatch.setattr(module, "run_process", interrupted)
-    report = bench(options(golden_bundle, tmp_path / "report"), Lines())
+    report = bench(options(golden_bundle, tmp_path / "report", device="auto"), Lines())
     assert report.path("framestep") is not None
+    with framestep.load(golden_bundle, threads=1) as session:
+        assert report.engine == session.engine_choice  # nobody asked for a device
     assert report.split is None
     assert any("stopped by the user" in line for line in report.problems)
     assert (tmp_path / "report" / "report.json").exists()
