@@ -83,7 +83,9 @@ def run(
             show_default=False,
         ),
     ],
-    output: Annotated[Path | None, typer.Option(help="Results, one JSON object a frame (.jsonl).")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Results, one JSON object a frame (.jsonl); - for standard output.")
+    ] = None,
     events: Annotated[Path | None, typer.Option(help="Segments of labels, one JSON object each (.jsonl).")] = None,
     record: Annotated[
         Path | None,
@@ -158,10 +160,13 @@ def run(
     from .run_options import RunOptions
     from .status import status_for
 
+    piped = output == Path("-")
+    if piped and as_json:
+        raise FramestepError("--output -: --json writes to standard output too; name a file, or leave --json out")
     options = RunOptions(
         bundle=bundle,
         sources=tuple(source),
-        output=output,
+        output=Path("/dev/stdout") if piped else output,
         events=events,
         record=record,
         overlay=overlay,
@@ -184,7 +189,8 @@ def run(
         fourcc=fourcc,
     )
     summary = run_bundle(options, status_for(quiet=as_json))
-    print(json.dumps(summary.as_dict(), ensure_ascii=False) if as_json else summary.as_text())
+    text = json.dumps(summary.as_dict(), ensure_ascii=False) if as_json else summary.as_text()
+    print(text, file=sys.stderr if piped else sys.stdout)
     if summary.errors:
         raise typer.Exit(2)
 

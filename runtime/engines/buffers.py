@@ -179,5 +179,12 @@ def fit_inputs(name: str, graph: Graph, inputs: Mapping[str, Array]) -> dict[str
     return given
 
 
+def missing_labels(name: str) -> EngineError:
+    """What to say of an input that nobody gave."""
+    return EngineError(
+        f"input '{name}' needs labels; set them before the first step, or add them to the bundle with 'framestep label'"
+    )
+
+
 def _listed(shape: Sequence[int | str]) -> str:
     return f"[{', '.join(map(str, shape[1:]))}]"

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from ..bundle import Bundle
 from ..errors import EngineError, FramestepError
 from ..manifest import STREAMS, Manifest, Port
-from .buffers import BufferEngine
+from .buffers import BufferEngine, missing_labels
 from .cuda_driver import ALIGNMENT, Buffer, CudaDriver, DeviceError
 from .engine_files import Target
 from .tensorrt_graph import Binding, CompiledGraph, KernelCache, OwnGraph
@@ -309,10 +309,7 @@ class TensorRtEngine(BufferEngine):
         if port.role == "output":
             return self._values[port.name]
         if port.role not in self._constants:
-            raise EngineError(
-                f"input '{port.name}' needs labels; set them before the first step, or add them to the bundle with"
-                " 'framestep label'"
-            )
+            raise missing_labels(port.name)
         return self._constants[port.role]
 
     def _allocate_outputs(self, sizes: Mapping[str, int]) -> None:

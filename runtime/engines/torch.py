@@ -27,7 +27,7 @@ import numpy.typing as npt
 from ..bundle import Bundle
 from ..errors import EngineError
 from ..manifest import STREAMS, Graph, Port
-from .buffers import BufferEngine
+from .buffers import BufferEngine, missing_labels
 from .onnx_program import read_graph
 
 try:
@@ -312,7 +312,7 @@ class TorchEngine(BufferEngine):
         if port.role == "output":
             return made[port.name]
         if port.role not in self._constants:
-            raise EngineError(f"input '{port.name}' needs labels; set them before the first step")
+            raise missing_labels(port.name)
         return self._constants[port.role]
 
     def _allocate_outputs(self, sizes: Mapping[str, int]) -> None:

@@ -118,6 +118,17 @@ def test_several_sources_of_one_session_each_get_what_they_get_alone(bundle: Pat
     ).all()  # of 4:3 the model sees the square in the middle
 
 
+def test_results_go_to_standard_output_and_the_summary_to_standard_error(bundle: Path, tmp_path: Path) -> None:
+    command = [*RUN, bundle, "--source", "synthetic:frames=3", "--output", "-"]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert found.returncode == 0 and "3 frames in" in found.stderr
+    assert [json.loads(line)["position"] for line in found.stdout.splitlines()] == [0, 1, 2]
+    assert not list(tmp_path.iterdir())
+    found = subprocess.run([*command, "--json"], capture_output=True, text=True, cwd=tmp_path)
+    assert (found.returncode, found.stdout) == (2, "")
+    assert found.stderr.startswith("framestep: --output -: --json writes to standard output too")
+
+
 def test_the_bundle_is_never_overwritten(bundle: Path, tmp_path: Path) -> None:
     before = (bundle / "manifest.json").read_bytes()
     found = subprocess.run(
