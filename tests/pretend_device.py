@@ -1,6 +1,6 @@
-"""Run every graph of a bundle by the torch engine's program on a device that has no memory: shapes and types alone.
+"""Run every graph of bundles by the torch engine's program on a device that has no memory: shapes and types alone.
 
-    python tests/pretend_device.py BUNDLE DTYPE TOKENS
+    python tests/pretend_device.py DTYPE TOKENS BUNDLE...
 
 A call that asks for a number of the device, or that mixes its tensors with the host's, fails: a CUDA graph could not be
 captured. Prints the names of the graphs that ran.
@@ -90,10 +90,11 @@ def run(bundle: Bundle, graph: Graph, dtype: torch.dtype, sizes: dict[str, int])
 
 def main() -> None:
     _setup_privateuseone_for_python_backend(DEVICE.split(":")[0])
-    bundle, dtype, tokens = Bundle.open(sys.argv[1]), getattr(torch, sys.argv[2]), int(sys.argv[3])
-    for name, graph in bundle.manifest.graphs.items():
-        run(bundle, graph, dtype if graph.states else torch.float32, {"S": 1, "T": tokens, "C": 5, "B": 2})
-        print(name)
+    dtype, tokens = getattr(torch, sys.argv[1]), int(sys.argv[2])
+    for bundle in map(Bundle.open, sys.argv[3:]):
+        for name, graph in bundle.manifest.graphs.items():
+            run(bundle, graph, dtype if graph.states else torch.float32, {"S": 1, "T": tokens, "C": 5, "B": 2})
+            print(name)
 
 
 if __name__ == "__main__":
