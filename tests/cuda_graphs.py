@@ -4,6 +4,8 @@ memory, as a CUDA graph does. What Python decided while it was recorded stays de
 from __future__ import annotations
 
 import math
+import threading
+import weakref
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -48,6 +50,9 @@ class Driver:
     def __init__(self, engine: TorchEngine, monkeypatch) -> None:
         self.calls: list[str] = []
         calls = self.calls
+        began = threading.local()  # what this thread has run, as libraries begin in each thread by themselves
+        pools: dict[int, weakref.WeakSet[Graph]] = {}
+        current = threading.local()
 
         class Stream:
             def wait_stream(self, other) -> None:
@@ -62,15 +67,22 @@ class Driver:
                 self.recorder.replay()
 
             def pool(self) -> tuple[int, int]:
-                return (0, 1)
+                return (0, self.pool_number)
 
         class Capture:
             def __init__(self, graph, pool, stream, capture_error_mode) -> None:
-                self.graph = graph
+                self.graph, self.stream = graph, stream
                 graph.recorder = _Recorder()
+                if pool is not None and not pools[pool[1]]:
+                    raise RuntimeError("a pool without graphs")
+                graph.pool_number = len(pools) if pool is None else pool[1]
+                pools.setdefault(graph.pool_number, weakref.WeakSet()).add(graph)
 
             def __enter__(self) -> None:
                 calls.append("capture")
+                if not getattr(began, "yes", False):
+                    raise RuntimeError("a library begins in a capture")
+                current.stream = self.stream
                 self.states = {name: state.clone() for name, state in engine._states.items()}
                 self.graph.recorder.__enter__()
 
@@ -79,13 +91,27 @@ class Driver:
                 self.graph.recorder.forget()
                 for name, state in self.states.items():
                     engine._states[name].copy_(state)
+                if error[0] is not None:
+                    raise RuntimeError("a capture that cannot end")  # and whose stream stays
+                current.stream = default
 
         class Using:
-            def __init__(self, stream) -> None: ...
-            def __enter__(self) -> None: ...
-            def __exit__(self, *error) -> None: ...
+            def __init__(self, stream) -> None:
+                self.stream = stream
 
-        monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+            def __enter__(self) -> None:
+                began.yes = True
+                self.before, current.stream = current_stream(), self.stream
+
+            def __exit__(self, *error) -> None:
+                current.stream = self.before
+
+        default = Stream()
+
+        def current_stream() -> Stream:
+            return getattr(current, "stream", default)
+
+        monkeypatch.setattr(torch.cuda, "current_stream", current_stream)
         monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
         monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
         monkeypatch.setattr(torch.cuda, "graph", Capture)

@@ -153,13 +153,18 @@ class TorchEngine(BufferEngine):
         """See `BufferEngine.run_graph`. On CUDA, runs with one token or none are captured when there were a few."""
         graph = self._own_graphs[name]
         with self._guard(f"the graph '{name}'"):
-            if self._side is not None and _has_one_shape(graph, inputs):
-                if (slot, name) in self._own_captured or self._own_runs[name] >= WARM_UPS:
-                    return self._launch(slot, name, inputs)
-                self._own_runs[name] += 1
-            with self._arithmetic(), self._aside():
-                made = self._run_own(slot, name, {key: torch.tensor(array) for key, array in inputs.items()})
-                return {key: value.to("cpu", copy=True).numpy() for key, value in made.items()}
+            one = self._side is not None and _has_one_shape(graph, inputs)
+            if one and (slot, name) in self._own_captured:
+                return _launched(self._own_captured[slot, name], inputs)
+            with self._arithmetic():
+                with self._aside():
+                    made = self._run_own(slot, name, {key: torch.tensor(array) for key, array in inputs.items()})
+                    found = {key: value.to("cpu", copy=True).numpy() for key, value in made.items()}
+                self._own_runs[name] += one
+                if one and self._own_runs[name] >= WARM_UPS:
+                    # behind a run by this thread: a library that has not begun in a thread cannot in a capture
+                    self._own_captured[slot, name] = self._capture_own(slot, name)
+            return found
 
     def can_prefill(self) -> bool:
         """Whether `prefill` can run these graphs: every state is a ring that our attention reads and writes."""
@@ -209,15 +214,15 @@ class TorchEngine(BufferEngine):
             self._states[name][slot].zero_()
 
     def close(self) -> None:
-        if self._side is not None:
-            with _capturing:
+        with self._turn, nullcontext() if self._side is None else _capturing:
+            if self._side is not None:
                 torch.cuda.synchronize()
-        self._captured.clear()
-        self._own_captured.clear()
-        self._programs.clear()
-        self._own_programs.clear()
-        self._states.clear()
-        self._constants.clear()
+            self._captured.clear()
+            self._own_captured.clear()
+            self._programs.clear()
+            self._own_programs.clear()
+            self._states.clear()
+            self._constants.clear()
 
     def _program(self, bundle: Bundle, graph: Graph, dtype: torch.dtype | None) -> Program:
         position = next((port.name for port in graph.inputs if port.role == "position"), None)
@@ -237,32 +242,26 @@ class TorchEngine(BufferEngine):
         self._captured[first, stop] = graph
         return graph
 
-    def _launch(self, slot: int, name: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Run a graph by one launch, which is captured before the first one."""
-        run = self._own_captured.get((slot, name))
-        if run is None:
-            ports = self._own_graphs[name]
-            given, made = ({port.name: self._host_one(port) for port in many} for many in (ports.inputs, ports.outputs))
+    def _capture_own(self, slot: int, name: str) -> _Launch:
+        ports = self._own_graphs[name]
+        given, made = ({port.name: self._host_one(port) for port in many} for many in (ports.inputs, ports.outputs))
 
-            def work() -> None:
-                for key, value in self._run_own(slot, name, given).items():
-                    made[key].copy_(value.contiguous(), non_blocking=True)
+        def work() -> None:
+            for key, value in self._run_own(slot, name, given).items():
+                made[key].copy_(value.contiguous(), non_blocking=True)
 
-            with self._arithmetic():
-                graph = self._record(work)
-            run = _Launch(graph, *({key: host.numpy() for key, host in many.items()} for many in (given, made)))
-            self._own_captured[slot, name] = run
-        for key, array in inputs.items():
-            np.copyto(run.inputs[key], array)
-        run.graph.replay()
-        torch.cuda.current_stream().synchronize()
-        return {key: array.copy() for key, array in run.outputs.items()}
+        graph = self._record(work)
+        return _Launch(graph, *({key: host.numpy() for key, host in many.items()} for many in (given, made)))
 
     def _record(self, work: Callable[[], None]) -> Any:
         """Capture what `work` asks of the device; it does not happen yet."""
         graph = torch.cuda.CUDAGraph()
-        # other sessions' threads go on allocating and stepping meanwhile
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._side, capture_error_mode="thread_local"):
+        pool, self._pool = self._pool, None  # none is left by a capture that fails: it may stay marked as capturing
+        with (
+            torch.cuda.stream(torch.cuda.current_stream()),  # a capture that cannot end leaves its own in place
+            # other sessions' threads go on allocating and stepping meanwhile
+            torch.cuda.graph(graph, pool=pool, stream=self._side, capture_error_mode="thread_local"),
+        ):
             work()
         self._pool = graph.pool()  # one graph runs at a time, so all may use the same memory
         return graph
@@ -317,6 +316,7 @@ class TorchEngine(BufferEngine):
 
     def _allocate_outputs(self, sizes: Mapping[str, int]) -> None:
         self._captured.clear()
+        self._pool = None  # PyTorch refuses one all of whose graphs are gone
         sizes = {STREAMS: self._streams, "C": 0, **sizes}
         ports = {port.name: port for graph in self._graphs for port in graph.outputs}
         self._host_outputs = {}
@@ -366,6 +366,14 @@ class TorchEngine(BufferEngine):
 def available_devices() -> list[str]:
     """Devices that PyTorch can use here, fastest first."""
     return ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+
+
+def _launched(launch: _Launch, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    for key, array in inputs.items():
+        np.copyto(launch.inputs[key], array)
+    launch.graph.replay()
+    torch.cuda.current_stream().synchronize()
+    return {key: array.copy() for key, array in launch.outputs.items()}
 
 
 def _has_one_shape(graph: Graph, inputs: Mapping[str, Array]) -> bool:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import subprocess
 import sys
+import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import cuda_graphs
@@ -23,6 +25,7 @@ from framestep.export.streamformer import StreamFormerConfig
 from framestep.kernels import operators
 from framestep.runtime.bundle import Bundle, BundleWriter
 from framestep.runtime.engines.torch import WARM_UPS
+from framestep.runtime.errors import EngineError
 
 CAPACITY, TOKENS = 48, 20
 
@@ -196,13 +199,13 @@ def test_on_cuda_a_token_is_one_launch_and_one_synchronisation_of_each_graph(ses
         golden.assert_close(found, expected)
 
     both(0, 5)
-    for at in range(5, 5 + WARM_UPS):
+    for at in range(5, 4 + WARM_UPS):
         both(at, at + 1)
     assert "capture" not in calls
-    first, graphs = 5 + WARM_UPS, ("embed", "decoder")
+    first, graphs = 4 + WARM_UPS, ("embed", "decoder")
     calls.clear()
     both(first, first + 1)
-    assert calls == ["capture", "replay", "synchronize"] * len(graphs)
+    assert calls == ["wait", "synchronize", "capture"] * len(graphs)
     calls.clear()
     for at in range(first + 1, first + 4):
         both(at, at + 1)
@@ -228,13 +231,67 @@ def test_on_cuda_slots_keep_apart_and_positions_change_between_launches(sessions
     golden.assert_close(*results)
 
 
-@pytest.mark.parametrize("kind", ["streamformer", "qwen2_5_vl"])
-def test_no_number_of_a_device_is_needed_on_the_host(tmp_path, golden_bundle, kind) -> None:
-    path = golden_bundle
-    if kind == "qwen2_5_vl":
-        decoder_models.save(decoder_models.qwen2_5_vl(), tmp_path / "checkpoint")
-        path = write(tmp_path, frame_size=(56, 84))[1].path
+def test_on_cuda_a_thread_that_ran_nothing_yet_captures_nothing(sessions) -> None:
+    """A library that begins in a capture, in a thread of its own, makes the capture fail."""
+    session, eager, calls = sessions
+    tokens = random_tokens()
+    streams = [session.open_stream() for _ in range(2)]
+    for at in range(2 * WARM_UPS):
+        say(streams[0], tokens[at : at + 1], at)
+    with ThreadPoolExecutor(1) as other:
+        found = [other.submit(say, streams[1], tokens[at : at + 1], at).result() for at in range(3)]
+    assert calls.count("capture") == 2 * 2
+    with eager.open_stream() as stream:
+        golden.assert_close(np.stack(found), np.stack([say(stream, tokens[at : at + 1], at) for at in range(3)]))
+
+
+def test_on_cuda_a_capture_that_fails_leaves_everything_usable(sessions, monkeypatch) -> None:
+    session, eager, calls = sessions
+    tokens, stream = random_tokens(), session.open_stream()
+    for at in range(WARM_UPS - 1):
+        say(stream, tokens[at : at + 1], at)
+    engine, before = session._engine, torch.cuda.current_stream()
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_host_one", lambda port: torch.zeros(0))
+        with pytest.raises(EngineError, match="a capture that cannot end"):
+            say(stream, tokens[WARM_UPS - 1 : WARM_UPS], WARM_UPS - 1)
+    assert torch.cuda.current_stream() is before
+    found = [say(stream, tokens[at : at + 1], at) for at in range(WARM_UPS - 1, 3 * WARM_UPS)]
+    assert calls[-2:] == ["replay", "synchronize"]
+    with eager.open_stream() as stream:
+        expected = [say(stream, tokens[at : at + 1], at) for at in range(3 * WARM_UPS)]
+    golden.assert_close(np.stack(found), np.stack(expected[WARM_UPS - 1 :]))
+
+
+def test_close_waits_for_the_run_at_work(tmp_path, monkeypatch) -> None:
+    decoder_models.save(decoder_models.qwen2(), tmp_path / "checkpoint")
+    _, bundle = write(tmp_path)
+    at_work, go_on = threading.Event(), threading.Event()
+    session = framestep.load(bundle.path, engine="torch")
+    stream, ours = session.open_stream(), operators.decode_attention
+
+    def slow(*given):
+        at_work.set()
+        go_on.wait(10)
+        return ours(*given)
+
+    monkeypatch.setattr(operators, "decode_attention", slow)
+    with ThreadPoolExecutor(2) as threads:
+        said = threads.submit(say, stream, random_tokens()[:1], 0)
+        at_work.wait(10)
+        closed = threads.submit(session.close)
+        early, _ = wait([closed], timeout=0.3)
+        go_on.set()
+        assert not early
+        assert np.isfinite(said.result()).all()
+    assert not session._engine._states
+
+
+def test_no_number_of_a_device_is_needed_on_the_host(tmp_path, golden_bundle) -> None:
+    decoder_models.save(decoder_models.qwen2_5_vl(), tmp_path / "checkpoint")
+    _, bundle = write(tmp_path, frame_size=(56, 84))
     script = Path(__file__).parents[1] / "pretend_device.py"
-    done = subprocess.run([sys.executable, script, path, "float16", "1"], capture_output=True, text=True, check=False)
+    command = [sys.executable, script, "float16", "1", golden_bundle, bundle.path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == list(Bundle.open(path).manifest.graphs)
+    assert done.stdout.split() == [*Bundle.open(golden_bundle).manifest.graphs, *bundle.manifest.graphs]

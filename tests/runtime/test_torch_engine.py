@@ -349,6 +349,8 @@ def test_on_cuda_each_range_of_slots_is_captured_once_and_labels_capture_again(c
     hidden = arrays["window_pooler_output"].shape[-1]
     session._engine.set_constants({"text_embeddings": np.zeros((1, hidden), np.float32)})
     assert not session._engine._captured
+    session.step({streams[0]: frames[1]})
+    assert driver.calls.count("capture") == 3
 
 
 def test_on_cuda_the_precision_of_products_is_set_to_capture_and_not_to_launch(golden_bundle, arrays, monkeypatch):
