@@ -152,6 +152,8 @@ class TorchEngine(BufferEngine):
     def run_graph(self, slot: int, name: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """See `BufferEngine.run_graph`. On CUDA, runs with one token or none are captured when there were a few."""
         graph = self._own_graphs[name]
+        if name not in self._own_programs:  # the session was closed while this run waited for its turn
+            raise EngineError("this session is closed")
         with self._guard(f"the graph '{name}'"):
             one = self._side is not None and _has_one_shape(graph, inputs)
             if one and (slot, name) in self._own_captured:

@@ -284,7 +284,8 @@ def test_close_waits_for_the_run_at_work(tmp_path, monkeypatch) -> None:
         go_on.set()
         assert not early
         assert np.isfinite(said.result()).all()
-    assert not session._engine._states
+    with pytest.raises(EngineError, match="this session is closed"):
+        session._engine.run(0, "embed", {"tokens": random_tokens()})  # as one that had waited behind `close`
 
 
 def test_no_number_of_a_device_is_needed_on_the_host(tmp_path, golden_bundle) -> None:
