@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...kernels import operators
+from ...kernels import operators, reference
 from .onnx_program import CACHED, Node
 
 Compute = Callable[..., Any]  # inputs to the output, or to a tuple of outputs
@@ -333,7 +333,8 @@ def residual_norm(node: Node) -> Compute:
     def compute(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x, update = torch.broadcast_tensors(x, update)
         x = x.float() if wide else x.to(update.dtype)
-        total, normed = operators.residual_norm(x.contiguous(), update.contiguous(), weight, bias, epsilon)
+        norm = operators.residual_norm if x.shape[-1] <= operators.MOST_WIDTH else reference.residual_norm
+        total, normed = norm(x.contiguous(), update.contiguous(), weight, bias, epsilon)
         return total, normed
 
     return compute

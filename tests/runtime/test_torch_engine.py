@@ -318,6 +318,33 @@ def test_operators_agree_with_onnx_runtime(op, inputs, attributes, tmp_path):
     np.testing.assert_allclose(found, expected, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("op", "width"), [("LayerNormalization", 40), ("RMSNormalization", 40), ("RMSNormalization", 8200)]
+)
+def test_a_sum_and_its_norm_of_any_width_agree_with_onnx_runtime(op, width, tmp_path):
+    import onnxruntime
+
+    generator = np.random.default_rng(0)
+    given = {name: generator.normal(size=(1, 3, width)).astype(np.float32) for name in ("x", "update")}
+    held = ["weight", "bias"] if op == "LayerNormalization" else ["weight"]
+    make, kind = onnx.helper.make_tensor_value_info, onnx.TensorProto.FLOAT
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Add", list(given), ["sum"]), onnx.helper.make_node(op, ["sum", *held], ["normed"])],
+        "norm",
+        [make(name, kind, value.shape) for name, value in given.items()],
+        [make(name, kind, None) for name in ("sum", "normed")],
+        [onnx.numpy_helper.from_array(generator.normal(size=width).astype(np.float32), name) for name in held],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 24)])
+    model.ir_version = 11
+    onnx.save(model, tmp_path / "norm.onnx")
+    expected = onnxruntime.InferenceSession(str(tmp_path / "norm.onnx")).run(["sum", "normed"], given)
+    program = Program(read_graph(tmp_path / "norm.onnx"), None, [], None, torch.device("cpu"))
+    found = program({name: torch.tensor(value) for name, value in given.items()}, None)
+    for name, right in zip(("sum", "normed"), expected, strict=True):
+        np.testing.assert_allclose(found[name].numpy(), right, atol=1e-5, rtol=1e-5)
+
+
 @pytest.fixture
 def cuda_session(golden_bundle, monkeypatch):
     """A session whose engine goes the CUDA way, with copies of its inputs and a stand-in for the driver."""
