@@ -7,8 +7,9 @@ one token, captured for each slot.
 What it computes in is asked for with the engine's name: `torch` computes in the types of the graph, and `torch:fp16`,
 `torch:bf16`, `torch:tf32` and `torch:fp32` in that, whatever the graph has: weights, state and arithmetic of every
 graph that carries state. (`torch:tf32` keeps float32 and lets the matrix units round the operands of products to 10
-bits; no other lets them.) Graphs without state, the scoring of labels, always compute in float32: they are small, and a
-score depends on small differences. What enters and leaves, saved states included, has the types of the manifest.
+bits; no other lets them.) Graphs without state always compute in float32: the scoring of labels, where small
+differences count, tables of embeddings, and a vision tower without memory, whose sums half precision may not hold. What
+enters and leaves, saved states included, has the types of the manifest.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ HOST_INPUTS = {
     "Range": (0, 1, 2),
     "ReduceL2": (1,),
     "ReduceMax": (1,),
+    "ReduceMean": (1,),
     "Reshape": (1,),
     "Slice": (1, 2, 3, 4),
     "Squeeze": (1,),
@@ -192,11 +193,12 @@ def reduce_l2(node: Node) -> Compute:
     return compute
 
 
-def reduce_max(node: Node) -> Compute:
+def reduce(node: Node, over: Callable[..., Tensor]) -> Compute:
+    """By what is given numbers, axes, and whether to keep these."""
     keep = bool(node.attributes.get("keepdims", 1))
 
     def compute(x: Tensor, axes: Tensor | None = None) -> Tensor:
-        return x.amax(tuple(range(x.dim())) if axes is None else tuple(axes.tolist()), keep)
+        return over(x, tuple(range(x.dim())) if axes is None else tuple(axes.tolist()), keep)
 
     return compute
 
@@ -348,6 +350,7 @@ def _along(values: Tensor, x: Tensor, axis: int) -> Tensor:
 
 
 OPERATORS: dict[str, Callable[[Node], Compute]] = {
+    "Abs": lambda node: torch.abs,
     "Add": lambda node: torch.add,
     "And": lambda node: torch.logical_and,
     "Attention": attention,
@@ -357,6 +360,7 @@ OPERATORS: dict[str, Callable[[Node], Compute]] = {
     "Concat": lambda node: lambda *parts: torch.cat(parts, dim=node.attributes["axis"]),
     "DequantizeLinear": dequantize_linear,
     "Div": lambda node: torch.div,
+    "Equal": lambda node: torch.eq,
     "Erf": lambda node: torch.erf,
     "Exp": lambda node: torch.exp,
     "Expand": expand,
@@ -383,7 +387,8 @@ OPERATORS: dict[str, Callable[[Node], Compute]] = {
     "Range": range_,
     "Reciprocal": lambda node: torch.reciprocal,
     "ReduceL2": reduce_l2,
-    "ReduceMax": reduce_max,
+    "ReduceMax": lambda node: reduce(node, torch.amax),
+    "ReduceMean": lambda node: reduce(node, torch.mean),
     "Relu": lambda node: torch.relu,
     "Reshape": reshape,
     "RotaryEmbedding": rotary_embedding,

@@ -87,9 +87,9 @@ def made(tmp_path_factory) -> Path:
     return make(tmp_path_factory.mktemp("following"))
 
 
-def follow(folder: Path, source: Pictures, **options: object) -> tuple[Following, Recorder]:
+def follow(folder: Path, source: Pictures, engine: str = "auto", **options: object) -> tuple[Following, Recorder]:
     """A conversation whose runs are recorded."""
-    session = framestep.load(folder / "out.bundle", threads=1)
+    session = framestep.load(folder / "out.bundle", engine=engine, threads=1)
     chosen = {"system": "s", "max_tokens": 40, **options}
     following = Following(session, source, DialogueOptions(**chosen))
     recorder = Recorder(following.cache._stream._stream)
@@ -102,8 +102,9 @@ def say(following: Following, text: str, before: Callable[[], None] | None = Non
     following._speaker._sampler = Script([*words.tokens([text]), min(words.stop)], before)
 
 
-def test_the_words_of_a_file_go_on_with_its_time(made):
-    following, recorder = follow(made, Pictures(20))
+@pytest.mark.parametrize("engine", ["auto", "torch"])
+def test_the_words_of_a_file_go_on_with_its_time(made, engine):
+    following, recorder = follow(made, Pictures(20), engine)
     say(following, "a big dog ran")
     with following:
         following.ask(Question("what?", 1.0))
