@@ -108,14 +108,14 @@ def write_streamformer(
     window = config.num_frames if options.window is None else options.window
     image_size = options.image_size or config.image_size
     grid = (image_size[0] // config.patch_size, image_size[1] // config.patch_size)
+    if (state := grid[0] * grid[1] * config.hidden_size * window * 4) > MAX_STATE_BYTES:  # float32
+        raise CheckpointError(
+            f"--window: {window} frames make a state of {state} bytes a stream; at most {MAX_STATE_BYTES} can be"
+        )
     head = checkpoint.heads[options.head] if options.head else None
     backbone_weights, label_weights = WeightFile(folder / "backbone.bin"), WeightFile(folder / "label.bin")
     builder = GraphBuilder("backbone", backbone_weights)
     backbone, states = write_backbone(model, window, image_size, builder)
-    if (largest := max(state.bytes_per_stream() for state in states)) > MAX_STATE_BYTES:
-        raise CheckpointError(
-            f"--window: {window} frames make a state of {largest} bytes a stream; at most {MAX_STATE_BYTES} can be"
-        )
     builder.save(folder / builder.file)
     builder = GraphBuilder("label", label_weights)
     label = write_label_graph(config, builder)
