@@ -27,7 +27,9 @@ FRAMES_BETWEEN_DISK_CHECKS = 16
 FRAMES_WITHOUT_GROWTH = 3000  # the encoder buffers 256 KiB: 80 annotated frames, 700 of pure black
 FRAMES_TO_MEASURE_RATE = 12
 SECONDS_TO_MEASURE_RATE = 1.0
-LONGEST_REPEAT_S = 2.0
+ROUNDING = 0.05  # of a frame, in timestamps
+LONGEST_ABSENCE_S = 2.0  # of a live source that a recording keeps
+LONGEST_STILL_S = 60.0  # that a recording of a file shows one picture
 
 
 def check_writable(path: Path, option: str) -> None:
@@ -126,9 +128,10 @@ class VideoRecorder:
     """An mp4 (MPEG-4 part 2). It appears under its name when it is complete; until then it is
     `.NAME.partial-MARK.mp4`.
 
-    With `fps` every frame is written once. Without, the rate is measured on the first frames, and frames are
-    then repeated or skipped so that the recording runs at the pace of their timestamps. The first frame sets
-    the size; frames of another size are fitted into it.
+    It keeps the pace of the frames' timestamps to within one frame of its own: a picture is repeated until the next is
+    due, and one that comes a whole frame too early is skipped. Frames that come at `fps` are each written once.
+    Without `fps`, for live sources, the rate is measured on the first frames, and an absence is cut to 2 s; a picture
+    of a file may stand for 60 s. The first frame sets the size; frames of another size are fitted into it.
     """
 
     def __init__(self, path: Path, fps: float | None) -> None:
@@ -136,10 +139,11 @@ class VideoRecorder:
         self.finished = False
         self._partial = path.with_name(f".{path.stem}.partial-{secrets.token_hex(4)}.mp4")
         self._fps = fps
-        self._follows_clock = fps is None
+        self._longest_s = LONGEST_ABSENCE_S if fps is None else LONGEST_STILL_S
         self._early: list[tuple[np.ndarray, float]] = []
         self._writer: cv2.VideoWriter | None = None
         self._size = (0, 0)
+        self._latest = np.zeros((0, 0, 3), np.uint8)
         self._first_timestamp = 0.0
         self._frames = 0
         self._appended = 0
@@ -218,25 +222,25 @@ class VideoRecorder:
             self._size = (bgr.shape[1], bgr.shape[0])
             self._first_timestamp = timestamp
             self._writer = self._encoder(self._fps, self._size)
-        if self._appended % FRAMES_BETWEEN_DISK_CHECKS == 0:
-            self._check_disk()
-        self._appended += 1
         fitted = _fitted(bgr, self._size)
-        for _ in range(self._repeats(timestamp)):
-            self._writer.write(fitted)
-            self._frames += 1
+        ahead = self._ahead(timestamp)
+        if ahead > ROUNDING - 1:
+            if self._appended % FRAMES_BETWEEN_DISK_CHECKS == 0:
+                self._check_disk()
+            self._appended += 1
+            for picture in (*[self._latest] * int(ahead + ROUNDING), fitted):
+                self._writer.write(picture)
+                self._frames += 1
+        self._latest = fitted
 
-    def _repeats(self, timestamp: float) -> int:
-        """How often a frame is written. The n-th frame of the file is shown n / fps after the first."""
-        if not self._follows_clock:
-            return 1
+    def _ahead(self, timestamp: float) -> float:
+        """By how many frames a picture is due after the next one of the file, whose time is `_frames` / fps."""
         assert self._fps is not None
-        due = round((timestamp - self._first_timestamp) * self._fps) + 1
-        missing = due - self._frames
-        longest = max(1, round(LONGEST_REPEAT_S * self._fps))
-        if missing > longest:  # the source was away: do not fill the disk with a still picture
-            self._first_timestamp += (missing - longest) / self._fps
-        return min(max(missing, 0), longest)
+        ahead = (timestamp - self._first_timestamp) * self._fps - self._frames
+        longest = self._longest_s * self._fps
+        if ahead > longest:  # do not fill the disk with a still picture
+            self._first_timestamp += (ahead - longest) / self._fps
+        return min(ahead, longest)
 
     def _check_disk(self) -> None:
         # OpenCV's writer swallows the error of a full disk: look before it comes to that.
@@ -245,8 +249,8 @@ class VideoRecorder:
             raise _disk_full(self.path, free, f"recording stopped after {self._frames} frames")
         size = self._partial.stat().st_size if self._partial.exists() else 0
         if size > self._grown_bytes:
-            self._grown_bytes, self._grown_at = size, self._frames
-        elif self._frames - self._grown_at > FRAMES_WITHOUT_GROWTH:
+            self._grown_bytes, self._grown_at = size, self._appended  # repeats cost next to nothing
+        elif self._appended - self._grown_at > FRAMES_WITHOUT_GROWTH:
             raise OutputError(f"{self.path}: the recording no longer grows; is the disk full, or a quota reached?")
 
 

@@ -36,6 +36,23 @@ def frames_in(path: Path) -> tuple[int, float, tuple[int, int]]:
         shape = frame.shape[:2]
 
 
+def bar(step: int) -> np.ndarray:
+    """A white bar as long as the step."""
+    bgr = picture(0, 64, 512)
+    bgr[:, : 8 * step] = 255
+    return bgr
+
+
+def steps_in(path: Path) -> list[int]:
+    """The step of each frame."""
+    video, steps = cv2.VideoCapture(str(path)), []
+    while True:
+        read, frame = video.read()
+        if not read:
+            return steps
+        steps.append(round(float((frame > 128).mean()) * 64))
+
+
 # Before a run
 
 
@@ -98,15 +115,38 @@ lines.close()
 # Videos
 
 
-def test_a_recording_of_a_file_has_every_frame_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("jitter", [0, 0.4])  # of a frame: taken late by a rate from a finer one
+def test_a_recording_of_a_file_has_every_regular_frame_once(tmp_path: Path, jitter: float) -> None:
     recorder = VideoRecorder(tmp_path / "out.mp4", 12.5)
     for i in range(30):
-        recorder.write(picture(i * 5), i * 0.3)
+        recorder.write(picture(i * 5), round((i + i % 3 * jitter) / 12.5, 3))
     assert not (tmp_path / "out.mp4").exists()
     recorder.close()
     recorder.close()
     assert frames_in(tmp_path / "out.mp4") == (30, 12.5, (64, 96))
     assert [path.name for path in tmp_path.iterdir()] == ["out.mp4"]
+
+
+def test_a_recording_of_a_variable_frame_rate_shows_each_frame_at_its_time(tmp_path: Path) -> None:
+    times = np.cumsum([0] + [0.05] * 20 + [0.5] * 4 + [0.01] * 20 + [1.5] + [0.1] * 4)
+    recorder = VideoRecorder(tmp_path / "out.mp4", 10)
+    for i, timestamp in enumerate(times):
+        recorder.write(bar(i), 3 + timestamp)  # whatever the source begins with
+    recorder.close()
+    shown = steps_in(tmp_path / "out.mp4")
+    assert len(shown) / 10 == pytest.approx(times[-1] + 0.1, abs=0.1)
+    for number, step in enumerate(shown):
+        # what a player of the source shows then, or one frame of the recording before or after
+        earliest, latest = np.searchsorted(times, [number / 10 - 0.1, number / 10 + 0.1], side="right") - 1
+        assert max(earliest, 0) <= step <= latest
+
+
+def test_a_file_that_jumps_in_time_does_not_fill_the_disk(tmp_path: Path) -> None:
+    recorder = VideoRecorder(tmp_path / "out.mp4", 5)
+    for timestamp in (0, 0.2, 95_000, 95_000.2):
+        recorder.write(picture(), timestamp)
+    recorder.close()
+    assert frames_in(tmp_path / "out.mp4")[0] == pytest.approx(60 * 5, abs=5)
 
 
 def test_a_live_recording_runs_at_the_pace_of_its_timestamps(tmp_path: Path) -> None:
@@ -141,8 +181,8 @@ def test_short_live_recordings_are_playable(tmp_path: Path, frames: int) -> None
 
 def test_frames_of_other_sizes_are_fitted_into_the_first_ones(tmp_path: Path) -> None:
     recorder = VideoRecorder(tmp_path / "out.mp4", 10)
-    for size in ((64, 96), (200, 96), (10, 300), (1, 1)):
-        recorder.write(picture(200, *size), 0)
+    for i, size in enumerate(((64, 96), (200, 96), (10, 300), (1, 1))):
+        recorder.write(picture(200, *size), i / 10)
     recorder.close()
     assert frames_in(tmp_path / "out.mp4") == (4, 10, (64, 96))
 

@@ -119,12 +119,13 @@ class StandInStream:
 
 
 class StandInFile:
-    """Frames of the given brightness at 10 a second."""
+    """Frames of the given brightness, at 10 a second unless at `times`."""
 
     live = False
 
-    def __init__(self, name: str, values: list[int], size=(36, 64), fails_after: int | None = None) -> None:
+    def __init__(self, name: str, values: list[int], size=(36, 64), fails_after: int | None = None, times=None) -> None:
         self.name = name
+        self._times = times
         self.fps = 10.0
         self.dropped = self.bad_frames = 0
         self.ended = self.closed = False
@@ -154,7 +155,7 @@ class StandInFile:
         i = self.delivered
         self.delivered += 1
         rgb = np.full((*self._size, 3), self._values[i], np.uint8)
-        return Frame(rgb, i, i / 10, time.perf_counter())
+        return Frame(rgb, i, i / 10 if self._times is None else self._times[i], time.perf_counter())
 
 
 class StandInCamera(StandInFile):
@@ -338,6 +339,12 @@ def test_a_recording_plays_every_frame_of_a_file(stage: Stage, tmp_path: Path, o
     stage.run(StandInFile("clip.mp4", [DARK] * 12), record=tmp_path / "out.mp4", overlay=overlay)
     assert video_frames(tmp_path / "out.mp4") == 12
     assert ("patch_scores" in stage.session.outputs) == (overlay is not None)
+
+
+def test_a_recording_of_a_variable_frame_rate_takes_as_long_as_its_source(stage: Stage, tmp_path: Path) -> None:
+    times = [0, 0.1, 0.2, 1.2, 2.2, 2.21, 2.22, 2.23, 2.3]
+    stage.run(StandInFile("clip.mp4", [DARK] * 9, times=times), record=tmp_path / "out.mp4")
+    assert video_frames(tmp_path / "out.mp4") == pytest.approx(24, abs=1)
 
 
 def test_the_summary_counts(stage: Stage) -> None:
