@@ -19,7 +19,7 @@ class Frame:
 
     rgb: RgbImage
     index: int  # 0-based index of the frame in the source, counted before sampling by rate
-    timestamp: float  # seconds: presentation time in a file, time since the first frame for a live source
+    timestamp: float  # seconds since the first frame: by presentation times in a file, by arrival for a live source
     captured: float  # time.perf_counter() when it was read from the source: age = perf_counter() - captured
 
 
@@ -27,7 +27,8 @@ class Source(ABC):
     """An iterator over frames and a context manager that closes it.
 
     `name` is the source as the user named it, without the user and password of an address. `fps` is nominal,
-    and None where nobody knows it; `length` is the number of frames before sampling, where that is known.
+    and None where nobody knows it; `length` is the number of frames before sampling, where that is known (a
+    video file's as its header states it: in some containers a duration times a rate).
     `dropped` counts live frames that were never delivered because a newer one replaced them (frames skipped
     by `rate` are not dropped); `bad_frames` counts frames that could not be decoded. `ended` is true once no
     frame will come any more.

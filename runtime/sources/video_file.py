@@ -26,8 +26,8 @@ class VideoFile(Source):
     """A video file, decoded frame by frame as it is read; no more than one frame is held.
 
     Frames that cannot be decoded are skipped and counted in `bad_frames`, and take their place in the index.
-    Damage that the decoder conceals passes for a frame. Timestamps are the file's presentation times where
-    they increase, otherwise they continue at the nominal rate. May be closed while another thread reads.
+    Damage that the decoder conceals passes for a frame. Timestamps are the file's presentation times, counted from the
+    first, where they increase; otherwise they continue at the nominal rate. May be closed while another thread reads.
     """
 
     live = False
@@ -42,6 +42,7 @@ class VideoFile(Source):
         self.length = announced if announced > 0 else None
         self._sampler = Sampler(rate)
         self._next_index = 0
+        self._reached = 0
         self._timestamp = -math.inf
         self._first_is_grabbed = self._grab()
         if not self._first_is_grabbed:
@@ -90,6 +91,7 @@ class VideoFile(Source):
         index = self._next_index + failures
         self._next_index = index + 1
         self._timestamp = self._date(index, failures)
+        self._reached = max(self._next_index, self._frames_of_time())
         return True
 
     def _date(self, index: int, failures: int) -> float:
@@ -98,6 +100,18 @@ class VideoFile(Source):
             return stated
         fps = self.fps or ASSUMED_FPS
         return index / fps if self._timestamp < 0 else self._timestamp + (1 + failures) / fps
+
+    def _frames_of_time(self) -> int:
+        """Frames up to here, were they as regular as the nominal rate.
+
+        A container that states a duration and no count announces so many, and where its first frame comes late some
+        count from 0 and not from that frame.
+        """
+        if self.fps is None:
+            return 0
+        since_first = self._timestamp * self.fps
+        since_zero = float(self._capture.get(self._cv2.CAP_PROP_PTS)) if hasattr(self._cv2, "CAP_PROP_PTS") else 0.0
+        return round(max(since_first, since_zero)) + 1
 
     def _count_bad(self, count: int, index: int) -> None:
         if self.bad_frames == 0:
@@ -108,9 +122,12 @@ class VideoFile(Source):
         self.close()
         if self.bad_frames:
             self._report(f"{self.bad_frames} of {self._next_index} frames could not be decoded")
-        # Some containers state a duration, not a count, and its product with the rate is off by a little.
-        if self.length is not None and self.length - self._next_index > max(1, self.length // 100):
-            self._report(f"ends early: {self._next_index} of the {self.length} frames that its header announces")
+        # The product of a duration and a rate is off by a little.
+        if self.length is not None and self.length - self._reached > max(1, self.length // 100):
+            self._report(
+                f"ends early: {self._next_index} of the {self.length} frames that its header announces;"
+                " it was cut off, or trimmed without being encoded anew"
+            )
 
 
 def _open(cv2: Any, path: Path) -> Any:

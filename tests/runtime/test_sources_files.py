@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import struct
 import threading
 import time
 from collections.abc import Callable
@@ -53,6 +55,22 @@ def mjpeg_chunks(avi: bytes) -> list[tuple[int, int]]:
     return chunks
 
 
+def write_timed_video(path: Path, milliseconds: list[int]) -> Path:
+    """A Matroska file whose frames have these presentation times, the last one shown for 40 ms."""
+    data = bytearray(write_video(path, "MJPG", len(milliseconds)).read_bytes())
+    times, cluster = iter(milliseconds), 0
+    for found in re.finditer(rb"\xe7(?:\x81(.)|\x82(..))\xa3|\x81(..)\x80\xff\xd8\xff", bytes(data), re.DOTALL):
+        if found[3] is None:
+            cluster = int.from_bytes(found[1] or found[2], "big")
+        else:  # a frame's time is relative to its cluster's
+            data[found.start(3) : found.end(3)] = (next(times) - cluster).to_bytes(2, "big", signed=True)
+    assert next(times, None) is None
+    duration = data.find(b"\x44\x89\x88") + 3
+    data[duration : duration + 8] = struct.pack(">d", milliseconds[-1] + 40)
+    path.write_bytes(data)
+    return path
+
+
 @pytest.fixture
 def reports() -> list[str]:
     return []
@@ -78,6 +96,35 @@ def test_video_delivers_every_frame_in_order_as_rgb(tmp_path: Path, name: str, f
 def test_sound_video_reports_nothing(tmp_path: Path, reports: list[str]) -> None:
     list(open_source(write_video(tmp_path / "clip.mp4"), on_report=reports.append))
     assert reports == []
+
+
+UNEVEN = [*range(0, 400, 33), *range(400, 2400, 200), *range(2400, 3000, 33)]  # as a phone films, in ms
+
+
+@pytest.mark.parametrize("start", [0, 3000])
+def test_frames_of_a_variable_frame_rate_come_at_their_own_times(
+    tmp_path: Path, reports: list[str], start: int
+) -> None:
+    path = write_timed_video(tmp_path / "clip.mkv", [start + time for time in UNEVEN])
+    frames = list(open_source(path, on_report=reports.append))
+    assert [step_of(frame.rgb) for frame in frames] == list(range(len(UNEVEN)))
+    assert np.allclose([frame.timestamp for frame in frames], np.array(UNEVEN) / 1000, atol=1e-3)
+    assert reports == []
+
+    sampled = list(open_source(path, rate=5, on_report=reports.append))
+    assert [round(frame.timestamp * 5) for frame in sampled] == list(range(15))
+    assert [UNEVEN[frame.index] / 1000 for frame in sampled] == pytest.approx([f.timestamp for f in sampled], abs=1e-3)
+    assert reports == []
+
+
+def test_truncated_video_of_a_variable_frame_rate_is_reported(tmp_path: Path, reports: list[str]) -> None:
+    path = write_timed_video(tmp_path / "clip.mkv", UNEVEN)
+    data = path.read_bytes()
+    path.write_bytes(data[: data.rfind(b"\x1f\x43\xb6\x75")])  # the last cluster is gone
+    frames = list(open_source(path, on_report=reports.append))
+    assert 0 < len(frames) < len(UNEVEN)
+    assert len(reports) == 1
+    assert f"clip.mkv: ends early: {len(frames)} of the " in reports[0]
 
 
 def test_video_without_sane_times_continues_at_its_nominal_rate(
