@@ -24,7 +24,7 @@ class BuildArguments:
     """What `framestep build` was given; names as on the command line."""
 
     bundle: Path
-    precision: str = "fp16"
+    precision: str | None = None
     streams: int = 1
     flavour: str = "auto"
     compute_capability: tuple[str, ...] = ()

@@ -380,7 +380,11 @@ def export(
         str | None, typer.Option(help="Task head of a training checkpoint whose scale and projections score labels.")
     ] = None,
     precision: Annotated[
-        str | None, typer.Option(help="Of a decoder: fp32, fp16, or weights of 8 or 4 bits, w8 or w4. Default: fp32.")
+        str | None,
+        typer.Option(
+            help="Of a decoder: fp32, fp16, or weights of 8 or 4 bits: w8 or w4 for CPUs, fp16+w4 for TensorRT."
+            " Default: fp32."
+        ),
     ] = None,
     capacity: Annotated[int | None, typer.Option(help="Tokens that a decoder's cache holds. Default: 4096.")] = None,
     chunk: Annotated[
@@ -520,8 +524,12 @@ def calibrate(
 def build(
     bundle: BundleArgument,
     precision: Annotated[
-        str, typer.Option(help="fp16 (derived from fp32 where the bundle has none), fp16+int8 or fp32.")
-    ] = "fp16",
+        str | None,
+        typer.Option(
+            help="fp16 (derived from fp32 where the bundle has none), fp16+int8, fp16+w4 or fp32."
+            " Default: fp16, or fp16+w4 for a decoder exported so."
+        ),
+    ] = None,
     streams: Annotated[int, typer.Option(min=1, help="The most streams in one step.")] = 1,
     flavour: Annotated[
         str, typer.Option(help="tensorrt, tensorrt_rtx or auto, which takes the first that is installed.")

@@ -13,7 +13,7 @@ from ..runtime.errors import BundleError
 from ..runtime.manifest import Language
 from ..runtime.onnx_files import weight_blocks
 
-WEIGHTS = {"fp32": "float32", "fp16": "float16", "w8": "INT8", "w4": "INT4"}
+WEIGHTS = {"fp32": "float32", "fp16": "float16", "w8": "INT8", "w4": "INT4", "fp16+w4": "INT4"}
 ESTABLISHED = 60  # characters of a system prompt that are shown to a person
 
 

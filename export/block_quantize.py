@@ -1,7 +1,7 @@
 """Weight-only quantization: integers in blocks of 32 to 128 weights of one output, with a scale for each block.
 
 A graph says it in standard ONNX, a blocked `DequantizeLinear` before the `MatMul`. ONNX Runtime makes one `MatMulNBits`
-of the two, which reads the integers and never writes the floats down.
+of the two, TensorRT one product; both read the integers and never write the floats down.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ Array = npt.NDArray[np.floating]
 # weights that share a scale: the first that divides a layer's inputs. Eight bits lose next to nothing in a large block,
 # and their products are then bound by memory, not by scales
 BLOCKS = {8: (128, 64, 32), 4: (32,)}
+HALF_BLOCKS = (64, 32)  # of INT4 with FP16 scales; TensorRT's documentation names 64 and 128
 LARGEST = {8: 127, 4: 7}  # of the integers that stand for the largest weight of a block
-CANDIDATES = 8  # scales tried for a block of INT4
+# the largest weight of a block of INT4 is so many steps in the scales that are tried, beside -8
+STEPS = np.linspace(6.0, 7.5, 7, dtype=np.float32)
 ROWS = 4096  # outputs quantized at a time, which bounds the memory
 
 
-def quantize_blocks(weight: Array, bits: int) -> tuple[npt.NDArray[np.int8], Array]:
+def quantize_blocks(weight: Array, bits: int, half: bool = False) -> tuple[npt.NDArray[np.int8], Array]:
     """Quantize a matrix [outputs, inputs] along its inputs.
 
     INT8 takes the scale at which the largest weight of a block is 127. INT4 has 16 values, and with them the largest
@@ -32,17 +34,18 @@ def quantize_blocks(weight: Array, bits: int) -> tuple[npt.NDArray[np.int8], Arr
     Args:
         weight: [outputs, inputs], inputs a multiple of 32.
         bits: 8 or 4.
+        half: INT4 as TensorRT takes it: with FP16 scales, which have to be above zero, in blocks of 64 where they fit.
 
     Returns:
-        Integers [outputs, inputs] and scales [outputs, inputs / block].
+        Integers [outputs, inputs] and scales [outputs, inputs / block], float32 or FP16.
     """
     outputs, inputs = weight.shape
-    block = next(size for size in BLOCKS[bits] if inputs % size == 0)
+    block = next(size for size in (HALF_BLOCKS if half else BLOCKS[bits]) if inputs % size == 0)
     integers = np.empty((outputs, inputs), np.int8)
-    scales = np.empty((outputs, inputs // block), np.float32)
+    scales = np.empty((outputs, inputs // block), np.float16 if half else np.float32)
     for first in range(0, outputs, ROWS):
         rows = np.ascontiguousarray(weight[first : first + ROWS], np.float32).reshape(-1, block)
-        q, scale = _quantize(rows, bits)
+        q, scale = _quantize(rows, bits, half)
         integers[first : first + ROWS] = q.reshape(-1, inputs)
         scales[first : first + ROWS] = scale.reshape(-1, inputs // block)
     return integers, scales
@@ -109,19 +112,21 @@ class StoredBlocks:
         return raw.view(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)).reshape(shape)
 
 
-def _quantize(blocks: Array, bits: int) -> tuple[npt.NDArray[np.int8], Array]:
-    """Integers and scales [blocks, 1] of blocks [blocks, 32]."""
+def _quantize(blocks: Array, bits: int, half: bool) -> tuple[npt.NDArray[np.int8], Array]:
+    """Integers and scales [blocks, 1] of blocks [blocks, weights]."""
     largest = LARGEST[bits]
     extreme = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=1)[:, None], axis=1)  # with its sign
     if bits == 8:
         scale = _divisor(np.abs(extreme) / largest)
         return np.rint(blocks / scale).astype(np.int8), scale
-    # INT4 reaches -8 but only 7: with a negative scale the largest weight may take the longer side
-    best_scale = _divisor(extreme / -8)
+    if half:
+        candidates = [_half_divisor(np.abs(extreme) / steps) for steps in (8, *STEPS)]
+    else:  # INT4 reaches -8 but only 7: with a negative scale the largest weight may take the longer side
+        candidates = [_divisor(extreme / steps) for steps in (-8, *STEPS)]
+    best_scale, *others = candidates
     best = _round(blocks, best_scale)
     error = _error(blocks, best, best_scale)
-    for steps in np.linspace(6.0, 7.5, CANDIDATES - 1, dtype=np.float32):
-        scale = _divisor(extreme / steps)
+    for scale in others:
         q = _round(blocks, scale)
         found = _error(blocks, q, scale)
         better = found < error
@@ -134,6 +139,12 @@ def _quantize(blocks: Array, bits: int) -> tuple[npt.NDArray[np.int8], Array]:
 def _divisor(scale: Array) -> Array:
     """A scale that can be divided by: where a block is zero, one."""
     return np.where(np.abs(scale) > np.finfo(np.float32).tiny, scale, np.float32(1))
+
+
+def _half_divisor(scale: Array) -> Array:
+    """The next FP16 number above zero that is no smaller, so that the largest weight is not cut; as float32."""
+    half = np.maximum(scale.astype(np.float16), np.finfo(np.float16).smallest_subnormal)
+    return np.where(half < scale, np.nextafter(half, np.float16(np.inf)), half).astype(np.float32)
 
 
 def _round(blocks: Array, scale: Array) -> Array:

@@ -22,10 +22,11 @@ from .vision_graph import VISUAL, write_vision
 
 # largest relative error between PyTorch in float32 and the bundle that is accepted; of unrelated numbers it is 1.4
 # what integer weights lose depends on the model: theirs catch only what is broken, and the sharp checks are the others
-AGREEMENT = {"fp32": 2e-4, "fp16": 3e-2, "w8": 0.3, "w4": 0.9}
-STORED_AGREEMENT = 1e-3  # the same, against PyTorch with the weights that integers stand for
+AGREEMENT = {"fp32": 2e-4, "fp16": 3e-2, "w8": 0.3, "w4": 0.9, "fp16+w4": 0.9}
+# the same, against PyTorch with the weights that integers stand for
+STORED_AGREEMENT = {"w8": 1e-3, "w4": 1e-3, "fp16+w4": AGREEMENT["fp16"]}
 # how far an integer weight may be from the checkpoint's, in steps: half of one, but that INT4 reaches -8 and only 7
-ROUNDING = {"w8": 0.51, "w4": 1.01}
+ROUNDING = {"w8": 0.51, "w4": 1.01, "fp16+w4": 1.01}
 TOKENIZER = "tokenizer.json"
 CAPACITY = 4096
 NO_FRAME = FrameSpec(1, 1, "stretch")  # of a decoder without eyes
@@ -36,7 +37,8 @@ class CacheOptions:
     """How a decoder and its cache become part of a bundle.
 
     Attributes:
-        precision: one of `PRECISIONS`, of the decoder; what sees is float32, the vision tower FP16 with "fp16".
+        precision: one of `PRECISIONS`, of the decoder; what sees is float32, the vision tower FP16 with "fp16" and
+            "fp16+w4".
         capacity: tokens that the cache holds; None for 4,096, or all positions where there are fewer.
         chunk: tokens that one step should take at most.
         positions: position ids go from 0 to `positions` - 1; never beyond the trained range.
@@ -63,7 +65,7 @@ class CacheOptions:
             )
         if self.chunk < 1:
             raise CheckpointError(f"--chunk: expected at least 1 token, found {self.chunk}")
-        if self.precision in ("w8", "w4"):
+        if Precision(self.precision).bits is not None:
             for key in ("hidden_size", "intermediate_size"):
                 if getattr(config, key) % 32:
                     raise CheckpointError(
@@ -146,7 +148,7 @@ def check_replay(path: Path, found: Replay, precision: str) -> None:
     checks = [(found.difference, "PyTorch", AGREEMENT[precision])]
     if found.quantization is not None:
         checks = [
-            (found.difference, "PyTorch with the weights that its integers stand for", STORED_AGREEMENT),
+            (found.difference, "PyTorch with the weights that its integers stand for", STORED_AGREEMENT[precision]),
             (found.quantization, "PyTorch with the checkpoint's weights", AGREEMENT[precision]),
         ]
     for error, against, limit in checks:
@@ -218,9 +220,8 @@ def _write_eyes(
     if checkpoint.vision is not None:
         size = options.frame_size or checkpoint.vision.config.default_frame()
         frame, grid = FrameSpec(*size, "letterbox"), FrameLayout.of(checkpoint.vision.config, *size).grid
-        precision = Precision("fp16" if options.precision == "fp16" else "fp32")
         builder = GraphBuilder("vision", weights)
-        graphs["vision"] = write_vision(checkpoint.vision, size, precision, builder)
+        graphs["vision"] = write_vision(checkpoint.vision, size, Precision(options.precision).of_eyes, builder)
         builder.save(folder / builder.file)
     if checkpoint.projector is not None:
         assert checkpoint.tower is not None

@@ -30,7 +30,7 @@ from .decoder import MLP, Decoder, DecoderConfig, Layer, SelfAttention
 from .graph import GraphBuilder
 
 Array = npt.NDArray[np.generic]
-PRECISIONS = ("fp32", "fp16", "w8", "w4")
+PRECISIONS = ("fp32", "fp16", "w8", "w4", "fp16+w4")
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,23 @@ class Precision:
 
     @property
     def dtype(self) -> str:
-        """Of products and states; the linear layers of "w8" and "w4" hold integers beside it."""
-        return "float16" if self.name == "fp16" else "float32"
+        """Of products and states; the linear layers of "w8", "w4" and "fp16+w4" hold integers beside it."""
+        return "float16" if self.name.startswith("fp16") else "float32"
 
     @property
     def bits(self) -> int | None:
         """Bits of a weight of a linear layer; None for those of `dtype`."""
-        return {"w8": 8, "w4": 4}.get(self.name)
+        return {"w8": 8, "w4": 4, "fp16+w4": 4}.get(self.name)
+
+    @property
+    def integer_table(self) -> bool:
+        """Whether the table of embeddings is INT8. TensorRT takes integers in products, and nowhere else."""
+        return self.bits is not None and self.dtype == "float32"
+
+    @property
+    def of_eyes(self) -> Precision:
+        """Of graphs that see: their weights are never integers."""
+        return Precision("fp16" if self.dtype == "float16" else "fp32")
 
     def array(self, tensor: Tensor) -> Array:
         return np.ascontiguousarray(tensor.detach().float().numpy()).astype(self.dtype, copy=False)
@@ -88,7 +98,7 @@ class Precision:
     def _weight(self, g: GraphBuilder, name: str, weight: Tensor, stored: str) -> str:
         if self.bits is None:
             return g.weight(f"{name}.weight", np.ascontiguousarray(self.array(weight).T), f"{stored}.weight")
-        integers, scales = quantize_blocks(weight.detach().float().numpy(), self.bits)
+        integers, scales = quantize_blocks(weight.detach().float().numpy(), self.bits, self.dtype == "float16")
         packed = to_onnx(np.ascontiguousarray(integers.T), self.bits)
         return g.node(
             "DequantizeLinear",
@@ -103,7 +113,8 @@ class Precision:
 def write_embed(table: Tensor, precision: Precision, builder: GraphBuilder, extra: Tensor | None = None) -> Graph:
     """Write the graph from tokens [S, T] to their embeddings [S, T, D], float32.
 
-    With integer weights the table is INT8, whatever the other weights are: a step reads few rows of it.
+    With integer weights the table is INT8, whatever the other weights are: a step reads few rows of it. With FP16
+    products it is FP16.
 
     Args:
         table: [V, D].
@@ -114,7 +125,7 @@ def write_embed(table: Tensor, precision: Precision, builder: GraphBuilder, extr
     if extra is not None:
         table, name = torch.cat([table, extra[None].to(table.dtype)]), "embed_tokens_and_one"
     tokens = g.input("tokens", "int64", [STREAMS, TOKENS])
-    if precision.bits is None:
+    if not precision.integer_table:
         x = precision.widen(g, g.node("Gather", g.weight(f"{name}.weight", precision.array(table)), tokens, axis=0))
     else:
         integers, scales = quantize_blocks(table.detach().float().numpy(), 8)

@@ -16,6 +16,7 @@ from ..runtime.bundle import Bundle
 from ..runtime.manifest import STREAMS, TOKENS, Graph, graphs_for
 from .decoder import Cache
 from .decoder_checkpoint import DecoderCheckpoint
+from .decoder_graph import Precision
 from .stored_weights import StoredWeights
 from .vision_graph import VISUAL
 
@@ -147,7 +148,7 @@ def replay(checkpoint: DecoderCheckpoint, bundle: Bundle) -> Replay:
     """
     tokens = sum(STEPS) + 1
     as_run = _replay(checkpoint, DecoderRun(bundle), bundle)
-    if bundle.manifest.precision not in ("w8", "w4"):
+    if Precision(bundle.manifest.precision).bits is None:
         return Replay(as_run, tokens)
     stored = StoredWeights(checkpoint.decoder, bundle)
     with stored.in_use():

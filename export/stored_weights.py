@@ -28,7 +28,7 @@ class Speaker(Protocol):
 
 
 class StoredWeights:
-    """The weights of a bundle in "w8" or "w4", read when they are needed: one matrix at a time is in memory.
+    """The integer weights of a bundle, read when they are needed: one matrix at a time is in memory.
 
     Args:
         decoder: of the checkpoint; it calls its methods `embed` and `logits`.
@@ -50,7 +50,7 @@ class StoredWeights:
         names = (language.embed, language.decoder, *others)
         self._decoder = decoder
         self._table, *graphs = (StoredBlocks(bundle.file(bundle.manifest.graphs[name].file)) for name in names)
-        (self._rows,) = self._table.names()
+        self._rows = next(iter(self._table.names()), None)  # none where the table has no integers
         self._blocks = {name: graph for graph in reversed(graphs) for name in graph.names()}
         self._linears: dict[str, nn.Linear] = {}
         self._factors: dict[str, Tensor] = {}  # what an export multiplied a weight by, of each output
@@ -68,21 +68,26 @@ class StoredWeights:
     def in_use(self) -> Iterator[None]:
         """Let PyTorch's decoder compute with them."""
         decoder = self._decoder
-        decoder.__dict__.update(embed=self._embed, logits=partial(self._multiply, name="head"))
+        decoder.__dict__["logits"] = partial(self._multiply, name="head")
+        if self._rows is not None:
+            decoder.__dict__["embed"] = self._embed
         for name, linear in self._linears.items():
             linear.__dict__["forward"] = partial(self._multiply, name=name, bias=linear.bias)
         try:
             yield
         finally:
-            del decoder.__dict__["embed"], decoder.__dict__["logits"]
+            del decoder.__dict__["logits"]
+            decoder.__dict__.pop("embed", None)
             for linear in self._linears.values():
                 del linear.__dict__["forward"]
 
     def rounding(self) -> float:
         """How far a weight is from the checkpoint's at most, in steps of its block."""
-        table, embedding = self._table, self._decoder.model.embed_tokens.weight
-        ids = slice(len(embedding))  # a row more is not of the checkpoint's table
-        found = [steps_off(table.integers(self._rows)[ids], table.scales(self._rows)[ids], embedding.detach())]
+        found = []
+        if self._rows is not None:
+            table, embedding = self._table, self._decoder.model.embed_tokens.weight
+            ids = slice(len(embedding))  # a row more is not of the checkpoint's table
+            found += [steps_off(table.integers(self._rows)[ids], table.scales(self._rows)[ids], embedding.detach())]
         weights = {"head": self._decoder.head, **{name: linear.weight for name, linear in self._linears.items()}}
         for name, weight in weights.items():
             integers, scales = self._stored(name)
@@ -101,6 +106,7 @@ class StoredWeights:
         return blocks.integers(name).T, blocks.scales(name).T
 
     def _embed(self, tokens: Tensor) -> Tensor:
+        assert self._rows is not None
         integers, scales, ids = self._table.integers(self._rows), self._table.scales(self._rows), tokens.numpy()
         return torch.from_numpy(dequantize_blocks(integers[ids], scales[ids]))
 

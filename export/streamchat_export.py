@@ -170,7 +170,7 @@ class StreamChatRun(GraphRun):
 def replay(checkpoint: StreamChatCheckpoint, bundle: Bundle) -> Replay:
     """Take random tokens, with random frames between them, through PyTorch as a whole and the bundle by steps."""
     as_run = _replay(checkpoint, StreamChatRun(bundle))
-    if bundle.manifest.precision not in ("w8", "w4"):
+    if Precision(bundle.manifest.precision).bits is None:
         return Replay(as_run, TOKENS)
     blocks = checkpoint.model.cross_blocks
     mlps = {f"block{k}": (block.mlp, block.mlp_gate.detach().float()) for k, block in enumerate(blocks[:-1])}

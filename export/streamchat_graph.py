@@ -48,7 +48,7 @@ def write_frame(
         model: the checkpoint.
         window: frames that text may see.
         positions: position ids go from 0 to `positions` - 1.
-        precision: of products and states; the tower and the adapter are float32, or FP16 with "fp16".
+        precision: of products and states; the tower and the adapter are float32, or FP16 with FP16 products.
         builder: takes the nodes. One of its files has the decoder's weights.
     """
     g, config = builder, model.config.visual
@@ -74,7 +74,7 @@ def write_frame(
         uses.append(StateUse(name, f"{name}.past", f"{name}.present"))
         g.output(present, f"{name}.present", dtype, shape)
 
-    seeing = Precision("fp16" if precision.name == "fp16" else "fp32")
+    seeing = precision.of_eyes
     x = seeing.narrow(g, write_siglip(model.vision_model, frame, seeing, g))
     g.scope("adapter")
     x = seeing.linear(g, x, "adapter.fc1", model.adapter.fc1.weight, model.adapter.fc1.bias)

@@ -96,8 +96,9 @@ def build(bundle: Bundle, options: BuildOptions, progress: Progress) -> tuple[Bu
         BundleError: the bundle does not have the precision, and it cannot be derived.
         OutputError: the engine cannot be written.
     """
-    if options.precision in bundle.manifest.precisions:
-        check_memory(bundle.manifest, options.precision, "tensorrt")
+    precision = _default_precision(bundle.manifest) if options.precision is None else options.precision
+    if precision in bundle.manifest.precisions:
+        check_memory(bundle.manifest, precision, "tensorrt")
     _check_options(options)
     trt = import_flavour(choose_flavour(options.flavour))
     flavour = trt.__name__.partition(".")[0]
@@ -106,10 +107,10 @@ def build(bundle: Bundle, options: BuildOptions, progress: Progress) -> tuple[Bu
     if options.attention == "auto" and flavour == "tensorrt_rtx":
         options = replace(options, attention="native")
         notes.append("attention: native, because TensorRT for RTX has no plugin layers")
-    if options.precision not in bundle.manifest.precisions:
-        bundle = _derive(bundle, options.precision)
+    if precision not in bundle.manifest.precisions:
+        bundle = _derive(bundle, precision)
         notes.append("the bundle had no fp16: derived from its fp32 graphs and added")
-    flat = replace(bundle, manifest=bundle.manifest.at(options.precision))
+    flat = replace(bundle, manifest=bundle.manifest.at(precision))
     graphs = [name for name, graph in flat.manifest.graphs.items() if profiles(flat.manifest, graph, 1)]
     if not graphs:
         raise EngineError(f"{bundle.path}: has no graph that runs on streams")
@@ -128,7 +129,7 @@ def build(bundle: Bundle, options: BuildOptions, progress: Progress) -> tuple[Bu
         reports.append(item)
     report = BuildReport(
         str(bundle.path),
-        options.precision,
+        precision,
         flavour,
         str(trt.__version__),
         target.compute_capabilities,
@@ -208,7 +209,7 @@ class _Work:
         graph, options = flat.manifest.graphs[name], self.options
         return EngineFile(
             graph=name,
-            precision=options.precision,
+            precision=flat.manifest.precision,
             flavour=self.flavour,
             version=str(self.trt.__version__),
             compute_capabilities=self.target.compute_capabilities,
@@ -222,13 +223,18 @@ class _Work:
         )
 
 
+def _default_precision(manifest: Manifest) -> str:
+    """FP16, with INT4 weights where that is what a decoder was exported in."""
+    return next((name for name in ("fp16", "fp16+w4") if name in manifest.precisions), "fp16")
+
+
 def _derive(bundle: Bundle, precision: str) -> Bundle:
     """The bundle with fp16 added, where that can be derived."""
     found = ", ".join(bundle.manifest.precisions)
     if bundle.manifest.language is not None:
         raise EngineError(
-            f"{bundle.path}: has no {precision} (it has {found}); TensorRT takes decoders in fp16 and fp32, made from"
-            " the checkpoint: framestep export --precision fp16"
+            f"{bundle.path}: has no {precision} (it has {found}); TensorRT takes decoders in fp16, fp16+w4 and fp32,"
+            " made from the checkpoint: framestep export --precision fp16"
         )
     if precision != "fp16":
         raise EngineError(
@@ -269,7 +275,7 @@ def _step_ms(flat: Bundle, item: GraphReport, streams: int) -> list[float]:
 
 
 def _check_options(options: BuildOptions) -> None:
-    if options.precision not in PRECISIONS:
+    if options.precision not in (None, *PRECISIONS):
         raise EngineError(f"--precision: expected {', '.join(PRECISIONS)}, found '{options.precision}'")
     if options.attention not in ATTENTIONS:
         raise EngineError(f"--attention: expected {', '.join(ATTENTIONS)}, found '{options.attention}'")

@@ -41,7 +41,7 @@ def test_a_build_tells_what_it_made_and_then_that_it_is_there(golden_bundle, tmp
     ("options", "message"),
     [
         (["--compute-capability", "sm86"], "--compute-capability: expected one such as 8.6, found 'sm86'"),
-        (["--precision", "bf16"], "--precision: expected fp16, fp16+int8, fp32, found 'bf16'"),
+        (["--precision", "bf16"], "--precision: expected fp16, fp16+int8, fp16+w4, fp32, found 'bf16'"),
         (["--streams", "0"], "--streams"),
     ],
 )

@@ -135,7 +135,7 @@ def test_rebased_keys_are_those_of_the_new_positions_however_often(exported, pre
     assert float((torch.from_numpy(run.states["decoder.layer1.key"]).double() - turned).abs().max()) < bound
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "w8", "w4"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "w8", "w4", "fp16+w4"])
 def test_states_are_updated_in_place(exported, capfd, precision):
     _, bundle = exported("qwen2, tied", precision)
     run = DecoderRun(bundle)
@@ -170,26 +170,27 @@ def test_integer_weights_give_the_logits_of_what_they_stand_for(exported, monkey
     assert np.corrcoef(integers, expected)[0, 1] > 0.999
 
 
-@pytest.mark.parametrize("precision", ["w8", "w4"])
-def test_an_export_compares_with_what_its_integers_stand_for(exported, precision):
+@pytest.mark.parametrize(("precision", "bound"), [("w8", 1e-5), ("w4", 1e-5), ("fp16+w4", 5e-3)])
+def test_an_export_compares_with_what_its_integers_stand_for(exported, precision, bound):
     _, bundle = exported("llama", precision)
     checkpoint = read_decoder_checkpoint(bundle.manifest.origin.checkpoint)
     found = replay(checkpoint, bundle)
-    assert found.difference < 1e-5 and 0.45 < found.rounding <= ROUNDING[precision]
-    assert {"w8": 0.01, "w4": 0.1}[precision] < found.quantization < {"w8": 0.1, "w4": 0.6}[precision]
+    assert found.difference < bound and 0.45 < found.rounding <= ROUNDING[precision]
+    least, most = (0.01, 0.1) if precision == "w8" else (0.1, 0.6)
+    assert least < found.quantization < most
     assert replay(checkpoint, exported("llama")[1]).difference < 1e-5  # the decoder is as it was
 
 
-@pytest.mark.parametrize("precision", ["w8", "w4"])
+@pytest.mark.parametrize("precision", ["w8", "w4", "fp16+w4"])
 def test_a_slightly_wrong_integer_weight_is_found(tmp_path, monkeypatch, precision):
-    def wrong(weight, bits):
-        integers, scales = quantize_blocks(weight, bits)
+    def wrong(weight, *options):
+        integers, scales = quantize_blocks(weight, *options)
         if weight.shape == (96, 64):
             integers[5, 7] += 2 if integers[5, 7] < 0 else -2
         return integers, scales
 
     monkeypatch.setattr("framestep.export.decoder_graph.quantize_blocks", wrong)
-    with pytest.raises(FramestepError, match=r"not kept, a weight in w\d is [12]\.\d\d steps off"):
+    with pytest.raises(FramestepError, match=r"not kept, a weight in \S+ is [12]\.\d\d steps off"):
         export(decoder_models.qwen2(), tmp_path, precision=precision)
 
 
@@ -210,11 +211,11 @@ def torch_logits(decoder: Decoder) -> np.ndarray:
         return decoder(decoder.embed(tokens), torch.arange(TOKENS)[None, None])[0][0, -1].numpy()
 
 
-@pytest.mark.parametrize("bits, bound", [(8, 0.5 / 127), (4, 1 / 16)])
-def test_a_quantized_weight_is_near_within_its_block(bits, bound):
+@pytest.mark.parametrize("bits, half, bound", [(8, False, 0.5 / 127), (4, False, 1 / 16), (4, True, 1 / 15)])
+def test_a_quantized_weight_is_near_within_its_block(bits, half, bound):
     weight = np.random.default_rng(0).normal(0, 1, (5000, 96)).astype(np.float32)
     weight[7] = 0
-    integers, scales = quantize_blocks(weight, bits)
+    integers, scales = quantize_blocks(weight, bits, half)
     error = np.abs(dequantize_blocks(integers, scales) - weight).reshape(5000, 3, 32)
     largest = np.abs(weight).reshape(5000, 3, 32).max(axis=2, keepdims=True)
     assert scales.shape == (5000, 3)
@@ -222,7 +223,20 @@ def test_a_quantized_weight_is_near_within_its_block(bits, bound):
     assert (error.mean(axis=2, keepdims=True) <= bound * largest).all()
 
 
-@pytest.mark.parametrize("precision", ["w8", "w4"])
+@pytest.mark.parametrize("size", [1, 1e-4, 1e-7, 1e-12])
+def test_scales_in_half_precision_are_above_zero_and_cut_no_weight(size):
+    weight = np.random.default_rng(0).normal(0, size, (100, 128)).astype(np.float32)
+    integers, scales = quantize_blocks(weight, 4, half=True)
+    assert scales.shape == (100, 2) and scales.dtype == np.float16 and (scales > 0).all()
+    steps = weight.reshape(100, 2, 64) / scales[:, :, None].astype(np.float32)
+    assert np.abs(steps).max() <= 8
+    assert np.abs(steps - integers.reshape(steps.shape)).max() <= 1
+    if size >= 1e-4:  # below, a scale has few bits left
+        error = np.linalg.norm(dequantize_blocks(integers, scales.astype(np.float32)) - weight)
+        assert error < 0.12 * np.linalg.norm(weight)
+
+
+@pytest.mark.parametrize("precision", ["w8", "w4", "fp16+w4"])
 @pytest.mark.parametrize("kind", ["qwen2, tied", "llama"])
 def test_every_linear_layer_multiplies_integers(exported, tmp_path, kind, precision):
     _, bundle = exported(kind, precision)

@@ -197,7 +197,7 @@ def test_a_checkpoint_without_streamos_tokens_has_none(checkpoint):
     (("--capacity", 513), "--capacity: expected 14 to 512 tokens, as many as there are positions, found 513"),
     (("--capacity", 13), "--capacity: expected 14 to 512 tokens, as many as there are positions, found 13"),
     (("--chunk", 0), "--chunk: expected at least 1 token, found 0"),
-    (("--precision", "int8"), "--precision: expected fp32, fp16, w8, w4, found 'int8'"),
+    (("--precision", "int8"), "--precision: expected fp32, fp16, w8, w4, fp16+w4, found 'int8'"),
     (("--frame-size", "56x80"), "--frame-size: expected multiples of 28 pixels, found 56x80"),
     (("--window", 8), "--window: a qwen2_5_vl has no ring of frames"),
     (("--rate", -1), "--rate: expected frames a second above 0, found -1"),

@@ -151,6 +151,28 @@ def test_both_profiles_share_the_weights(tmp_path, monkeypatch) -> None:
     assert set(found.values()) == {(1, 0)}  # row by row, once
 
 
+def test_int4_weights_are_read_by_the_products_themselves(tmp_path, monkeypatch) -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 512}
+    bundle = write(tmp_path, decoder_models.save(decoder_models.qwen2(**sizes), tmp_path / "checkpoint"), "fp16+w4")
+    monkeypatch.setattr("framestep.export.tensorrt.profiles", only_decoder)
+    bundle, report = build(bundle, BuildOptions(flavour="tensorrt_rtx", compute_capabilities=("8.6",)), NoProgress())
+    (item,) = report.graphs
+    assert report.precision == "fp16+w4"  # where nothing is asked for
+    assert found_in(report) == {"decoder": DECODER["decoder"]}
+    plan = bundle.file(item.file).read_bytes()
+    products = re.findall(rb"\n *runtime_fusion=\{ name=(\w+) [^\n]*DequantizeLinear\]", plan)
+    assert len(products) == 2 * (7 * LAYERS + 1) == plan.count(b"fully_connected={")  # one of each in both profiles
+    assert not re.search(rb"\n *function=\{[^\n]*DequantizeLinear", plan)  # none writes the floats down
+    stored = {
+        item.name: numpy_helper.to_array(item).astype(np.int8).T
+        for item in onnx.load(bundle.file("decoder.onnx")).graph.initializer
+        if item.data_type == onnx.TensorProto.INT4
+    }
+    assert len(stored) == 7 * LAYERS + 1
+    packed = {name: (q[:, ::2] & 15 | q[:, 1::2] << 4).astype(np.uint8).tobytes() for name, q in stored.items()}
+    assert {name: plan.count(matrix) for name, matrix in packed.items()} == dict.fromkeys(stored, 1)
+
+
 @pytest.mark.parametrize(
     ("capacity", "single", "scores"), [(MOST_SLOTS, LAYERS, {b"fp32", b"float"}), (MOST_SLOTS + 1, 0, {b"fp32"})]
 )
@@ -168,7 +190,7 @@ def test_scores_of_a_long_cache_are_float32_too(tmp_path, monkeypatch, capacity,
     ("precision", "options", "message"),
     [
         ("fp32", OPTIONS, r"has no fp16 \(it has fp32\); TensorRT takes decoders .* framestep export --precision fp16"),
-        ("w4", OPTIONS, r"has no fp16 \(it has w4\); TensorRT takes decoders in fp16 and fp32"),
+        ("w4", OPTIONS, r"has no fp16 \(it has w4\); TensorRT takes decoders in fp16, fp16\+w4 and fp32"),
         ("fp32", BuildOptions("fp32", flavour="tensorrt", attention="triton"), "no package tensorrt"),
     ],
 )

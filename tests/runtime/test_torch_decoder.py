@@ -77,7 +77,7 @@ def test_half_precision_is_near_float32(tmp_path) -> None:
     assert np.linalg.norm(found - expected) < 2e-2 * np.linalg.norm(expected)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "w8"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "w8", "fp16+w4"])
 @pytest.mark.parametrize(("engine", "limit"), [("torch:tf32", 1e-5), ("torch:fp16", 5e-3), ("torch:bf16", 4e-2)])
 def test_every_bundle_runs_in_every_precision(tmp_path, precision, engine, limit) -> None:
     decoder_models.save(decoder_models.qwen2(), tmp_path / "checkpoint")
