@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from suite_rehearsal import rehearse
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
 
-SUITE = Path(__file__).parents[2] / "benchmarks" / "gpu_suite.py"
-
 
 def test_a_rehearsal_builds_runs_and_compares(tmp_path) -> None:
-    command = [sys.executable, str(SUITE), "--rehearse", "-o", str(tmp_path)]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    names = ["--only", "tensorrt", "--only", "onnxruntime"]
-    done = subprocess.run([*command, *names], capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    rehearse(tmp_path, "tensorrt", "onnxruntime")
     compiled, ort = json.loads((tmp_path / "gpu.json").read_text())["sections"]
     assert compiled["failures"] == [] == ort["failures"]
     assert compiled["skipped"] == [] == ort["skipped"]

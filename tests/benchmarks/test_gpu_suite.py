@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import shutil
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from suite_rehearsal import ROOT, SUITE, rehearse, run_suite
 
-ROOT = Path(__file__).parents[2]
-SUITE = ROOT / "benchmarks" / "gpu_suite.py"
 SPEC = importlib.util.spec_from_file_location("gpu_suite", SUITE)
 gpu_suite = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(gpu_suite)
@@ -23,24 +19,20 @@ SPEC.loader.exec_module(gpu_suite)
 REHEARSED = ("bandwidth", "step", "prime", "decoding", "decoder", "compare", "tune")
 
 
-def run(*arguments, suite=SUITE, cwd=None):
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(suite), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd, check=False)
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory):
+    """The suite of a checkout in a folder whose name no package could have."""
+    checkout = tmp_path_factory.mktemp("suite") / "a.b-c"
+    ignored = shutil.ignore_patterns(".*", "__pycache__", "tests", "build", "out", "*.egg-info")
+    shutil.copytree(ROOT, checkout, ignore=ignored, symlinks=True)
+    return checkout / "benchmarks" / "gpu_suite.py"
 
 
 @pytest.fixture(scope="module")
-def rehearsal(tmp_path_factory):
-    """Every section but the longest, run from a checkout in a folder whose name no package could have."""
-    folder = tmp_path_factory.mktemp("suite")
-    checkout = folder / "a.b-c"
-    ignored = shutil.ignore_patterns(".*", "__pycache__", "tests", "build", "out", "*.egg-info")
-    shutil.copytree(ROOT, checkout, ignore=ignored, symlinks=True)
-    suite = checkout / "benchmarks" / "gpu_suite.py"
-    names = [part for name in REHEARSED for part in ("--only", name)]
-    done = run("--rehearse", "-o", folder / "found", *names, suite=suite, cwd=folder)
-    assert done.returncode == 0, done.stdout + done.stderr
+def rehearsal(suite, tmp_path_factory):
+    """Every section but the longest."""
+    folder = tmp_path_factory.mktemp("rehearsal")
+    rehearse(folder / "found", *REHEARSED, suite=suite, cwd=folder)
     return folder / "found"
 
 
@@ -85,8 +77,8 @@ def test_a_rehearsal_says_that_its_times_mean_nothing(rehearsal):
     assert "## Targets" not in text
 
 
-def test_without_a_gpu_it_says_so_and_runs_the_checks_that_need_none(tmp_path):
-    done = run("-o", tmp_path / "found")
+def test_without_a_gpu_it_says_so_and_runs_the_checks_that_need_none(suite, tmp_path):
+    done = run_suite("-o", tmp_path / "found", suite=suite, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.startswith("There is no GPU here that PyTorch can use")
     results = json.loads((tmp_path / "found" / "gpu.json").read_text())
