@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import threading
 
 
 def main() -> None:
@@ -13,7 +15,18 @@ def main() -> None:
         run_command()
     except KeyboardInterrupt:
         print("framestep: interrupted", file=sys.stderr)
-        sys.exit(130)
+        _leave(130)
+    except SystemExit as ending:
+        _leave(ending.code)
+
+
+def _leave(status: str | int | None) -> None:
+    if isinstance(status, int) and any(thread.name == "framestep source" for thread in threading.enumerate()):
+        # A camera's reader is stuck in OpenCV. Were it to come back while Python shuts down, the process would abort.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from .sampling import Sampler, tolerance
 
 # How long one wait lasts before a stall is looked for; also keeps Ctrl-C prompt where a wait defers it.
 GLANCE = 0.1
-CLOSING = 2.0  # seconds that close() waits for the reader
+CLOSING = 0.3  # seconds that a reader has to come to its end, from stop() on
 # A reader that never came back from OpenCV may still hold the device: more and more of them would only leak.
 MAX_STUCK_READERS = 3
 
@@ -57,6 +57,7 @@ class LiveSource(Source):
         self._rate = rate
         self._timing = timing
         self._closed = threading.Event()
+        self._stopped_at = 0.0
         # The condition guards all that follows, and is notified of every change that concerns the consumer.
         self._changed = threading.Condition()
         self._newest: _Picture | None = None
@@ -98,6 +99,8 @@ class LiveSource(Source):
         return None
 
     def stop(self) -> None:
+        if not self._closed.is_set():
+            self._stopped_at = time.perf_counter()
         self._closed.set()
         with self._changed:
             self.ended = True
@@ -106,7 +109,7 @@ class LiveSource(Source):
 
     def close(self) -> None:
         self.stop()
-        self._reader.join(CLOSING)
+        self._reader.join(max(0.0, self._stopped_at + CLOSING - time.perf_counter()))
         self._deliver_reports()
 
     # What the consumer's thread does.
@@ -271,7 +274,7 @@ class _Reader(threading.Thread):
     """One attempt at reading the device without a stall."""
 
     def __init__(self, run: Callable[[_Reader], None], delay: float) -> None:
-        super().__init__(name="framestep source", daemon=True)
+        super().__init__(name="framestep source", daemon=True)  # __main__ knows them by this name
         self._run_reader = run
         self.delay = delay  # seconds before it opens the device
         self.alive: float | None = None  # perf_counter of the last good frame or opening; None while it pauses

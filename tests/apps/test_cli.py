@@ -225,6 +225,27 @@ main()
     assert (found.returncode, found.stdout, found.stderr) == (130, "", "framestep: interrupted\n")
 
 
+@pytest.mark.parametrize(("arguments", "status", "last"), [("--version", 0, "framestep "), ("none", 2, "framestep: ")])
+def test_a_camera_that_is_stuck_in_opencv_does_not_outlive_python(arguments, status, last) -> None:
+    code = f"""
+import sys, threading
+from framestep.__main__ import main
+from framestep.runtime.sources.live import _Reader
+
+class Last:
+    def __del__(self):  # while Python shuts down, where a thread that comes back from C++ aborts the process
+        print("too late", flush=True)
+
+sys.modules["last"] = Last()
+_Reader(lambda reader: threading.Event().wait(), 0.0).start()
+sys.argv = ["framestep", "{arguments}"]
+main()
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.returncode == status
+    assert (found.stdout + found.stderr).startswith(last) and "too late" not in found.stdout
+
+
 @pytest.mark.parametrize(
     "error",
     [
