@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
+import os
 from dataclasses import dataclass, replace
 
 from ..bundle import ENGINES, Bundle
@@ -82,8 +84,8 @@ def find_engine(bundle: Bundle, graph: str, target: Target, streams: int) -> tup
     raise EngineError(f"{bundle.path}: no TensorRT engine of the graph '{graph}' fits: {seen}; run '{command}'")
 
 
-def read_engine(bundle: Bundle, name: str, entry: EngineFile) -> bytes:
-    """The content of an engine's file, checked.
+def read_engine(bundle: Bundle, name: str, entry: EngineFile) -> mmap.mmap:
+    """The content of an engine's file, checked; mapped, so that it takes no memory beside what TensorRT makes of it.
 
     Raises:
         EngineError: missing, truncated, changed, or a link out of the bundle.
@@ -93,13 +95,15 @@ def read_engine(bundle: Bundle, name: str, entry: EngineFile) -> bytes:
     if path.is_symlink() or bundle.path.resolve() not in path.resolve().parents:
         raise EngineError(f"{path}: leaves the bundle through a link; refused")
     try:
-        content = path.read_bytes()
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != entry.bytes:
+                raise EngineError(f"{path}: expected {entry.bytes} bytes, found {size}; {again}")
+            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except FileNotFoundError:
         raise EngineError(f"{path}: missing; {again}") from None
-    except OSError as error:
-        raise EngineError(f"{path}: cannot be read: {error.strerror}") from None
-    if len(content) != entry.bytes:
-        raise EngineError(f"{path}: expected {entry.bytes} bytes, found {len(content)}; {again}")
+    except (OSError, ValueError) as error:  # of an empty file too
+        raise EngineError(f"{path}: cannot be read: {error}") from None
     if hashlib.sha256(content).hexdigest() != entry.sha256:
         raise EngineError(f"{path}: its content has changed; {again}")
     return content

@@ -4,7 +4,6 @@
 #include <charconv>
 #include <map>
 
-#include "file_io.h"
 #include "onnx_files.h"
 #include "sha256.h"
 
@@ -111,7 +110,7 @@ const EngineFile& find_engine(const Bundle& bundle, const Manifest& manifest, co
     throw Error(FS_ERROR_ENGINE, where + what + "; run '" + build_command(bundle, manifest.precision, streams) + "'");
 }
 
-std::string read_engine(const Bundle& bundle, const EngineFile& engine) {
+std::unique_ptr<MappedFile> read_engine(const Bundle& bundle, const EngineFile& engine) {
     const fs::path path = bundle.path / engine.file;
     const std::string again = "; run '" + build_command(bundle, engine.precision, engine.streams) + "'";
     const auto refuse = [&](const std::string& what) { throw Error(FS_ERROR_ENGINE, path.string() + ": " + what); };
@@ -122,12 +121,13 @@ std::string read_engine(const Bundle& bundle, const EngineFile& engine) {
         refuse("leaves the bundle through a link; refused");
     }
     if (!fs::exists(path, failed)) refuse("missing" + again);
-    std::string content = InputFile(path, FS_ERROR_ENGINE).read_all();
+    auto file = std::make_unique<MappedFile>(path, FS_ERROR_ENGINE);
+    const std::string_view content = file->bytes();
     if (content.size() != engine.bytes) {
         refuse("expected " + std::to_string(engine.bytes) + " bytes, found " + std::to_string(content.size()) + again);
     }
-    if (sha256_hex(std::string_view(content)) != engine.sha256) refuse("its content has changed" + again);
-    return content;
+    if (sha256_hex(content) != engine.sha256) refuse("its content has changed" + again);
+    return file;
 }
 
 }  // namespace framestep

@@ -1,8 +1,10 @@
 // Compiled engines in a bundle: which one fits a graph and a machine, and why the others do not. Needs no TensorRT.
 #pragma once
 
+#include <memory>
 #include <string>
 
+#include "file_io.h"
 #include "manifest.h"
 
 namespace framestep {
@@ -22,7 +24,8 @@ std::string machine_misfit(const EngineFile& engine, const Target& target, int s
 const EngineFile& find_engine(const Bundle& bundle, const Manifest& manifest, const Graph& graph, const Target& target,
                               int streams);
 
-// The content of an engine's file. Throws Error(FS_ERROR_ENGINE): missing, truncated, changed, or a link out of the bundle.
-std::string read_engine(const Bundle& bundle, const EngineFile& engine);
+// The content of an engine's file, mapped, so that it takes no memory beside what TensorRT makes of it.
+// Throws Error(FS_ERROR_ENGINE): missing, truncated, changed, or a link out of the bundle.
+std::unique_ptr<MappedFile> read_engine(const Bundle& bundle, const EngineFile& engine);
 
 }  // namespace framestep

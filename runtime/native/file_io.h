@@ -39,6 +39,7 @@ public:
     MappedFile& operator=(const MappedFile&) = delete;
 
     std::string_view bytes(uint64_t offset, uint64_t length) const;
+    std::string_view bytes() const { return bytes(0, size_); }
 
 private:
     std::filesystem::path path_;

@@ -281,7 +281,9 @@ private:
 
     Loaded load_graph(const Bundle& bundle, const Manifest& manifest, const Graph& graph, const Target& target) const {
         const EngineFile& file = find_engine(bundle, manifest, graph, target, static_cast<int>(streams_));
-        const std::string content = read_engine(bundle, file), where = (bundle.path / file.file).string();
+        const std::unique_ptr<MappedFile> mapped = read_engine(bundle, file);
+        const std::string_view content = mapped->bytes();
+        const std::string where = (bundle.path / file.file).string();
         Loaded made{&graph, &file, std::make_unique<Messages>(), nullptr, nullptr, {}};
         made.runtime.reset(static_cast<nvinfer1::IRuntime*>(library_.create_runtime(made.messages.get(), NV_TENSORRT_VERSION)));
         if (made.runtime != nullptr) {
