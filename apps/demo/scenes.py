@@ -7,6 +7,7 @@ downwards.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import cv2
@@ -76,20 +77,20 @@ def draw_scene(seed: int, frames: int, size: int = 64) -> Scene:
     rng = np.random.default_rng(seed)
     poses, motions, cuts = choreograph(rng, frames)
     background = _Background(rng, frames)
-    canvases = background.draw(size)  # float32 [T, size, size, 3]
-    look = None
-    for index, pose in enumerate(poses):
-        if index in cuts:  # the next shape looks different
-            look = _Look.random(rng).sprite(size)
-        assert look is not None
+    looks = {index: _Look.random(rng) for index in sorted(cuts) if index < frames}  # each shape's, by its first frame
+    noise = np.float32(rng.uniform(0, 9))
+    flicker = (1 + rng.uniform(0, 0.03) * rng.standard_normal(frames)).astype(np.float32)
+    grain = np.random.default_rng(seed)
+    drawn = np.empty((frames, size, size, 3), np.uint8)
+    for index, (pose, canvas) in enumerate(zip(poses, background.draw(size), strict=True)):
+        if index in looks:
+            sprite = looks[index].sprite(size)
         if pose.opacity > 0:
-            _paste(canvases[index], look, pose, background.shake[index])
-    noise = rng.uniform(0, 9)
-    grain = np.random.default_rng(seed).standard_normal(canvases.shape, np.float32)
-    canvases += grain * np.float32(noise)
-    flicker = 1 + rng.uniform(0, 0.03) * rng.standard_normal(frames)
-    canvases *= flicker[:, None, None, None].astype(np.float32)
-    return Scene(np.clip(canvases, 0, 255).astype(np.uint8), name_frames(motions), *_measure(poses, cuts))
+            _paste(canvas, sprite, pose, background.shake[index])
+        canvas += grain.standard_normal(canvas.shape, np.float32) * noise
+        canvas *= flicker[index]
+        drawn[index] = canvas.clip(0, 255)
+    return Scene(drawn, name_frames(motions), *_measure(poses, cuts))
 
 
 def name_frames(motions: np.ndarray) -> np.ndarray:
@@ -270,8 +271,8 @@ class _Background:
             start, drift = rng.uniform(0, 1, 2), rng.uniform(-0.012, 0.012, 2) * (rng.random() < 0.6)
             self._distractors.append((start, drift, rng.uniform(0.015, 0.035), rng.uniform(0, 255, 3)))
 
-    def draw(self, size: int) -> np.ndarray:
-        """float32 [T, size, size, 3]"""
+    def draw(self, size: int) -> Iterator[np.ndarray]:
+        """Each frame, float32 [size, size, 3]."""
         margin = size // 8
         whole = size + 2 * margin
         grain = cv2.resize(self._grain, (whole, whole), interpolation=cv2.INTER_CUBIC) * self._contrast
@@ -279,7 +280,6 @@ class _Background:
         y, x = np.meshgrid(*[(np.arange(whole) - margin) / size] * 2, indexing="ij")
         stripes = strength * np.sin(2 * np.pi * count * (x * np.cos(angle) + y * np.sin(angle)))
         picture = np.clip(self.mean + grain + stripes[..., None], 0, 255).astype(np.float32)
-        frames = np.empty((len(self.shake), size, size, 3), np.float32)
         for index, (dx, dy) in enumerate(self.shake * size):
             matrix = np.array([[1, 0, dx - margin], [0, 1, dy - margin]])
             canvas = cv2.warpAffine(picture, matrix, (size, size), flags=cv2.INTER_LINEAR)
@@ -287,5 +287,4 @@ class _Background:
                 place = (start + drift * index) % 1.2 - 0.1
                 centre = np.rint((place * size + (dx, dy)) * 16).astype(int).tolist()
                 cv2.circle(canvas, centre, round(radius * size * 16), colour.tolist(), cv2.FILLED, cv2.LINE_8, 4)
-            frames[index] = canvas
-        return frames
+            yield canvas
