@@ -20,7 +20,7 @@ from ..runtime.engines.choosing import choose_engine
 from ..runtime.manifest import Manifest, State, Variant
 from ..runtime.session import NonFiniteOutputError, Session
 from .clips import Clip
-from .compare import compare, engine_of, long_clip
+from .compare import Comparison, compare, engine_of, long_clip
 from .errors import CalibrationError
 from .integer import IntegerProducts, integer_products
 from .memory import cached_projections, head_scales, quantize_memory
@@ -95,8 +95,9 @@ def calibrate(
         seen, smoothed = _observe(bundle, models, clips, options)
         noise = layer_noise(models, seen)
         trials: list[Trial] = []
+        compared: dict[tuple[str, ...], Comparison] = {}
         if any(INT8 in precision for precision in options.precisions):
-            trials = _choose(bundle, models, seen, noise, check, options, progress)
+            trials, compared = _choose(bundle, models, seen, noise, check, options, progress)
         kept = trials[-1].kept if trials else ()
         seconds = time.perf_counter() - start
         progress("writing")
@@ -105,7 +106,8 @@ def calibrate(
         for precision in options.precisions:
             progress(f"comparing {precision} with fp32")
             written = Bundle(writer.folder, manifest.at(precision))
-            accuracy, drift = _measure(bundle, written, check, options, models, seen, kept)
+            known = compared.get(kept) if precision == INT8 else None
+            accuracy, drift = _measure(bundle, written, check, options, models, seen, kept, known)
             accuracies.append(accuracy)
             drifts += [drift] if drift else []
         report = Report(
@@ -201,17 +203,18 @@ def _choose(
     check: Sequence[Clip],
     options: CalibrationOptions,
     progress: Callable[[str], None],
-) -> list[Trial]:
-    """The layers that stay in float, by trials of whole graphs."""
+) -> tuple[list[Trial], dict[tuple[str, ...], Comparison]]:
+    """The layers that stay in float, by trials of whole graphs; what each comparison found, by the layers left."""
+    compared: dict[tuple[str, ...], Comparison] = {}
     if options.max_drop is None and options.min_cosine is None:
-        return []
+        return [], compared
     of_backbone = [item for item in noise if item.graph != "patch_label"]  # the only one that the budget sees
 
     def trial(kept: tuple[str, ...]) -> Trial:
         with tempfile.TemporaryDirectory(prefix="framestep-") as folder:
             only = replace(options, precisions=(INT8,), keep_float=False)
             manifest, _ = _write(Path(folder), bundle, models, seen, kept, only)
-            found = compare(bundle, Bundle(Path(folder), manifest), check)
+            found = compared[kept] = compare(bundle, Bundle(Path(folder), manifest), check)
         drop = found.drop
         reached, told = float(found.cosine.mean()), f"cosine {found.cosine.mean():.5f}"
         if options.max_drop is not None and drop is not None:
@@ -221,10 +224,10 @@ def _choose(
 
     if options.max_drop is not None:
         most = options.max_drop
-        return fewest_kept(of_backbone, trial, lambda reached: -reached <= most, f"--max-drop {most:g}")
+        return fewest_kept(of_backbone, trial, lambda reached: -reached <= most, f"--max-drop {most:g}"), compared
     least = options.min_cosine
     assert least is not None
-    return fewest_kept(of_backbone, trial, lambda reached: reached >= least, f"--min-cosine {least:g}")
+    return fewest_kept(of_backbone, trial, lambda reached: reached >= least, f"--min-cosine {least:g}"), compared
 
 
 def _write(
@@ -355,7 +358,9 @@ def _measure(
     models: Mapping[str, onnx.ModelProto],
     seen: Observations,
     kept: Collection[str],
+    known: Comparison | None,
 ) -> tuple[Accuracy, Drift | None]:
+    """How a precision compares with the reference; `known` is what a trial of the same graphs found already."""
     precision = written.manifest.precision
     with tempfile.TemporaryDirectory(prefix="framestep-") as folder:
         measured = written
@@ -363,7 +368,7 @@ def _measure(
             _run_once(written, check[0])
             measured = _write_rounded(Path(folder), reference, models, seen, kept, precision)
         try:
-            found = compare(reference, measured, check)
+            found = known or compare(reference, measured, check)
         except CalibrationError as error:
             if HALF not in precision:
                 raise
