@@ -1,4 +1,4 @@
-"""TensorRT-RTX takes StreamChat's FP16 graphs, ahead of time, on a machine without a GPU."""
+"""TensorRT-RTX takes StreamChat's graphs with FP16 products, ahead of time, on a machine without a GPU."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ NATIVE = {
 }
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
+@pytest.fixture(scope="module", params=["fp16", "fp16+w4"])
+def built(tmp_path_factory, request):
     folder = tmp_path_factory.mktemp("tensorrt")
     checkpoint = read_streamchat_checkpoint(str(streamchat_models.save(folder, max_position_embeddings=512)))
     with BundleWriter(folder / "out.bundle") as writer:
-        write_bundle(checkpoint, writer, StreamChatOptions("fp16", window=3, rate=2.0, capacity=64, chunk=32))
-    options = BuildOptions("fp16", 1, "tensorrt_rtx", ("8.6",))
+        write_bundle(checkpoint, writer, StreamChatOptions(request.param, window=3, rate=2.0, capacity=64, chunk=32))
+    options = BuildOptions(None, 1, "tensorrt_rtx", ("8.6",))
     return build(Bundle.open(folder / "out.bundle"), options, NoProgress())
 
 
-def test_fp16_graphs_build_with_native_caches_and_fused_attention(built) -> None:
+def test_graphs_build_with_native_caches_and_fused_attention(built) -> None:
     _, report = built
     found = {item.graph: (item.network.cache_updates, item.network.attentions) for item in report.graphs}
     assert found == NATIVE
