@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -272,8 +273,7 @@ def _label_options(arguments: LabelArguments) -> Any:
 
 
 def _need_export_packages() -> None:
+    # looked for, not imported: that takes seconds, and few checkpoints need all of them
     for module in ("torch", "onnx", "transformers", "safetensors"):
-        try:
-            __import__(module)
-        except ImportError:
-            raise CheckpointError(f"this needs the package {module}: pip install 'framestep[export]'") from None
+        if importlib.util.find_spec(module) is None:
+            raise CheckpointError(f"this needs the package {module}: pip install 'framestep[export]'")

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import importlib.util
 import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +12,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from command_line import main
 from transformers.activations import ACT2FN
 
 import framestep
@@ -170,19 +168,36 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
         export(tmp_path / "file" / "x.bundle", ExportOptions(window=2))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_export_leaves_nothing(tmp_path, number):
-    target = tmp_path / "x.bundle"
-    command = [sys.executable, "-m", "framestep", "export", str(golden.CHECKPOINT), "-o", str(target)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
-                               env={**os.environ, "PYTHONUNBUFFERED": "1"})  # fmt: skip
-    while process.poll() is None and not list(tmp_path.iterdir()):
-        time.sleep(0.002)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    if process.returncode != 0:  # it may have finished before the signal came
-        assert list(tmp_path.iterdir()) == []
-        assert "Traceback" not in errors
+@pytest.fixture
+def usual_signals():
+    """Ctrl-C raises, also where the tests run with it ignored; afterwards all is as before."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("stage", ["write_label_graph", "replay"])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_export_leaves_nothing(tmp_path, monkeypatch, capsys, usual_signals, number, status, stage):
+    def interrupted(*given):
+        assert list(tmp_path.rglob("backbone.onnx"))  # half a bundle is there
+        signal.raise_signal(number)
+
+    monkeypatch.setattr(export_module, stage, interrupted)
+    assert main(monkeypatch, "export", golden.CHECKPOINT, "-o", tmp_path / "x.bundle") == status
+    assert list(tmp_path.iterdir()) == []
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_missing_package_is_named_before_anything_is_read(tmp_path, monkeypatch, capsys):
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "transformers" else find(name))
+    assert main(monkeypatch, "export", "absent", "-o", tmp_path / "x.bundle") == 2
+    assert (
+        capsys.readouterr().err == "framestep: this needs the package transformers: pip install 'framestep[export]'\n"
+    )
 
 
 def test_the_golden_checkpoint_agrees_at_export(tmp_path):
