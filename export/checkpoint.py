@@ -28,7 +28,7 @@ from .streamformer import PatchProjections, StreamFormer, StreamFormerConfig
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 BESIDE_BACKBONE = ("text_encoder.", "task_heads.", "logit_scale", "logit_bias")
-MOST_LISTED = 20  # weights that a message names
+MOST_LISTED = 5  # weights that a message names
 
 
 @dataclass(frozen=True)

@@ -96,6 +96,12 @@ def read_decoder_checkpoint(source: str, vision_tower: str | None = None) -> Dec
     where = str(folder / "config.json")
     values = read_json(folder / "config.json")
     config = DecoderConfig.from_dict(values, where)
+    if quantized := values.get("quantization_config"):
+        method = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else "unknown"
+        raise CheckpointError(
+            f"{where}: the weights are quantized already (quant_method {method}); export the checkpoint that they were"
+            " made from, with --precision w8, w4 or fp16+w4"
+        )
     family = FAMILIES[values["model_type"]]
     weights: dict[str, dict[str, Tensor]] = {module: {} for module in PREFIXES}
     for file in weight_files(folder):

@@ -153,6 +153,10 @@ def test_shards_are_one_checkpoint_and_weights_stay_as_they_are_stored(tmp_path)
         ({"rope_parameters": {"mrope_section": [8, 8, 8]}}, "mrope_section is .*; expected three numbers, 8 in sum"),
         ({"rope_parameters": {"mrope_section": [2, 3, 3]}}, "only qwen2_5_vl has multimodal positions"),
         ({"hidden_act": "sine"}, "hidden_act 'sine' is unknown"),
+        (
+            {"quantization_config": {"quant_method": "awq"}},
+            r"quantized already \(quant_method awq\); export .* --precision w8",
+        ),
         ({"rms_norm_eps": 0}, "rms_norm_eps is 0; expected a small number"),
         ({"num_hidden_layers": 3}, "missing model.layers.2"),
         ({"vocab_size": 300}, "wrong shape model.embed_tokens.weight"),
