@@ -8,6 +8,7 @@ import importlib.util
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from pathlib import Path
 
 from rich.table import Table
 from rich.text import Text
+
+from .stopping import stop_on_signals
 
 
 @dataclass(frozen=True)
@@ -54,14 +57,24 @@ def examine() -> list[Finding]:
         lambda: _package("transformers", "export", "label texts from a SigLIP model"),
         lambda: _package("tokenizers", "text", "new labels from a bundle's text graph"),
     ]
-    findings = []
-    for look in looks:
-        try:
-            findings.append(look())
-        except Exception as error:  # a broken package must not hide what the others are
-            name = getattr(look, "__name__", "look").strip("_")
-            findings.append(Finding(name, "problem", f"{type(error).__name__}: {error}".splitlines()[0]))
+    findings: list[Finding] = []
+    # A Ctrl-C raised while a package loads may come out of it as an ImportError: it waits for the end of the look.
+    with stop_on_signals() as stopping:
+        for look in looks:
+            if not stopping.asked:
+                findings.append(_finding(look))
+    if stopping.number is not None:
+        signal.raise_signal(stopping.number)
+        raise KeyboardInterrupt  # the signal is ignored here, as in the background of a script
     return findings
+
+
+def _finding(look: Callable[[], Finding]) -> Finding:
+    try:
+        return look()
+    except Exception as error:  # a broken package must not hide what the others are
+        name = getattr(look, "__name__", "look").strip("_")
+        return Finding(name, "problem", f"{type(error).__name__}: {error}".splitlines()[0])
 
 
 def table(findings: list[Finding]) -> Table:

@@ -16,10 +16,12 @@ class Stopping:
 
     Attributes:
         then: called when it is asked; takes no lock.
+        number: of the signal that asked.
     """
 
     then: Callable[[], None] | None = None
     asked: bool = False
+    number: int | None = None
 
     def ask(self) -> None:
         self.asked = True
@@ -41,6 +43,7 @@ def stop_on_signals(then: Callable[[], None] | None = None) -> Iterator[Stopping
             signal.signal(number, handler)
 
     def stop(number: int, frame: FrameType | None) -> None:
+        stopping.number = number
         stopping.ask()
         restore()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,32 @@ def test_a_broken_package_does_not_hide_the_others(monkeypatch: pytest.MonkeyPat
     (problem,) = [finding for finding in findings if finding.name == "broken"]
     assert (problem.status, problem.found) == ("problem", "RuntimeError: libfoo.so: [cannot] open")
     assert len(findings) > 10 and "[cannot]" in printed(table(findings))
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 128 + signal.SIGTERM)])
+def test_a_signal_is_not_lost_in_a_package_that_is_being_loaded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: signal.Signals, status: int
+) -> None:
+    looked = []
+
+    def load() -> Finding:
+        looked.append("the package")
+        try:
+            signal.raise_signal(number)
+        except BaseException as error:  # as pybind11 does it
+            raise ImportError("initialization failed") from error
+        return Finding("the package", "ok", "1.0")
+
+    monkeypatch.setattr(doctor, "_opencv", load)
+    monkeypatch.setattr(doctor, "_cameras", lambda: looked.append("what comes after"))
+    handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        assert main(monkeypatch, "doctor") == status
+    finally:
+        for each, handler in handlers.items():
+            signal.signal(each, handler)
+    assert looked == ["the package"]
+    assert capsys.readouterr().out == ""
 
 
 def test_cores_are_counted_where_the_system_has_no_affinity(monkeypatch: pytest.MonkeyPatch) -> None:
