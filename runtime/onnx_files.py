@@ -6,7 +6,7 @@ https://protobuf.dev/programming-guides/encoding and the field numbers are those
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 
 from .errors import BundleError
@@ -31,7 +31,9 @@ def external_files(path: Path) -> set[str]:
         BundleError: the file is not an ONNX graph.
     """
     try:
-        return set(_locations(memoryview(path.read_bytes()), "Model"))
+        found: set[str] = set()
+        _add_locations(memoryview(path.read_bytes()), "Model", found)
+        return found
     except OSError as error:
         raise BundleError(f"{path}: cannot be read: {error.strerror}") from None
     except (IndexError, UnicodeDecodeError, RecursionError, ValueError):
@@ -62,46 +64,50 @@ def _block_size(attribute: memoryview) -> int:
     """Of an attribute of `DequantizeLinear`; 0 for another one."""
     if b"block_size" not in map(bytes, _all(attribute, 1)):
         return 0
-    return next((value for number, value in _fields(attribute) if number == 3 and isinstance(value, int)), 0)
+    return next((value for _, value in _fields(attribute, (3,)) if isinstance(value, int)), 0)
 
 
 def _all(message: memoryview, number: int) -> Iterator[memoryview]:
-    return (value for found, value in _parts(message) if found == number)
+    return (value for _, value in _fields(message, (number,)) if not isinstance(value, int))
 
 
-def _locations(message: memoryview, kind: str) -> Iterator[str]:
+def _add_locations(message: memoryview, kind: str, found: set[str]) -> None:
     if kind == "Entry":
-        pair = {number: bytes(value).decode() for number, value in _parts(message)}
+        pair = {number: bytes(value).decode() for number, value in _fields(message) if not isinstance(value, int)}
         if pair.get(1) == "location":
-            yield pair.get(2, "")
+            found.add(pair.get(2, ""))
         return
-    for number, value in _parts(message):
-        if number in _FIELDS[kind]:
-            yield from _locations(value, _FIELDS[kind][number])
+    followed = _FIELDS[kind]
+    for number, value in _fields(message, followed):
+        if not isinstance(value, int):
+            _add_locations(value, followed[number], found)
 
 
-def _parts(message: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """The length-delimited fields of a message: number and content."""
-    return ((number, value) for number, value in _fields(message) if isinstance(value, memoryview))
-
-
-def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    """The fields of a message, but for those of a fixed size: number, and an integer or content."""
-    at = 0
-    while at < len(message):
-        key, at = _varint(message, at)
-        wire = key & 7
-        if wire == 0:
+def _fields(message: memoryview, wanted: Container[int] | None = None) -> Iterator[tuple[int, int | memoryview]]:
+    """The fields of a message, or those of some numbers: number, and an integer or content. None of a fixed size."""
+    at, end = 0, len(message)
+    while at < end:
+        key = message[at]
+        at += 1
+        if key >= 0x80:  # nearly all are of one byte
+            key, at = _varint(message, at - 1)
+        number, wire = key >> 3, key & 7
+        if wire == 2:
+            length = message[at]
+            at += 1
+            if length >= 0x80:
+                length, at = _varint(message, at - 1)
+            start, at = at, at + length
+            if at > end:
+                raise IndexError("field beyond the end")
+            if wanted is None or number in wanted:
+                yield number, message[start:at]
+        elif wire == 0:
             value, at = _varint(message, at)
-            yield key >> 3, value
+            if wanted is None or number in wanted:
+                yield number, value
         elif wire in (1, 5):
             at += 8 if wire == 1 else 4
-        elif wire == 2:
-            length, at = _varint(message, at)
-            if at + length > len(message):
-                raise IndexError("field beyond the end")
-            yield key >> 3, message[at : at + length]
-            at += length
         else:
             raise ValueError(f"wire type {wire}")
 
