@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import signal
 import sys
@@ -728,10 +729,14 @@ def _terminate(number: int, frame: FrameType | None) -> None:
     raise SystemExit(128 + number)
 
 
+@functools.cache
+def _command() -> Any:
+    return typer.main.get_command(app)  # reads every option of every command, which takes longer than many of them
+
+
 def _exit_status(arguments: list[str]) -> int:
-    command = typer.main.get_command(app)
     try:
-        status = command.main(arguments or ["--help"], prog_name="framestep", standalone_mode=False)
+        status = _command().main(arguments or ["--help"], prog_name="framestep", standalone_mode=False)
     except FramestepError as error:
         return _fail(str(error), 2)
     except (typer.Abort, KeyboardInterrupt):
