@@ -267,6 +267,7 @@ class _Talk:
         self._conversation = conversation
         self._transcript = transcript
         self._events = events
+        self._output = events
         self._report = report
         self._errors: list[str] = []
         self._states: Counter[str] = Counter()
@@ -349,7 +350,7 @@ class _Talk:
             dropped=self._conversation.dropped,
             forgotten=decoder.forgotten,
             rebased=decoder.rebased,
-            output=None if self._options.output is None else str(self._options.output),
+            output=next((str(path) for path in self._output.files()), None) if self._output else None,
             errors=self._errors,
         )
 

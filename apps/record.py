@@ -94,6 +94,7 @@ class JsonLines:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._line_start = 0
+        self._failed = False
         try:
             self._file: IO[bytes] | None = path.open("wb", buffering=0)
         except OSError as error:
@@ -106,9 +107,14 @@ class JsonLines:
         try:
             _write_all(self._file, line)
         except OSError as error:
+            self._failed = True
             self._cut_unfinished_line()
             raise _unwritable(self.path, error) from error
         self._line_start += len(line)
+
+    def files(self) -> list[Path]:
+        """The file, unless nothing could be written to it."""
+        return [] if self._failed and not self._line_start else [self.path]
 
     def close(self) -> None:
         if self._file is None:

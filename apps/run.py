@@ -93,7 +93,7 @@ class Summary:
         for kind, paths in self.files.items():
             count = f"{self.events} in " if kind == "events" else ""
             lines.append(f"{kind:<10} {count}{', '.join(paths)}")
-        if not self.files:
+        if not self.files and not self.errors:
             lines.append("files      none; --output, --events, --record, --save-features and --save-masks write some")
         return "\n".join(lines)
 

@@ -148,7 +148,7 @@ class ResultLines:
         self._lines.close()
 
     def files(self) -> list[Path]:
-        return [self._lines.path]
+        return self._lines.files()
 
 
 class EventLines:
@@ -175,7 +175,7 @@ class EventLines:
         self._lines.close()
 
     def files(self) -> list[Path]:
-        return [self._lines.path]
+        return self._lines.files()
 
     def _write(self, stream: int, events: Sequence[Event]) -> None:
         for event in events:

@@ -53,6 +53,14 @@ def test_a_video_is_talked_about_to_its_end(bundle, tmp_path):
     assert summary["lag_ms"]["max"] == 0
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_events_that_cannot_be_written_are_one_line_and_the_talk_goes_on(bundle):
+    result = run(bundle, "-s", SOURCE, "--ask", "What?", *SYSTEM, "--max-tokens", 3, "--output", "/dev/full")
+    assert result.exit_code == 2
+    assert result.stderr.splitlines() == ["warning: /dev/full: cannot be written: No space left on device"]
+    assert "6 turns" in result.stdout and "/dev/full" not in result.stdout
+
+
 def test_two_frames_a_second_are_two_pictures_a_turn(bundle):
     one, two = (
         json.loads(run(bundle, "-s", SOURCE, *SYSTEM, "--rate", rate, "--json").stdout)["taken"] for rate in (1, 2)

@@ -105,9 +105,10 @@ try:
 except OutputError as error:
     print(error)
 lines.close()
+print(lines.files() == [lines.path])
 """
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert found.stdout.startswith(f"{tmp_path / 'out.jsonl'}: cannot be written: File too large")
+    assert found.stdout == f"{tmp_path / 'out.jsonl'}: cannot be written: File too large\nTrue\n"
     written = (tmp_path / "out.jsonl").read_text().splitlines()
     assert [json.loads(line)["number"] for line in written] == list(range(len(written))) and written
 

@@ -518,6 +518,16 @@ def test_a_run_ends_when_nothing_can_be_written_any_more(stage: Stage) -> None:
     summary = stage.run(StandInFile("clip.mp4", [DARK] * 50), output=Path("/dev/full"))
     assert summary.frames == 1 and summary.stopped == "nothing can be written any more"
     assert summary.errors == ["/dev/full: cannot be written: No space left on device"]
+    assert summary.files == {} and "files" not in summary.as_text()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_file_that_holds_nothing_is_not_listed_and_the_others_are(stage: Stage, tmp_path: Path) -> None:
+    clip = StandInFile("clip.mp4", [DARK] * 5)
+    summary = stage.run(clip, events=Path("/dev/full"), output=tmp_path / "out.jsonl")
+    assert summary.errors == ["/dev/full: cannot be written: No space left on device"]
+    assert summary.files == {"results": [str(tmp_path / "out.jsonl")]}
+    assert len(lines_of(tmp_path / "out.jsonl")) == 5
 
 
 # Options that cannot be met are refused before a source is opened
