@@ -127,11 +127,16 @@ class Transcript:
     def list_questions(self, questions: Mapping[int, str]) -> None:
         """Show what was asked, by number."""
         with self._lock:
-            self.end_line()
             for number, text in questions.items():
-                self._write(f"{'':10}  {number}: {text.translate(SHOWN)}\n")
+                self.reply(f"{number}: {text}")
             if not questions:
-                self._write(f"{'':10}  there are no questions\n")
+                self.reply("there are no questions")
+
+    def reply(self, text: str) -> None:
+        """Show what a command gave."""
+        with self._lock:
+            self.end_line()
+            self._write(f"{'':10}  {text.translate(SHOWN)}\n")
 
     def show(self, event: Event) -> None:
         with self._lock:
@@ -292,7 +297,10 @@ class _Talk:
         if command == "/questions" and not rest:
             self._transcript.list_questions(self._conversation.questions())
         elif command == "/forget" and len(rest) == 1 and rest[0].isdecimal():
-            self._conversation.withdraw(int(rest[0]))
+            number = int(rest[0])
+            text = self._conversation.questions().get(number)
+            if not self._conversation.withdraw(number):
+                self._transcript.reply(f"withdrawn before it was asked: {text}")
         else:
             raise FramestepError(f"'{line.strip()}' is no command: {COMMANDS}")
 

@@ -84,14 +84,18 @@ class Answering:
         with self._lock:
             return {number: question.text for number, question in self._questions.waiting().items()}
 
-    def withdraw(self, number: int) -> None:
+    def withdraw(self, number: int) -> bool:
         """Do not ask what waits.
+
+        Returns:
+            False: it did not stand; see `Dialogue.withdraw`.
 
         Raises:
             FramestepError: there is no such question, or it is asked already.
         """
         with self._lock:
             self._questions.withdraw(number)
+        return False
 
     def ask_to_stop(self) -> None:
         """See `Dialogue.ask_to_stop`."""

@@ -243,9 +243,9 @@ class Conversation:
         """What stands and what waits for its time, by number."""
         return self.dialogue.questions()
 
-    def withdraw(self, number: int) -> None:
+    def withdraw(self, number: int) -> bool:
         """Let a question stand no longer; see `Dialogue.withdraw`."""
-        self.dialogue.withdraw(number)
+        return self.dialogue.withdraw(number)
 
     def __iter__(self) -> Iterator[Event]:
         self._watcher = watcher = Watcher(self._stream, self._visual, self._source, self._turn, self._frames)

@@ -102,22 +102,27 @@ class Dialogue:
             waiting = {number: question.text for number, question in self._questions.waiting().items()}
         return dict(sorted({**standing, **waiting}.items()))
 
-    def withdraw(self, number: int) -> None:
+    def withdraw(self, number: int) -> bool:
         """Let a question stand no longer, from the next turn on: no token sees any of it.
 
         What was taken in while it stood stays as it was then understood.
+
+        Returns:
+            Whether it stood: then the next turn tells by `Withdrawn`. One that waited for its time is just not asked.
 
         Raises:
             FramestepError: there is no such question.
         """
         with self._lock:
-            if number in self._standing:
+            stood = number in self._standing
+            if stood:
                 question = self._standing.pop(number)
                 self._withdrawn.append((number, question))
                 text = question.text
             else:
                 text = self._questions.withdraw(number, self._standing)
             self._standing_tokens -= self._question_tokens(text)
+        return stood
 
     def ask_to_stop(self) -> None:
         """End the answer that is being given, with its next token; from any thread or a signal handler."""

@@ -118,14 +118,18 @@ class Following:
         with self.cache.lock:
             return {number: question.text for number, question in self._questions.waiting().items()}
 
-    def withdraw(self, number: int) -> None:
+    def withdraw(self, number: int) -> bool:
         """Do not ask what waits.
+
+        Returns:
+            False: it did not stand; see `Dialogue.withdraw`.
 
         Raises:
             FramestepError: there is no such question, or it is asked already.
         """
         with self.cache.lock:
             self._questions.withdraw(number)
+        return False
 
     def __iter__(self) -> Iterator[Event]:
         try:

@@ -143,6 +143,7 @@ def test_commands_list_and_withdraw_questions(bundle, monkeypatch):
         while "? Where?" not in "".join(written):
             done.wait(0.01)
         yield from ("/questions", "/forget 1", "/forget 7", "/forget me", "/what now", " /usr", "/questions")
+        yield from ("Never?", "/forget 4", "/questions")
         done.set()
 
     def open_when_asked(*arguments, **options):
@@ -159,6 +160,8 @@ def test_commands_list_and_withdraw_questions(bundle, monkeypatch):
     assert "            1: What?\n            2: Where?\n" in text
     assert "            2: Where?\n            3: /usr\n" in text
     assert text.count("s  ? withdrawn: What?\n") == 1
+    assert "            withdrawn before it was asked: Never?\n            2: Where?\n" in text
+    assert text.count("Never?") == 1
     assert text.count("s  ? /usr\n") == 1
     assert reports[0] == "there is no question 7; expected 2"
     assert [report.split(":")[0] for report in reports[1:]] == [

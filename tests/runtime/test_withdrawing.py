@@ -182,12 +182,12 @@ def test_what_waits_is_never_asked_and_its_room_is_given_back(stream, bundle):
     number = dialogue.ask(Question("Long " * 30, 2.0))
     with pytest.raises(FramestepError, match="does not fit"):
         dialogue.ask("Wide " * 30)
-    dialogue.withdraw(number)
+    assert not dialogue.withdraw(number)
     again = dialogue.ask("Wide " * 30)
     assert (number, again) == (1, 2)
     events = play(dialogue, turns(stream, 4))
     assert [event.text for event in events if isinstance(event, Asked)] == [("Wide " * 30).strip()]
-    dialogue.withdraw(again)
+    assert dialogue.withdraw(again)
     dialogue.ask("Long " * 30)
     assert [event.text[:4] for event in play(dialogue, turns(stream, 1)) if not isinstance(event, Decision)] == [
         "Wide",
@@ -226,7 +226,7 @@ def test_a_model_that_is_asked_is_not_asked_what_was_withdrawn(stream, bundle):
     words = Words(bundle.manifest.language, bundle.path)
     answering = Answering(stream, bundle.manifest, words, DialogueOptions(system=SYSTEM, max_tokens=1))
     first, second = answering.ask(Question("What?", 1.0)), answering.ask("Else?")
-    answering.withdraw(first)
+    assert not answering.withdraw(first)
     assert answering.questions() == {second: "Else?"}
     events = play(answering, turns(stream, 2))
     assert [event.text for event in events if isinstance(event, Asked)] == ["Else?"]
