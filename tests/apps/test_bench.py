@@ -7,18 +7,22 @@ import json
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import golden
 import numpy as np
 import pytest
+import torch
 from command_line import main
 
 import framestep
 from framestep.apps.bench import BenchOptions, bench
 from framestep.apps.bench.baselines import BASELINES, GROUPS
 from framestep.apps.bench.bench import expand_compare, parse_numbers
+from framestep.apps.bench.measure import JOBS, PositionSamples
+from framestep.apps.bench.process import Answer, Task, run_process
 from framestep.apps.bench.progress import BenchProgress, bench_status_for
 from framestep.apps.bench.report import Latency, Report, read_report
 from framestep.apps.bench.report_files import markdown
@@ -68,14 +72,50 @@ def options(bundle: Path, output: Path, **changes: Any) -> BenchOptions:
     return BenchOptions(**(smallest | changes))
 
 
+def measured_here(task: Task, progress: Callable[[float], None]) -> Answer:
+    """What a process of its own would say, without the seconds in which it imports PyTorch."""
+    answer = Answer()
+
+    def emit(message: dict[str, Any]) -> None:
+        if entry := message.get("position"):
+            answer.positions[entry["position"]] = PositionSamples(**entry)
+        else:
+            progress(message["progress"])
+
+    threads = torch.get_num_threads()
+    try:
+        answer.result = JOBS[task.job.kind](task.job, emit)
+    except FramestepError as error:
+        answer.error = str(error)
+    finally:
+        torch.set_num_threads(threads)
+    return answer
+
+
+def measured_in_part_here(task: Task, progress: Callable[[float], None]) -> Answer:
+    job = task.job
+    pytorch = any(name.startswith("pytorch") for name in (job.path.name, job.other))
+    apart = job.path.name == "pytorch-growing-cache-tuned" and job.kind == "latency"
+    return measured_here(task, progress) if pytorch and not apart else run_process(task, progress)
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All is measured in this process."""
+    monkeypatch.setattr(sys.modules["framestep.apps.bench.bench"], "run_process", measured_here)
+
+
 @pytest.fixture(scope="module")
 def whole(golden_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, Path, Lines]:
-    """A bench with each kind of measurement once; a baseline is three processes that import PyTorch."""
+    """A bench with each kind of measurement once; one of PyTorch's in a process of its own, as all of ours."""
     folder = tmp_path_factory.mktemp("bench") / "report"
     compare = ("pytorch-recompute", "pytorch-growing-cache-tuned")
     asked = options(golden_bundle, folder, streams=(2,), compare=compare, samples=3, steady=16, every_frame=True)
     status = Lines()
-    return bench(asked, status), folder, status
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules["framestep.apps.bench.bench"], "run_process", measured_in_part_here)
+        report = bench(asked, status)
+    return report, folder, status
 
 
 def test_every_path_is_measured_at_every_position(whole: tuple[Report, Path, Lines]) -> None:
@@ -201,7 +241,7 @@ def test_schema_page_names_every_key() -> None:
         assert keys(kind) <= named, kind
 
 
-def test_products_in_bfloat16_are_compared_like_a_baseline(golden_bundle: Path, tmp_path: Path) -> None:
+def test_products_in_bfloat16_are_compared_like_a_baseline(golden_bundle: Path, tmp_path: Path, here: None) -> None:
     report = bench(options(golden_bundle, tmp_path / "report", compare=("framestep-bf16",), checkpoint=None), Lines())
     if any("needs a processor with AVX512-BF16" in line for line in report.problems):
         pytest.skip("this processor has no AVX512-BF16")
@@ -238,7 +278,7 @@ def test_missing_package_names_its_extra_and_the_rest_goes_on(
     assert (tmp_path / "report" / "report.md").exists()
 
 
-def test_without_the_checkpoint_pytorch_is_left_out(golden_bundle: Path, tmp_path: Path) -> None:
+def test_without_the_checkpoint_pytorch_is_left_out(golden_bundle: Path, tmp_path: Path, here: None) -> None:
     manifest_path = tmp_path / "moved.bundle" / "manifest.json"
     shutil.copytree(golden_bundle, manifest_path.parent)
     values = json.loads(manifest_path.read_text())
@@ -250,7 +290,7 @@ def test_without_the_checkpoint_pytorch_is_left_out(golden_bundle: Path, tmp_pat
     assert sum("--checkpoint" in line for line in report.problems) == 2  # both variants
 
 
-def test_another_checkpoint_is_found_out(golden_bundle: Path, tmp_path: Path) -> None:
+def test_another_checkpoint_is_found_out(golden_bundle: Path, tmp_path: Path, here: None) -> None:
     from safetensors.torch import save_file
 
     from framestep.export.streamformer import TINY, random_model
@@ -307,7 +347,7 @@ def test_interrupt_keeps_what_was_measured(
 
 
 def test_report_is_written_where_matplotlib_is_missing(
-    golden_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    golden_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: None
 ) -> None:
     module = sys.modules["framestep.apps.bench.bench"]
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)  # type: ignore[attr-defined]
