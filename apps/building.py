@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from ..runtime.bundle import Bundle
+from ..runtime.counted import counted
 from ..runtime.errors import EngineError
 from ..runtime.schema import to_json
 
@@ -84,11 +85,11 @@ def as_text(facts: dict[str, Any]) -> str:
         if item["engine_layers"] is not None:
             text += f" ({item['engine_layers']} after fusion)"
         if network["cache_updates"] or network["copied_states"]:
-            text += f", {network['cache_updates']} states updated in place"
+            text += f", {counted(network['cache_updates'], 'state')} updated in place"
         if network["copied_states"]:
             text += f" and {len(network['copied_states'])} copied"
         if network["cast_states"]:
-            text += f", {len(network['cast_states'])} states converted in every step"
+            text += f", {counted(len(network['cast_states']), 'state')} converted in every step"
         if network["attentions"]:
             text += f", {item['fused']} of {network['attentions']} attentions fused"
         lines.append(text)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.bundle import Bundle, check_replaceable
+from ..runtime.counted import counted
 from ..runtime.errors import FramestepError, OutputError
 
 MOST_CHECKED = 4000  # frames of the clips that accuracy is measured on
@@ -81,7 +82,7 @@ def as_text(facts: dict[str, Any]) -> str:
     lines = [
         f"{facts['bundle']}: {', '.join(facts['precisions'])}; {facts['bytes'] / 1e6:.1f} MB"
         f" ({facts['bytes'] / facts['bytes_before']:.2f} of the float32 bundle),"
-        f" ranges from {facts['frames']} frames in {facts['calibration_seconds']:g} s"
+        f" ranges from {counted(facts['frames'], 'frame')} in {facts['calibration_seconds']:g} s"
     ]
     for item in facts["accuracy"]:
         text = f"{item['precision']:>9}  cosine of pooled {item['cosine']:.5f}, lowest {item['lowest_cosine']:.5f}"
@@ -94,8 +95,8 @@ def as_text(facts: dict[str, Any]) -> str:
         lines.append(text)
     for item in facts["drift"]:
         lines.append(
-            f"{'drift':>9}  {item['precision']} over {item['frames']} frames: cosine {item['early_cosine']:.5f} early,"
-            f" {item['late_cosine']:.5f} late"
+            f"{'drift':>9}  {item['precision']} over {counted(item['frames'], 'frame')}:"
+            f" cosine {item['early_cosine']:.5f} early, {item['late_cosine']:.5f} late"
         )
     if facts["kept"]:
         lines.append(f"{'in float':>9}  {', '.join(facts['kept'])}")

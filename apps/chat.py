@@ -19,6 +19,7 @@ from typing import Any
 from ..runtime.bundle import Bundle
 from ..runtime.conversation import Conversation
 from ..runtime.converse import ASKED, open_conversation
+from ..runtime.counted import counted
 from ..runtime.dialogue_options import DialogueOptions
 from ..runtime.errors import FramestepError, OutputError
 from ..runtime.events import Answer, AnswerText, Asked, Decision, Event, Notice, Withdrawn
@@ -96,18 +97,19 @@ class ChatSummary:
 
     def as_text(self) -> str:
         states = ", ".join(f"{count} {state}" for state, count in self.states.items()) or "none decided"
-        answers = f"{self.answers} answers of {self.answer_tokens} tokens"
+        answers = f"{counted(self.answers, 'answer')} of {counted(self.answer_tokens, 'token')}"
         lines = [f"{answers} ({self.stopped})"]  # of a model that is asked: it decides nothing
         if self.turns:
-            lines = [f"{self.turns} turns ({self.stopped}): {states}; {answers}"]
+            lines = [f"{counted(self.turns, 'turn')} ({self.stopped}): {states}; {answers}"]
             lines.append(f"decision   {_spread(self.decision_ms)}")
         if self.answers:
             lines.append(f"first word {_spread(self.first_token_ms)} after the frame")
         if self.lag_ms.max:
             lines.append(f"lag        {_spread(self.lag_ms)}")
         lines += [
-            f"memory     {self.taken} tokens taken in, {self.pruned} pruned, {self.forgotten} turns forgotten,"
-            f" re-based {self.rebased} times, {self.dropped} turns dropped",
+            f"memory     {counted(self.taken, 'token')} taken in, {self.pruned} pruned,"
+            f" {counted(self.forgotten, 'turn')} forgotten, re-based {counted(self.rebased, 'time')},"
+            f" {counted(self.dropped, 'turn')} dropped",
             f"engine     {self.engine}",
         ]
         if self.output:

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from .. import __version__
+from ..runtime.counted import counted
 from ..runtime.errors import FramestepError
 
 INTERRUPTED = 130
@@ -449,7 +450,7 @@ def label(
         LabelArguments(labels, text_model, text_embeddings, tuple(template or ()), background, text_graph),
     )
     calibrated = "calibrated" if facts["scores_calibrated"] else "uncalibrated"
-    _print_facts(facts, as_json, f"{bundle}: {len(facts['labels'])} labels, scores {calibrated}")
+    _print_facts(facts, as_json, f"{bundle}: {counted(len(facts['labels']), 'label')}, scores {calibrated}")
 
 
 @app.command()

@@ -18,6 +18,7 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
+from ..runtime.counted import counted
 from .stopping import stop_on_signals
 
 
@@ -106,7 +107,7 @@ def _processor() -> Finding:
             line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
         ]
         model = names[0] if names else model
-    return Finding("processor", "ok", f"{model}, {usable_cores()} cores usable")
+    return Finding("processor", "ok", f"{model}, {counted(usable_cores(), 'core')} usable")
 
 
 def _native_library() -> Finding:

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..runtime.bundle import Bundle
+from ..runtime.counted import counted
 from .inspect_language import describe_language, language_rows
 
 
@@ -64,16 +65,16 @@ def table(bundle: Bundle) -> Table:
     def add(name: str, told: str) -> None:
         rows.add_row(Text(name), Text(told))  # a label such as [b] is no markup
 
-    rate = "every frame" if facts["rate"] is None else f"{facts['rate']:g} frames a second"
+    rate = "every frame" if facts["rate"] is None else f"{counted(facts['rate'], 'frame')} a second"
     add("bundle", f"{facts['path']}  ({facts['family']}, {facts['precision']}, {_size(facts['bytes_on_disk'])})")
     add("from", f"{facts['origin']}, written by {facts['written_by']}")
     add("sees", f"{facts['frame']}; {rate}")
     if facts["window"]:
-        add("remembers", f"{facts['window']} frames, the current one included")
+        add("remembers", f"{counted(facts['window'], 'frame')}, the current one included")
     if facts["language"] is not None:
         for name, told in language_rows(facts["language"]):
             add(name, told)
-    add("state", f"{facts['states']} tensors, {_size(facts['bytes_per_stream'])} per stream")
+    add("state", f"{counted(facts['states'], 'tensor')}, {_size(facts['bytes_per_stream'])} per stream")
     for name, graph in facts["graphs"].items():
         add(f"graph {name}", graph["file"])
         for kind in ("inputs", "outputs"):
@@ -127,7 +128,7 @@ def _calibration_lines(report: dict[str, Any]) -> Iterator[str]:
         yield line
     for item in report["drift"]:
         early, late = item["early_cosine"], item["late_cosine"]
-        yield f"{item['precision']} over {item['frames']} frames: cosine {early:.5f} early, {late:.5f} late"
+        yield f"{item['precision']} over {counted(item['frames'], 'frame')}: cosine {early:.5f} early, {late:.5f} late"
 
 
 def _notes(bundle: Bundle) -> list[str]:

@@ -17,6 +17,7 @@ import numpy as np
 from ..runtime.bundle import Bundle
 from ..runtime.chat_format import STATES, decides
 from ..runtime.conversation import Conversation
+from ..runtime.counted import counted
 from ..runtime.decoding import visual_tokens
 from ..runtime.dialogue import choose_state
 from ..runtime.dialogue_options import NEVER, DialogueOptions
@@ -95,7 +96,7 @@ class RecallReport:
             share = "-" if state.recall is None else f"{state.recall:.3f}"
             lines.append(f"{state.state:<9} {state.reference:9} {state.found:6} {state.both:5} {share:>7}")
         lines.append(
-            f"{self.turns} turns, {self.agreement:.1%} decided alike; probability to answer moved by"
+            f"{counted(self.turns, 'turn')}, {self.agreement:.1%} decided alike; probability to answer moved by"
             f" {self.moved_mean:.4f}, at most {self.moved_max:.4f}"
         )
         if self.pruned:
@@ -180,7 +181,7 @@ def _decisions(
                 if isinstance(event, Decision) and event.probabilities is not None:
                     found.append(event)
                     if time.monotonic() >= due:
-                        progress(f"{path}: {len(found)} turns decided")
+                        progress(f"{path}: {counted(len(found), 'turn')} decided")
                         due = time.monotonic() + PERIOD_S
                     if len(found) == options.max_turns:
                         break

@@ -20,6 +20,7 @@ import cv2
 import numpy as np
 
 from ..runtime.bundle import bundle_around
+from ..runtime.counted import counted
 from ..runtime.errors import OutputError
 
 DISK_RESERVE = 64 * 1024 * 1024  # bytes left free, so that a recording can still be finished
@@ -189,8 +190,8 @@ class VideoRecorder:
         if frames != self._frames:
             self._partial.unlink(missing_ok=True)
             raise OutputError(
-                f"{self.path}: the recording could not be finished ({frames} of {self._frames} frames can be "
-                f"read back) and was removed; is the disk full?"
+                f"{self.path}: the recording could not be finished ({frames} of {counted(self._frames, 'frame')} can "
+                f"be read back) and was removed; is the disk full?"
             )
         try:
             self._partial.replace(self.path)
@@ -252,7 +253,7 @@ class VideoRecorder:
         # OpenCV's writer swallows the error of a full disk: look before it comes to that.
         free = shutil.disk_usage(self.path.parent).free
         if free < DISK_RESERVE:
-            raise _disk_full(self.path, free, f"recording stopped after {self._frames} frames")
+            raise _disk_full(self.path, free, f"recording stopped after {counted(self._frames, 'frame')}")
         size = self._partial.stat().st_size if self._partial.exists() else 0
         if size > self._grown_bytes:
             self._grown_bytes, self._grown_at = size, self._appended  # repeats cost next to nothing
@@ -318,7 +319,7 @@ class ArrayRecorder:
         packing = max((column.row_bytes * self.frames for column in self._columns.values()), default=0)
         free = shutil.disk_usage(self.path.parent).free
         if free - packing < DISK_RESERVE:
-            raise _disk_full(self.path, free, f"saving features stopped after {self.frames} frames")
+            raise _disk_full(self.path, free, f"saving features stopped after {counted(self.frames, 'frame')}")
 
 
 class MaskFolder:

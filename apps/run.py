@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..runtime.bundle import Bundle
+from ..runtime.counted import counted
 from ..runtime.errors import OutputError, SourceError
 from ..runtime.preprocess import Preprocess
 from ..runtime.session import NonFiniteOutputError, Session, Stream
@@ -76,16 +77,16 @@ class Summary:
     def as_text(self) -> str:
         latency = self.latency_ms
         lines = [
-            f"{self.frames} frames in {self.seconds:.1f} s, {self.fps:.1f} fps ({self.stopped})",
+            f"{counted(self.frames, 'frame')} in {self.seconds:.1f} s, {self.fps:.1f} fps ({self.stopped})",
             f"latency    p50 {latency.p50:.1f}  p95 {latency.p95:.1f}  p99 {latency.p99:.1f}  max {latency.max:.1f} ms",
         ]
         if self.deadline_ms is not None:
-            lines.append(f"deadline   {self.missed_deadlines} frames later than {self.deadline_ms:g} ms")
+            lines.append(f"deadline   {counted(self.missed_deadlines, 'frame')} later than {self.deadline_ms:g} ms")
         counts = f"{self.dropped} dropped, {self.bad_frames} bad, {self.non_finite} without finite output"
         lines.append(f"frames     {counts}")
         if len(self.sources) > 1:
             lines += [
-                f"  {source.source}: {source.frames} frames, p99 {source.latency_ms.p99:.1f} ms, "
+                f"  {source.source}: {counted(source.frames, 'frame')}, p99 {source.latency_ms.p99:.1f} ms, "
                 f"{source.dropped} dropped, {source.bad_frames} bad"
                 for source in self.sources
             ]

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from ..runtime.counted import counted
 from .latency import Percentiles
 
 TERMINAL_PERIOD_S = 0.1
@@ -35,7 +36,7 @@ class LaneStatus:
     def as_text(self) -> str:
         latency = self.latency_ms
         parts = [
-            f"{self.frames} frames  {self.fps:.1f} fps",
+            f"{counted(self.frames, 'frame')}  {self.fps:.1f} fps",
             f"latency p50 {latency.p50:.1f}  p95 {latency.p95:.1f}  p99 {latency.p99:.1f} ms",
             f"dropped {self.dropped}",
         ]

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 
 from .chat_format import Words
+from .counted import counted
 from .decoding import Array, CapacityError, Decoder, GraphRunner, Piece, Turn, visual_tokens
 from .dialogue_options import DialogueOptions
 from .events import Asked, Event, Notice
@@ -60,8 +61,8 @@ class Answering:
         self.frames = min(wanted, fitting, fitting if options.frames else comfortable) if visual else 0
         if (visual and self.frames < 1) or (options.frames or 0) > fitting:
             raise CapacityError(
-                f"{options.frames or 1} frames of {visual} tokens and a question do not fit: the cache holds"
-                f" {self.decoder.capacity} tokens; export the bundle with a larger --capacity"
+                f"{counted(options.frames or 1, 'frame')} of {counted(visual, 'token')} and a question do not fit:"
+                f" the cache holds {self.decoder.capacity} tokens; export the bundle with a larger --capacity"
             )
         self._newest: deque[Array] = deque(maxlen=self.frames)
 
@@ -123,7 +124,8 @@ class Answering:
                 count, pieces = self._prompt(text)
                 if count < len(self._newest):
                     yield Notice(
-                        seen.stop, f"asked about {count} frames, not {len(self._newest)}: the cache holds no more"
+                        seen.stop,
+                        f"asked about {counted(count, 'frame')}, not {len(self._newest)}: the cache holds no more",
                     )
                 yield from self._speaker.answer(seen, pieces, begun)
             except NonFiniteOutputError as error:

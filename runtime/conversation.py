@@ -15,6 +15,7 @@ from typing import Protocol
 
 from .answering import Answering
 from .chat_format import Words
+from .counted import counted
 from .decoding import Array, Decoder
 from .dialogue import Dialogue
 from .dialogue_options import DialogueOptions
@@ -262,7 +263,9 @@ class Conversation:
                     return
                 end = turns[-1].stop
                 if (lost := watcher.dropped - dropped) > 0:
-                    yield Notice(turns[0].start, f"{lost} turns dropped: the source is faster than the model")
+                    yield Notice(
+                        turns[0].start, f"{counted(lost, 'turn')} dropped: the source is faster than the model"
+                    )
                     dropped += lost
                 yield from self.dialogue.take(turns)
         finally:

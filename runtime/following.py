@@ -18,6 +18,7 @@ from types import TracebackType
 
 from .chat_format import Words
 from .conversation import GLANCE, FrameSource
+from .counted import counted
 from .decoding import CapacityError, Decoder, Turn
 from .dialogue_options import DialogueOptions
 from .errors import EngineError, FramestepError, SourceError
@@ -69,8 +70,8 @@ class Following:
             rate = options.frames_a_second(manifest)
             if ring.window < rate:
                 raise FramestepError(
-                    f"rate: the bundle keeps {ring.window} frames, less than one second at {rate:g} a second;"
-                    " choose a lower rate, or export it with a larger --window"
+                    f"rate: the bundle keeps {counted(ring.window, 'frame')}, less than one second at {rate:g} a"
+                    " second; choose a lower rate, or export it with a larger --window"
                 )
         except BaseException:
             self._stream.close()
@@ -266,7 +267,9 @@ class Following:
             token, shift, gap = cache.moves.popleft()
             yield Rebased(self._time, token, shift, gap)
             if gap:
-                yield Notice(self._time, f"positions ran out: what is pinned came {gap} positions nearer to the rest")
+                yield Notice(
+                    self._time, f"positions ran out: what is pinned came {counted(gap, 'position')} nearer to the rest"
+                )
 
     def _ended(self) -> Iterator[Event]:
         """Whether the source has ended during an answer; told once."""

@@ -162,7 +162,7 @@ class Session:
                     self._engine.seek(slot, 0)
                     opened = self._slots[slot] = Stream(self, slot)
                     return opened
-        raise EngineError(f"all {self.streams} streams of this session are open; load it with more streams")
+        raise EngineError(f"every stream of this session is open ({self.streams}); load it with more streams")
 
     def step(self, frames: Mapping[Stream, Array]) -> dict[Stream, Result]:
         """Advance several streams by one frame each, in one run of the model.

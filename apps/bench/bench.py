@@ -16,6 +16,7 @@ from typing import Any
 
 from ... import __version__
 from ...runtime.bundle import Bundle
+from ...runtime.counted import counted
 from ...runtime.engines.choosing import BFLOAT16, choose_engine
 from ...runtime.errors import FramestepError, OutputError
 from . import results
@@ -280,11 +281,11 @@ class _Run:
             samples = max(BLOCK, options.samples // 2)
             job = self._job("streams", FRAMESTEP, samples=samples, streams=streams)
             expected = START_S + (samples + window) * self.step_s * (streams + 2)
-            tasks.append(Task("1 stream" if streams == 1 else f"{streams} streams", job, {}, expected))
+            tasks.append(Task(counted(streams, "stream"), job, {}, expected))
         steady = max(options.steady, options.frames[-1] if options.every_frame else 0)
         if steady:
             job = self._job("steady", FRAMESTEP, samples=steady)
-            tasks.append(Task(f"steady run of {steady} frames", job, {}, START_S + steady * self.step_s))
+            tasks.append(Task(f"steady run of {counted(steady, 'frame')}", job, {}, START_S + steady * self.step_s))
         job = self._job("split", FRAMESTEP, samples=max(BLOCK, options.samples // 2))
         tasks.append(Task("split of a frame's time", job, {}, START_S + job.samples * self.step_s))
         return tasks

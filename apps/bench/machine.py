@@ -10,6 +10,8 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...runtime.counted import counted
+
 PACKAGES = ("numpy", "onnxruntime", "onnxruntime-gpu", "torch", "openvino", "opencv-python", "matplotlib")
 ALLOCATOR_VARIABLES = (
     "LD_PRELOAD",
@@ -64,8 +66,7 @@ class Machine:
         wide = next((name for name in ("amx_tile", "avx512f", "avx2", "sve", "asimd") if name in self.flags), "")
         names = {"amx_tile": "AMX", "avx512f": "AVX-512", "avx2": "AVX2", "sve": "SVE", "asimd": "NEON"}
         with_flags = f" ({names[wide]})" if wide else ""
-        cores = "1 core" if self.cores == 1 else f"{self.cores} cores"
-        return f"{self.board or self.cpu}{with_flags}, {cores}{gpu}"
+        return f"{self.board or self.cpu}{with_flags}, {counted(self.cores, 'core')}{gpu}"
 
 
 def examine_machine() -> Machine:

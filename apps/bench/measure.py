@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...runtime.bundle import Bundle
+from ...runtime.counted import counted
 from ...runtime.errors import FramestepError
 from ...runtime.schema import from_json, to_json
 from .baselines import make_path
@@ -321,7 +322,9 @@ def measure_streams(job: Job, emit: Emit) -> dict[str, Any]:
     manifest = one.manifest
     needed = job.streams * Bundle.open(job.path.bundle, verify=False).bytes_per_stream()
     if needed > MEMORY_MARGIN * memory_available():
-        raise FramestepError(f"{job.streams} streams need {needed / 1e9:.1f} GB of state memory, which is not free")
+        raise FramestepError(
+            f"{counted(job.streams, 'stream')}: {needed / 1e9:.1f} GB of state memory are needed, which are not free"
+        )
     many = FramestepPath(job.path, job.streams)
     streams = [many.stream, *(many.session.open_stream() for _ in range(job.streams - 1))]
     rgb = frame_at(manifest, 10_000)

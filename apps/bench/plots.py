@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
+from ...runtime.counted import counted
 from .paths import FRAMESTEP
 from .report import PathReport, PositionReport, Report
 
@@ -148,7 +149,7 @@ def _figure(report: Report, title: str, width: float = 0.605) -> tuple[Figure, A
     figure = Figure(figsize=SIZE, dpi=DPI, facecolor="white")
     axes = figure.add_axes((0.1, 0.135, width, 0.70))
     bundle = report.bundle
-    threads = "1 thread" if report.asked.threads == 1 else f"{report.asked.threads} threads"
+    threads = counted(report.asked.threads, "thread")
     figure.text(0.02, 0.955, title, fontsize=13.5, fontweight="bold", color=INK, va="center")
     where = f"{report.machine.title()}; {threads}"
     what = f"{bundle.family}, {bundle.frame[0]}x{bundle.frame[1]} px, window {bundle.window}, {bundle.precision}"

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from ...runtime.counted import counted
 from ...runtime.schema import to_json
 from .machine import Machine
 from .report import Latency, PathReport, Report
@@ -27,7 +28,7 @@ def markdown(report: Report, plots: Sequence[str]) -> str:
         "# framestep bench",
         "",
         f"{machine.title()}. {_megabytes(bundle.state_bytes)} of state per stream, window {bundle.window},"
-        f" {bundle.frame[0]}x{bundle.frame[1]} pixels, {bundle.precision}, {_count(asked.threads, 'thread')};"
+        f" {bundle.frame[0]}x{bundle.frame[1]} pixels, {bundle.precision}, {counted(asked.threads, 'thread')};"
         f" {report.engine}. {report.created}.",
         "",
         f"    {asked.command}",
@@ -55,7 +56,7 @@ def _latency_table(report: Report) -> list[str]:
     lines = [
         "## Latency of one frame, ms",
         "",
-        f"p50 / p95 / p99 / max. The p50 is the median of the medians of {_count(report.asked.processes, 'process')},"
+        f"p50 / p95 / p99 / max. The p50 is the median of the medians of {counted(report.asked.processes, 'process')},"
         " each fresh and alone; the others are of all samples together, and – where there are too few.",
         "",
         "| path | " + " | ".join(f"frame {position:,}" for position in positions) + " |",
@@ -83,7 +84,7 @@ def _path_notes(report: Report) -> list[str]:
         counts = [entry.latency_ms.samples for entry in path.positions]
         if counts:
             samples = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
-            words.append(f"{samples} samples a position from {_count(path.processes, 'process')}.")
+            words.append(f"{samples} samples a position from {counted(path.processes, 'process')}.")
         if path.stopped:
             words.append(f"Drawn up to frame {path.positions[-1].position:,}: {path.stopped}."
                          if path.positions else f"{path.stopped}.")  # fmt: skip
@@ -95,7 +96,7 @@ def _verified(path: PathReport) -> str:
     found = path.verification
     assert found is not None
     against = "its definition" if path.name == "pytorch-bidirectional" else "the session"
-    text = f"Largest difference from {against} over {found.frames} frames: {found.difference:.1e}"
+    text = f"Largest difference from {against} over {counted(found.frames, 'frame')}: {found.difference:.1e}"
     if found.tolerance is not None:
         return f"{text} (accepted: {found.tolerance:.0e})."
     if found.largest_output is not None:
@@ -240,11 +241,6 @@ def _ms(value: float) -> str:
     if value >= 1000:
         return f"{value:,.0f}"
     return f"{value:.1f}" if value >= 10 else f"{value:.3f}"
-
-
-def _count(number: int, noun: str) -> str:
-    plural = noun + ("es" if noun.endswith("s") else "s")
-    return f"{number} {noun if number == 1 else plural}"
 
 
 def _megabytes(count: int) -> str:

@@ -10,6 +10,8 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
+from ..counted import counted
+
 RgbImage = npt.NDArray[np.uint8]  # [height, width, 3]
 
 
@@ -86,4 +88,6 @@ class Source(ABC):
 
     def _report_rate_above_fps(self, rate: float | None) -> None:
         if rate is not None and self.fps is not None and rate > self.fps * 1.001:
-            self._report(f"rate {rate:g} is above the source's {self.fps:g} frames a second: all are delivered")
+            self._report(
+                f"rate {rate:g} is above the source's {counted(self.fps, 'frame')} a second: all are delivered"
+            )

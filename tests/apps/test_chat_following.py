@@ -38,7 +38,7 @@ def test_chat_needs_no_option_that_the_user_must_know(bundle, tmp_path):
     found = CliRunner().invoke(app, arguments)
     assert found.exit_code == 0, found.output
     assert "? What is happening?" in found.output
-    assert "1 answers of 9 tokens (the source ended)" in found.output and "decision" not in found.output
+    assert "1 answer of 9 tokens (the source ended)" in found.output and "decision" not in found.output
     events = [json.loads(line) for line in output.read_text("utf-8").splitlines()]
     kinds = [event["event"] for event in events]
     assert kinds.count("Asked") == kinds.count("Answer") == 1

@@ -355,7 +355,9 @@ def test_the_summary_counts(stage: Stage) -> None:
     assert summary.latency_ms.p99 == pytest.approx(5.0, rel=0.003) and summary.latency_ms.max == 5.0
     assert stage.run(StandInFile("clip.mp4", [DARK] * 4), deadline_ms=6.0).missed_deadlines == 0
     json.dumps(summary.as_dict(), allow_nan=False)
-    assert "4 frames" in summary.as_text() and "\n" in summary.as_text()
+    assert "4 frames in" in summary.as_text() and "\n" in summary.as_text()
+    one = stage.run(StandInFile("clip.mp4", [DARK]), deadline_ms=4.0).as_text()
+    assert one.startswith("1 frame in") and "1 frame later than" in one
 
 
 def test_the_status_names_the_likeliest_labels(stage: Stage) -> None:
