@@ -504,8 +504,10 @@ int main(int count, char** arguments) {
     steps_of_several_streams_leave_the_others_memory_alone();
     graphs_run_by_themselves_beside_steps();
     a_session_may_be_closed_at_any_moment();
+#ifndef __SANITIZE_THREAD__  // one thread alone, in which that sanitizer has nothing to find; the others see it
     an_engine_that_fails_at_any_call_breaks_nothing();
     memory_that_runs_out_at_any_allocation_breaks_nothing();
+#endif
     std::puts("ok");
     return 0;
 }
