@@ -8,16 +8,17 @@ import shlex
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import cv2
+from native_parts import BUILD, building
 from v4l2_stand_in import DEVICE
 
 import framestep
 
 ROOT = Path(__file__).parents[1]
 BUNDLE = ROOT / "tests" / "data" / "steps.bundle"
-NATIVE_BUILD = ROOT / "build" / "native-install"  # kept, so that a later run compiles only what changed
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", (ROOT / "docs" / "c-api.md").read_text("utf-8"), re.M | re.S)
 COMMANDS = [text for kind, text in BLOCKS if kind == "bash"]
 PYTHON = '#!/bin/sh\nexec "{python}" "$@"\n'
@@ -65,13 +66,15 @@ class Reader:
 
     def _paste(self, block: str, more: dict[str, str]) -> None:
         # the clone, wherever it is, and a build folder that outlives this reader
+        builds = "build/native" in block
         block = block.replace("-S framestep/", f"-S {shlex.quote(str(ROOT))}/")
-        block = block.replace("build/native", shlex.quote(str(NATIVE_BUILD)))
+        block = block.replace("build/native", shlex.quote(str(BUILD)))
         script = f"set -e -o pipefail\n{block}\nenv -0 > environment\n"
         command = ["bash", "-c", script]
-        done = subprocess.run(
-            command, cwd=self.folder, env={**self.env, **more}, capture_output=True, text=True, check=False
-        )
+        with building() if builds else nullcontext():
+            done = subprocess.run(
+                command, cwd=self.folder, env={**self.env, **more}, capture_output=True, text=True, check=False
+            )
         self.results.append(done)
         if done.returncode == 0:
             pairs = (self.folder / "environment").read_text().split("\0")[:-1]

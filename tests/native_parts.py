@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import json
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ import pytest
 from framestep.runtime.library import library
 
 ROOT = Path(__file__).parents[1]
-BUILD = ROOT / "build" / "native-tests"
+BUILD = ROOT / "build" / "native-tests"  # of all tests, kept, so that a later run compiles only what changed
 MAX_DEPTH = 64
 
 
@@ -49,13 +52,23 @@ class Refused(Exception):
         assert "\n" not in message
 
 
+@contextmanager
+def building() -> Iterator[None]:
+    """Alone in the build folder, where several processes run tests."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with (BUILD / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def build_parts() -> Parts:
     if shutil.which("cmake") is None:
         pytest.skip("needs cmake")
     configure = ["cmake", "-S", ROOT / "runtime" / "native", "-B", BUILD, "-DFRAMESTEP_TESTS=ON"]
-    for command in (configure, ["cmake", "--build", BUILD, "--target", "framestep_parts", "--parallel", "2"]):
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+    with building():
+        for command in (configure, ["cmake", "--build", BUILD, "--target", "framestep_parts", "--parallel", "2"]):
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout + done.stderr
     return Parts(BUILD / "tests" / "libframestep_parts.so")
 
 

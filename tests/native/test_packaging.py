@@ -52,12 +52,18 @@ def test_clang_takes_what_is_written_for_instruction_sets_and_for_onnx_runtime(s
     assert done.returncode == 0, done.stderr
 
 
+@pytest.fixture(scope="module")
+def build(tmp_path_factory):
+    """A build folder: what CMake finds of the compiler it keeps there."""
+    return tmp_path_factory.mktemp("build")
+
+
 @pytest.mark.parametrize("libraries", ["lib", "lib64", "lib/x86_64-linux-gnu"])
-def test_the_pkg_config_file_finds_its_prefix(tmp_path, libraries):
+def test_the_pkg_config_file_finds_its_prefix(build, tmp_path, libraries):
     for tool in ("cmake", "pkg-config"):
         if shutil.which(tool) is None:
             pytest.skip(f"needs {tool}")
-    build, prefix = tmp_path / "build", tmp_path / "prefix"
+    prefix = tmp_path / "prefix"
     configure = ["cmake", "-S", str(NATIVE), "-B", str(build), f"-DCMAKE_INSTALL_LIBDIR={libraries}"]
     subprocess.run(configure, check=True, capture_output=True)
     folder = prefix / libraries / "pkgconfig"
