@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import json
+import re
 import signal
 import sys
 from pathlib import Path
@@ -739,7 +740,7 @@ def _exit_status(arguments: list[str]) -> int:
     try:
         status = _command().main(arguments or ["--help"], prog_name="framestep", standalone_mode=False)
     except FramestepError as error:
-        return _fail(str(error), 2)
+        return _fail(_as_typed(str(error), arguments), 2)
     except (typer.Abort, KeyboardInterrupt):
         status = INTERRUPTED
     except ImportError as error:
@@ -763,6 +764,17 @@ def _exit_status(arguments: list[str]) -> int:
     if status == INTERRUPTED:
         return _fail("interrupted", INTERRUPTED)
     return status if isinstance(status, int) else 0
+
+
+def _as_typed(message: str, arguments: list[str]) -> str:
+    """What begins with Python's name of an option of the command that runs, as "top_p: ...", begins with the option."""
+    named = re.match(r"\w+(?=:| is )", message)
+    called = _command().commands.get(arguments[0]) if named and arguments else None
+    for option in called.params if called else ():
+        typed = max(option.opts, key=len)
+        if named and option.name == named[0] and typed.startswith("--"):
+            return typed + message[named.end() :]
+    return message
 
 
 def _fail(message: str, status: int) -> int:

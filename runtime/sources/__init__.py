@@ -110,7 +110,8 @@ def open_source(
     if isinstance(source, ImageFolder):
         del options["camera_fps"]
     if unused := [name for name, value in options.items() if value is not None]:
-        report(f"{source.name}: {', '.join(unused)} not used: this is no USB camera")
+        told = ", ".join(name.replace("_", " ") for name in unused)
+        report(f"{source.name}: {told} not used: this is no USB camera")
     return source
 
 

@@ -85,7 +85,7 @@ class UsbCamera:
         for label, asked, key in (
             ("width", self.width, cv2.CAP_PROP_FRAME_WIDTH),
             ("height", self.height, cv2.CAP_PROP_FRAME_HEIGHT),
-            ("camera_fps", self.fps, cv2.CAP_PROP_FPS),
+            ("camera fps", self.fps, cv2.CAP_PROP_FPS),
         ):
             got = float(capture.get(key))
             if asked is not None and abs(got - asked) > 0.01 * asked:

@@ -40,7 +40,7 @@ class ImageFolder(Source):
         self._next_index = 0
         self._delivered = 0
         if fps is None and rate is not None and len(self._images) > 1:
-            self._report(f"images carry no times: taken to be {rate:g} a second (camera_fps says otherwise)")
+            self._report(f"images carry no times: taken to be {rate:g} a second, as no camera fps is given")
         self._report_rate_above_fps(rate)
 
     def read(self, timeout: float | None = None) -> Frame | None:

@@ -54,6 +54,10 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[RunOptions]:
     return options
 
 
+def golden_bundle() -> Path:
+    return Path(__file__).parents[1] / "data" / "steps.bundle"
+
+
 def test_run_prints_a_summary(asked, monkeypatch, capsys) -> None:
     assert main(monkeypatch, "run", "b.bundle", "--source", "clip.mp4") == 0
     printed = capsys.readouterr()
@@ -140,6 +144,20 @@ def test_usage_errors_are_one_line_and_exit_2(monkeypatch, capsys, arguments, me
     assert f"(see `framestep{' run' if arguments[0] == 'run' else ''} --help`)" in printed
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("run", golden_bundle(), "-s", "synthetic", "--threads", 9999), "--threads: expected 1 to "),
+        (("run", golden_bundle(), "-s", "synthetic", "--camera-fps", 0), "--camera-fps is 0.0: must be greater than 0"),
+        (("chat", golden_bundle(), "-s", "synthetic", "--response-from", 3), "--response-from: expected a probability"),
+        (("run", golden_bundle(), "-s", "no: file"), "source no: file: no such file"),  # an argument of no option
+    ],
+)
+def test_an_error_names_the_option_that_was_typed(monkeypatch, capsys, arguments, message) -> None:
+    assert main(monkeypatch, *arguments) == 2
+    assert capsys.readouterr().err.startswith(f"framestep: {message}")
+
+
 @pytest.mark.parametrize("command", ["export", "calibrate"])
 def test_an_output_that_exists_is_told_before_anything_is_read(monkeypatch, capsys, tmp_path, command) -> None:
     (tmp_path / "old.bundle").mkdir()
@@ -175,10 +193,6 @@ def test_export_says_what_it_is_at(monkeypatch, capsys, tmp_path) -> None:
 )
 def test_what_integers_change_is_not_called_agreement(facts, text) -> None:
     assert agreement(facts).startswith(text)
-
-
-def golden_bundle() -> Path:
-    return Path(__file__).parents[1] / "data" / "steps.bundle"
 
 
 def unreachable(*arguments, **options) -> None:
