@@ -165,7 +165,7 @@ class _Work:
         maker = EngineMaker(self.trt, self.flavour, flat, name, attention, self.options, self.target, self.progress)
         content, network = maker.make()
         wanted = self._wanted(flat, name, attention)
-        entry = replace(wanted, bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+        entry = replace(wanted, bytes=content.nbytes, sha256=hashlib.sha256(content).hexdigest())
         if network.decomposed is not None:
             entry = replace(entry, attention="decomposed")
             self.notes.append(
@@ -177,7 +177,7 @@ class _Work:
         flat, file = _keep(flat, entry, content)
         on_device = _on_device(self.trt, content, self.options)
         fused = 0 if network.decomposed is not None else network.attentions
-        return flat, GraphReport(name, file, len(content), network, fused, seconds, *on_device)
+        return flat, GraphReport(name, file, entry.bytes, network, fused, seconds, *on_device)
 
     def fastest(self, flat: Bundle, name: str) -> tuple[Bundle, GraphReport]:
         """TensorRT's attention and ours, each built anew and measured in turn; the slower one is thrown away."""
@@ -350,7 +350,7 @@ def _known(bundle: Bundle, wanted: EngineFile) -> tuple[str, EngineFile] | None:
     return None
 
 
-def _keep(bundle: Bundle, entry: EngineFile, content: bytes) -> tuple[Bundle, str]:
+def _keep(bundle: Bundle, entry: EngineFile, content: Any) -> tuple[Bundle, str]:
     """Write an engine and record it; engines of this graph that its new content has made stale are removed."""
     name = named(entry)
     path = bundle.file(name)
@@ -374,7 +374,7 @@ def _strike(flat: Bundle, file: str) -> Bundle:
     return replace(whole, manifest=whole.manifest.at(flat.manifest.precision))
 
 
-def _on_device(trt: Any, content: bytes, options: BuildOptions) -> tuple[int | None, int | None]:
+def _on_device(trt: Any, content: Any, options: BuildOptions) -> tuple[int | None, int | None]:
     """Bytes of activations and layers after fusion, where there is a GPU on which the engine can be loaded."""
     try:
         driver = CudaDriver()

@@ -157,14 +157,15 @@ class EngineMaker:
         self.messages = Messages(trt)
         self.builder = trt.Builder(self.messages.logger)
 
-    def make(self) -> tuple[bytes, Network]:
-        """The engine, and what the network was like."""
+    def make(self) -> tuple[Any, Network]:
+        """The engine, in TensorRT's own memory (an `IHostMemory`, which files and hashes read), and what the network
+        was like."""
         try:
             return self._make(decompose=False)
         except _NoFusedAttention:
             return self._make(decompose=True)
 
-    def _make(self, decompose: bool) -> tuple[bytes, Network]:
+    def _make(self, decompose: bool) -> tuple[Any, Network]:
         trt = self.trt
         self.messages.errors.clear()
         network = self.builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -312,14 +313,14 @@ class EngineMaker:
         shapes = {port.name: port.shape for port in self.graph.inputs}
         return shapes | {use.input: self.states[use.state].shape for use in self.graph.states}
 
-    def _run(self, network: Any, config: Any) -> bytes:
+    def _run(self, network: Any, config: Any) -> Any:
         monitor, stopped = _monitor(self.trt, self.progress)
         config.progress_monitor = monitor
         content = self.builder.build_serialized_network(network, config)
         if stopped:
             raise stopped[0]
         if content is not None:
-            return bytes(content)
+            return content
         text = " ".join(self.messages.errors)
         if NO_FUSED_ATTENTION in text:
             raise _NoFusedAttention

@@ -289,14 +289,14 @@ def tensorrt(machine: Machine, flavour: str, copies: tuple[str, ...] = ()) -> ty
             machine.record("Runtime", logger)
             self.logger = logger
 
-        def deserialize_cuda_engine(self, serialized_engine: bytes) -> Any:
-            machine.record("Runtime.deserialize_cuda_engine", serialized_engine)
+        def deserialize_cuda_engine(self, serialized_engine: Any) -> Any:
             digest = hashlib.sha256(serialized_engine).hexdigest()
+            machine.record("Runtime.deserialize_cuda_engine", digest)
             bundle = Bundle.open(machine.bundle.path, verify=False)
             for entry in bundle.manifest.engines.values():
                 if entry.sha256 == digest:
                     return _Engine(machine, real, bundle, entry, copies)
-            if len(serialized_engine) > machine.free:
+            if memoryview(serialized_engine).nbytes > machine.free:
                 self.logger.log(real.ILogger.ERROR, "Requested amount of GPU memory could not be allocated")
             return None
 
