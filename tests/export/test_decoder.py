@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from framestep.export import decoder_replay
-from framestep.export.block_quantize import dequantize_blocks, quantize_blocks
+from framestep.export.block_quantize import dequantize_blocks, quantize_blocks, steps_off
 from framestep.export.decoder import Decoder
 from framestep.export.decoder_checkpoint import read_decoder_checkpoint
 from framestep.export.decoder_export import ROUNDING, DecoderOptions, export_decoder
@@ -223,13 +223,36 @@ def test_a_quantized_weight_is_near_within_its_block(bits, half, bound):
     assert (error.mean(axis=2, keepdims=True) <= bound * largest).all()
 
 
+@pytest.mark.parametrize("half", [False, True])
+def test_an_int4_scale_is_nearly_the_best_there_is(half):
+    weight = np.random.default_rng(0).normal(0, 0.02, (64, 256)).astype(np.float32)
+    integers, scales = quantize_blocks(weight, 4, half)
+    found = np.square(dequantize_blocks(integers, scales.astype(np.float32)) - weight).sum()
+    blocks = weight.reshape(-1, 64 if half else 32)
+    largest = np.abs(blocks).max(axis=1, keepdims=True)
+    errors = []
+    for steps in np.linspace(5, 10, 201):
+        for scale in (largest / steps,) if half else (largest / steps, largest / -steps):
+            errors.append(np.square(np.clip(np.rint(blocks / scale), -8, 7) * scale - blocks).sum(axis=1))
+    assert found < 1.02 * np.min(errors, axis=0).sum()
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_a_weight_is_at_most_one_step_off_whatever_signs_the_largest_have(half):
+    weight = np.random.default_rng(0).normal(0, 0.07, (400, 64)).astype(np.float32)
+    sizes = np.linspace(-1, 1, 20)
+    weight[:, 5], weight[:, 36] = np.repeat(sizes, 20), np.tile(sizes, 20)
+    integers, scales = quantize_blocks(weight, 4, half)
+    assert 0.9 < steps_off(integers, scales.astype(np.float32), torch.from_numpy(weight)) <= 1.001
+
+
 @pytest.mark.parametrize("size", [1, 1e-4, 1e-7, 1e-12])
-def test_scales_in_half_precision_are_above_zero_and_cut_no_weight(size):
+def test_scales_in_half_precision_are_above_zero_and_cut_a_weight_by_one_step_at_most(size):
     weight = np.random.default_rng(0).normal(0, size, (100, 128)).astype(np.float32)
     integers, scales = quantize_blocks(weight, 4, half=True)
     assert scales.shape == (100, 2) and scales.dtype == np.float16 and (scales > 0).all()
     steps = weight.reshape(100, 2, 64) / scales[:, :, None].astype(np.float32)
-    assert np.abs(steps).max() <= 8
+    assert steps.min() >= -9 and steps.max() <= 8
     assert np.abs(steps - integers.reshape(steps.shape)).max() <= 1
     if size >= 1e-4:  # below, a scale has few bits left
         error = np.linalg.norm(dequantize_blocks(integers, scales.astype(np.float32)) - weight)
