@@ -75,11 +75,11 @@ EngineChoice choose_bfloat16(const Bundle& bundle, const std::string& device, co
 EngineChoice choose_engine(const Bundle& bundle, const std::string& engine, const std::string& device,
                            const std::string& precision, const std::string& library) {
     if (engine != "auto" && engine != "onnxruntime" && engine != PLAIN && engine != BFLOAT16 && engine != "tensorrt") {
-        throw Error(FS_ERROR_ENGINE, "engine '" + engine + "' is unknown; expected auto, onnxruntime, " + PLAIN + ", " +
-                                         BFLOAT16 + " or tensorrt");
+        throw Error(FS_ERROR_ARGUMENT, "engine '" + engine + "' is unknown; expected auto, onnxruntime, " + PLAIN + ", " +
+                                           BFLOAT16 + " or tensorrt");
     }
     if (device != "auto" && device != "cpu" && device != "cuda") {
-        throw Error(FS_ERROR_ENGINE, "device '" + device + "' is unknown; expected auto, cpu or cuda");
+        throw Error(FS_ERROR_ARGUMENT, "device '" + device + "' is unknown; expected auto, cpu or cuda");
     }
     if (engine == "tensorrt" || (engine == "auto" && device != "cpu" && built_for_here(bundle))) {
         return choose_tensorrt(bundle, device, precision);

@@ -616,8 +616,8 @@ def test_what_is_no_bundle_is_named(native, tmp_path):
 @pytest.mark.parametrize(
     ("options", "status", "message"),
     [
-        ({"engine": "magic"}, "FS_ERROR_ENGINE", "engine 'magic' is unknown"),
-        ({"device": "tpu"}, "FS_ERROR_ENGINE", "device 'tpu' is unknown"),
+        ({"engine": "magic"}, "FS_ERROR_ARGUMENT", "engine 'magic' is unknown"),
+        ({"device": "tpu"}, "FS_ERROR_ARGUMENT", "device 'tpu' is unknown"),
         ({"precision": "fp8"}, "FS_ERROR_BUNDLE", "precision 'fp8' is not in this bundle; it has int8, fp32"),
         ({"outputs": ["colour"]}, "FS_ERROR_ARGUMENT", "'colour' is unknown; this bundle has features"),
         ({"outputs": ["pooled", "pooled"]}, "FS_ERROR_ARGUMENT", "'pooled' stands twice"),
