@@ -164,6 +164,8 @@ OwnOperators::~OwnOperators() {
 
 OrtCustomOpDomain* OwnOperators::domain() const { return impl_->domain; }
 
+bool OwnOperators::has_bfloat16() const { return !impl_->bfloat16.products.empty(); }
+
 DerivedGraph OwnOperators::derive(const Bundle& bundle, const Manifest& manifest, const Graph& graph, bool bfloat16) {
     const std::filesystem::path path = bundle.path / graph.file;
     const std::string model = InputFile(path, FS_ERROR_BUNDLE).read_all();

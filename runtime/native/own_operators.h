@@ -30,6 +30,9 @@ public:
     // the processor has to have kernels for that. Throws Error.
     DerivedGraph derive(const Bundle& bundle, const Manifest& manifest, const Graph& graph, bool bfloat16);
 
+    // Whether a graph so far has products in bfloat16.
+    bool has_bfloat16() const;
+
 private:
     struct Impl;
     std::unique_ptr<Impl> impl_;

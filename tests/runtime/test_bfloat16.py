@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,32 +29,57 @@ LIMIT = 3e-2  # of bfloat16, as the torch engine's
 needs_bfloat16 = pytest.mark.skipif(not HAS_BFLOAT16, reason="this processor has no AVX512-BF16")
 
 
-def write_rounded(source: Path, folder: Path) -> Path:
-    """The bundle with a graph that rounds both operands of its products with constant matrices, in standard operators."""
+def write_nodes(source: Path, folder: Path, change: Callable[[onnx.GraphProto, onnx.NodeProto], list]) -> Path:
+    """The bundle with other nodes in the place of its products with constant matrices: `change(graph, product)`."""
     shutil.copytree(source, folder)
     bundle = Bundle.open(folder)
     file = bundle.manifest.graphs["backbone"].file
     model = onnx.load(folder / file)
     found = {linear.node for linear in linears(model)}
-    matrices = {node.input[1] for node in model.graph.node if node.name in found}
-    for item in model.graph.initializer:
-        if item.name in matrices:
-            rounded = numpy_helper.to_array(item).astype(ml_dtypes.bfloat16).astype(np.float32)
-            item.CopyFrom(numpy_helper.from_array(rounded, item.name))
     nodes = []
     for node in model.graph.node:
-        if node.name in found:
-            half, back = f"{node.name}/half", f"{node.name}/back"
-            nodes.append(helper.make_node("Cast", [node.input[0]], [half], to=TensorProto.BFLOAT16))
-            nodes.append(helper.make_node("Cast", [half], [back], to=TensorProto.FLOAT))
-            node.input[0] = back
-        nodes.append(onnx.NodeProto.FromString(node.SerializeToString()))
+        copy = onnx.NodeProto.FromString(node.SerializeToString())
+        nodes += change(model.graph, copy) if node.name in found else [copy]
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     onnx.save(model, folder / file)
     files = {**bundle.manifest.files, file: file_entry(folder / file)}
     bundle.rewrite_manifest(replace(bundle.manifest, files=files))
     return folder
+
+
+def matrix_of(graph: onnx.GraphProto, product: onnx.NodeProto) -> onnx.TensorProto:
+    return next(item for item in graph.initializer if item.name == product.input[1])
+
+
+def rounded(graph: onnx.GraphProto, product: onnx.NodeProto) -> list[onnx.NodeProto]:
+    """Both operands are rounded, in standard operators."""
+    matrix = matrix_of(graph, product)
+    half = numpy_helper.to_array(matrix).astype(ml_dtypes.bfloat16).astype(np.float32)
+    matrix.CopyFrom(numpy_helper.from_array(half, matrix.name))
+    half, back = f"{product.name}/half", f"{product.name}/back"
+    nodes = [
+        helper.make_node("Cast", [product.input[0]], [half], to=TensorProto.BFLOAT16),
+        helper.make_node("Cast", [half], [back], to=TensorProto.FLOAT),
+    ]
+    product.input[0] = back
+    return [*nodes, product]
+
+
+def as_gemm(graph: onnx.GraphProto, product: onnx.NodeProto) -> list[onnx.NodeProto]:
+    """The same as `Gemm`, which takes two axes."""
+    inputs, outputs = matrix_of(graph, product).dims
+    x, matrix = product.input
+    rows, flat, leading, shape, y = (f"{product.name}/{part}" for part in ("rows", "flat", "leading", "shape", "y"))
+    sizes = {rows: [-1, inputs], f"{product.name}/outputs": [outputs]}
+    graph.initializer.extend(numpy_helper.from_array(np.array(size), name) for name, size in sizes.items())
+    return [
+        helper.make_node("Reshape", [x, rows], [flat]),
+        helper.make_node("Gemm", [flat, matrix], [y]),
+        helper.make_node("Shape", [x], [leading], start=0, end=-1),
+        helper.make_node("Concat", [leading, f"{product.name}/outputs"], [shape], axis=0),
+        helper.make_node("Reshape", [y, shape], list(product.output)),
+    ]
 
 
 def features(bundle: Path, frames: np.ndarray, engine: str) -> np.ndarray:
@@ -73,7 +99,9 @@ def frames() -> np.ndarray:
 @needs_bfloat16
 def test_both_operands_of_a_product_are_rounded_and_nothing_else(golden_bundle, frames, tmp_path) -> None:
     found = features(golden_bundle, frames[:20], "onnxruntime:bf16")
-    expected = features(write_rounded(golden_bundle, tmp_path / "rounded.bundle"), frames[:20], "onnxruntime:plain")
+    expected = features(
+        write_nodes(golden_bundle, tmp_path / "rounded.bundle", rounded), frames[:20], "onnxruntime:plain"
+    )
     exact = features(golden_bundle, frames[:20], "onnxruntime")
     assert error(found[0], expected[0]) < 1e-4
     # attention adds up in another order, which moves a number over the edge of its rounding now and then
@@ -125,6 +153,15 @@ def test_it_refuses_other_precisions(golden_bundle, tmp_path, options, message) 
         assert session.precision == "fp32"  # where nothing else is asked for
     with pytest.raises(EngineError, match=message):
         framestep.load(path, engine="onnxruntime:bf16", device="cpu", **options)
+
+
+@needs_bfloat16
+def test_graphs_without_such_products_are_refused(golden_bundle, frames, tmp_path) -> None:
+    bundle = write_nodes(golden_bundle, tmp_path / "gemm.bundle", as_gemm)
+    found = features(bundle, frames[:1], "onnxruntime")
+    assert error(found, features(golden_bundle, frames[:1], "onnxruntime")) < 1e-5
+    with pytest.raises(EngineError, match=r"gemm\.bundle: has nothing that the engine 'onnxruntime:bf16' computes"):
+        framestep.load(bundle, engine="onnxruntime:bf16")
 
 
 @pytest.mark.skipif(HAS_BFLOAT16, reason="this processor has AVX512-BF16")
