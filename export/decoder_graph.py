@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..runtime.manifest import STREAMS, TOKENS, Graph, Port, State, StateUse
@@ -57,6 +58,12 @@ class Precision:
     def integer_table(self) -> bool:
         """Whether the table of embeddings is INT8. TensorRT takes integers in products, and nowhere else."""
         return self.bits is not None and self.dtype == "float32"
+
+    @property
+    def even_outputs(self) -> bool:
+        """Whether a product wants a row of zeros beside an odd number of outputs. TensorRT reads INT4 in pairs, and
+        would write such a matrix down in FP16 in every step."""
+        return self.bits == 4 and self.dtype == "float16"
 
     @property
     def of_eyes(self) -> Precision:
@@ -229,6 +236,9 @@ class TextWriter:
         x = precision.narrow(g, write_norm(g, x, "norm", norm))
         if precision.bits is None and config.tie_word_embeddings:  # the very bytes of the embedding table
             x = g.node("Gemm", x, g.weight("embed_tokens.weight", precision.array(weight)), name="head", transB=1)
+        elif precision.even_outputs and config.vocab_size % 2:
+            x = precision.linear(g, x, "head", F.pad(weight.detach(), (0, 0, 0, 1)))
+            x = g.node("Slice", x, g.constant([0]), g.constant([config.vocab_size]), g.constant([1]))
         else:
             x = precision.linear(g, x, "head", weight)
         port = Port("logits", "output", "float32", (STREAMS, config.vocab_size))

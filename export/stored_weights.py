@@ -88,9 +88,9 @@ class StoredWeights:
             table, embedding = self._table, self._decoder.model.embed_tokens.weight
             ids = slice(len(embedding))  # a row more is not of the checkpoint's table
             found += [steps_off(table.integers(self._rows)[ids], table.scales(self._rows)[ids], embedding.detach())]
-        weights = {"head": self._decoder.head, **{name: linear.weight for name, linear in self._linears.items()}}
-        for name, weight in weights.items():
+        for name in ("head", *self._linears):
             integers, scales = self._stored(name)
+            weight = self._weight(name)
             factor = self._factors.get(name)
             wanted = weight.detach() if factor is None else weight.detach().float() * factor[:, None]
             found.append(steps_off(integers, scales, wanted))
@@ -102,8 +102,12 @@ class StoredWeights:
 
     def _stored(self, name: str) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.floating]]:
         """Integers [out, in] and scales [out, in / block]."""
-        blocks = self._blocks[name]
-        return blocks.integers(name).T, blocks.scales(name).T
+        blocks, outputs = self._blocks[name], len(self._weight(name))  # the head may have a row more
+        return blocks.integers(name).T[:outputs], blocks.scales(name).T[:outputs]
+
+    def _weight(self, name: str) -> Tensor:
+        """The checkpoint's, [out, in]."""
+        return self._decoder.head if name == "head" else self._linears[name].weight
 
     def _embed(self, tokens: Tensor) -> Tensor:
         assert self._rows is not None

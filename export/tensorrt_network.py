@@ -108,9 +108,9 @@ def profiles(manifest: Manifest, graph: Graph, streams: int) -> list[dict[str, t
     """Least, usual and most of each symbol in the shapes of a graph, for each of its optimisation profiles.
 
     A kernel that is good at one row is not at many, so a graph of tokens has a profile for a token at a time and, where
-    a chunk has more, one for several. Both have room for two streams at least: TensorRT lays the weights of a product
-    with one row alone out in another way, and the engine would hold them twice. Empty for a graph that does not run on
-    streams.
+    a chunk has more, one for several. All have room for two streams at least: TensorRT lays the weights of a product
+    with one row alone out in another way, and the engine would hold them twice; and of INT4 weights it makes sums of
+    its own there, in the place of products. Empty for a graph that does not run on streams.
     """
     known = {STREAMS: (1, streams, streams), "C": LABELS}
     used = {n for port in (*graph.inputs, *graph.outputs) for n in port.shape if isinstance(n, str)}
@@ -121,10 +121,9 @@ def profiles(manifest: Manifest, graph: Graph, streams: int) -> list[dict[str, t
     if manifest.language is None or not used <= {*known, TOKENS}:
         return []
     chunk = manifest.language.chunk
-    if chunk == 1:
-        return [{**known, TOKENS: (1, 1, 1)}]
     known[STREAMS] = (1, streams, max(streams, 2))
-    return [{**known, TOKENS: span} for span in ((1, 1, 1), (2, chunk, chunk))]
+    spans = [(1, 1, 1)] if chunk == 1 else [(1, 1, 1), (2, chunk, chunk)]
+    return [{**known, TOKENS: span} for span in spans]
 
 
 class EngineMaker:

@@ -181,6 +181,14 @@ def test_an_export_compares_with_what_its_integers_stand_for(exported, precision
     assert replay(checkpoint, exported("llama")[1]).difference < 1e-5  # the decoder is as it was
 
 
+def test_an_odd_vocabulary_is_multiplied_by_an_even_head(tmp_path):
+    bundle = export(decoder_models.qwen2(vocab_size=321), tmp_path, precision="fp16+w4")
+    (head,) = [item for item in onnx.load(bundle.file("decoder.onnx")).graph.initializer if item.name == "head.weight"]
+    assert list(head.dims) == [64, 322]
+    assert run_tokens(DecoderRun(bundle), random_tokens(), [TOKENS]).shape == (1, 321)
+    assert replay(read_decoder_checkpoint(bundle.manifest.origin.checkpoint), bundle).difference < 5e-3
+
+
 @pytest.mark.parametrize("precision", ["w8", "w4", "fp16+w4"])
 def test_a_slightly_wrong_integer_weight_is_found(tmp_path, monkeypatch, precision):
     def wrong(weight, *options):

@@ -33,10 +33,12 @@ OPTIONS = BuildOptions("fp16", 2, "tensorrt_rtx", ("8.6",))
 DECODER = {"decoder": (3 * LAYERS, LAYERS, LAYERS), "rebase": (LAYERS, 0, 0), "embed": (0, 0, 0)}
 
 
-def write(folder: Path, checkpoint: Path, precision: str, capacity: int = CAPACITY, **options) -> Bundle:
+def write(
+    folder: Path, checkpoint: Path, precision: str, capacity: int = CAPACITY, chunk: int = CHUNK, **options
+) -> Bundle:
     with BundleWriter(folder / "out.bundle") as writer:
         read = read_decoder_checkpoint(str(checkpoint))
-        write_bundle(read, writer, DecoderOptions(precision, capacity, CHUNK, **options))
+        write_bundle(read, writer, DecoderOptions(precision, capacity, chunk, **options))
     return Bundle.open(folder / "out.bundle")
 
 
@@ -151,9 +153,11 @@ def test_both_profiles_share_the_weights(tmp_path, monkeypatch) -> None:
     assert set(found.values()) == {(1, 0)}  # row by row, once
 
 
-def test_int4_weights_are_read_by_the_products_themselves(tmp_path, monkeypatch) -> None:
-    sizes = {"hidden_size": 256, "intermediate_size": 512}
-    bundle = write(tmp_path, decoder_models.save(decoder_models.qwen2(**sizes), tmp_path / "checkpoint"), "fp16+w4")
+@pytest.mark.parametrize(("vocabulary", "chunk"), [(decoder_models.VOCABULARY, CHUNK), (321, 1)])
+def test_int4_weights_are_read_by_the_products_themselves(tmp_path, monkeypatch, vocabulary, chunk) -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": vocabulary}
+    checkpoint = decoder_models.save(decoder_models.qwen2(**sizes), tmp_path / "checkpoint")
+    bundle = write(tmp_path, checkpoint, "fp16+w4", chunk=chunk)
     monkeypatch.setattr("framestep.export.tensorrt.profiles", only_decoder)
     bundle, report = build(bundle, BuildOptions(flavour="tensorrt_rtx", compute_capabilities=("8.6",)), NoProgress())
     (item,) = report.graphs
@@ -161,7 +165,8 @@ def test_int4_weights_are_read_by_the_products_themselves(tmp_path, monkeypatch)
     assert found_in(report) == {"decoder": DECODER["decoder"]}
     plan = bundle.file(item.file).read_bytes()
     products = re.findall(rb"\n *runtime_fusion=\{ name=(\w+) [^\n]*DequantizeLinear\]", plan)
-    assert len(products) == 2 * (7 * LAYERS + 1) == plan.count(b"fully_connected={")  # one of each in both profiles
+    in_profiles = (1 if chunk == 1 else 2) * (7 * LAYERS + 1)
+    assert len(products) == in_profiles == plan.count(b"fully_connected={")
     assert not re.search(rb"\n *function=\{[^\n]*DequantizeLinear", plan)  # none writes the floats down
     stored = {
         item.name: numpy_helper.to_array(item).astype(np.int8).T
