@@ -15,7 +15,7 @@ from typing import Any
 from ..runtime.bundle import Bundle, write_file
 from ..runtime.engines.choosing import check_memory
 from ..runtime.engines.cuda_driver import CudaDriver
-from ..runtime.engines.engine_files import named, read_engine, source_key, with_engine
+from ..runtime.engines.engine_files import PRECISIONS, named, read_engine, source_key, with_engine
 from ..runtime.engines.tensorrt import TensorRtEngine
 from ..runtime.engines.tensorrt_package import Messages, choose_flavour, import_flavour
 from ..runtime.errors import EngineError, FramestepError, OutputError
@@ -23,7 +23,6 @@ from ..runtime.manifest import EngineFile, Manifest
 from .tensorrt_network import (
     ATTENTIONS,
     LABELS,
-    PRECISIONS,
     BuildOptions,
     EngineMaker,
     Network,
@@ -34,6 +33,7 @@ from .tensorrt_network import (
 
 PORTABLE = "8.0+"  # what TensorRT for RTX builds for where nothing is named, and the full package on demand
 WARM_STEPS, TIMED_STEPS, ROUNDS = 50, 200, 2  # of each engine in turn, where the faster one is kept
+DECODERS = ("fp16", "fp16+w4", "fp32")  # precisions of decoders that TensorRT takes
 PLUGIN_ERRORS = (AttributeError, ImportError, TypeError, ValueError)  # TensorRT calls its interface experimental
 
 
@@ -224,8 +224,10 @@ class _Work:
 
 
 def _default_precision(manifest: Manifest) -> str:
-    """FP16, with INT4 weights where that is what a decoder was exported in."""
-    return next((name for name in ("fp16", "fp16+w4") if name in manifest.precisions), "fp16")
+    """FP16, with INT4 weights where that is what a decoder was exported in, if not for TensorRT."""
+    if "fp16" not in manifest.precisions and {"fp16+w4", "w4"} & set(manifest.precisions):
+        return "fp16+w4"
+    return "fp16"
 
 
 def _derive(bundle: Bundle, precision: str) -> Bundle:
@@ -234,13 +236,15 @@ def _derive(bundle: Bundle, precision: str) -> Bundle:
     if bundle.manifest.language is not None:
         raise EngineError(
             f"{bundle.path}: has no {precision} (it has {found}); TensorRT takes decoders in fp16, fp16+w4 and fp32,"
-            " made from the checkpoint: framestep export --precision fp16"
+            f" made from the checkpoint: framestep export --precision {precision if precision in DECODERS else 'fp16'}"
         )
     if precision != "fp16":
-        raise EngineError(
-            f"{bundle.path}: has no {precision} (it has {found}); make it with 'framestep calibrate --precision"
-            f" {precision}'"
-        )
+        ways = {
+            "fp16+int8": "make it with 'framestep calibrate --precision fp16+int8'",
+            "fp16+w4": "only language decoders are exported in it",
+            "fp32": "export the checkpoint again",
+        }
+        raise EngineError(f"{bundle.path}: has no {precision} (it has {found}); {ways[precision]}")
     try:
         from .half import add_half
     except ImportError as error:

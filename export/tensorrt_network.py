@@ -19,7 +19,6 @@ from ..runtime.errors import EngineError
 from ..runtime.manifest import STREAMS, TOKENS, Graph, Manifest
 from .tensorrt_attention import drop_unit_scales, split_by_tokens
 
-PRECISIONS = ("fp16", "fp16+int8", "fp16+w4", "fp32")
 ATTENTIONS = ("native", "triton", "auto")
 LABELS = (1, 16, 4096)  # least, usual and most
 NO_FUSED_ATTENTION = "not supported by a dedicated kernel"
@@ -44,7 +43,7 @@ class BuildOptions:
     """What to build.
 
     Attributes:
-        precision: one of `PRECISIONS`; None for fp16, or for what the bundle has of a decoder's FP16 with INT4 weights.
+        precision: one of `engine_files.PRECISIONS`; None for fp16, or for fp16+w4 where a decoder has INT4 weights.
         streams: the most streams in one step.
         flavour: "auto", "tensorrt" or "tensorrt_rtx".
         compute_capabilities: of the GPUs to build for, such as "8.6"; none for the GPU at hand.

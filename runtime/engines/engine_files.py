@@ -14,6 +14,7 @@ from ..manifest import EngineFile, Graph
 from ..schema import to_json
 
 FLAVOURS = ("tensorrt", "tensorrt_rtx")  # Python packages, in the order in which they are looked for
+PRECISIONS = ("fp16", "fp16+int8", "fp16+w4", "fp32")  # that engines are built of
 FINGERPRINT_DIGITS = 32
 
 
@@ -72,6 +73,12 @@ def find_engine(bundle: Bundle, graph: str, target: Target, streams: int) -> tup
     Raises:
         EngineError: there is none; it says what is wrong with each that there is, and how to build one.
     """
+    precision = bundle.manifest.precision
+    if precision not in PRECISIONS:
+        raise EngineError(
+            f"{bundle.path}: TensorRT runs {', '.join(PRECISIONS)}, not {precision}; use one of these, or the engine"
+            " 'onnxruntime'"
+        )
     found = [(name, entry) for name, entry in bundle.manifest.engines.items() if entry.graph == graph]
     reasons = {name: misfit(bundle, entry, target, streams) for name, entry in found}
     fitting = [(name, entry) for name, entry in found if reasons[name] is None]
@@ -103,7 +110,7 @@ def read_engine(bundle: Bundle, name: str, entry: EngineFile) -> mmap.mmap:
     except FileNotFoundError:
         raise EngineError(f"{path}: missing; {again}") from None
     except (OSError, ValueError) as error:  # of an empty file too
-        raise EngineError(f"{path}: cannot be read: {error}") from None
+        raise EngineError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if hashlib.sha256(content).hexdigest() != entry.sha256:
         raise EngineError(f"{path}: its content has changed; {again}")
     return content

@@ -1,6 +1,7 @@
 #include "engine_files.h"
 
 #include <algorithm>
+#include <array>
 #include <charconv>
 #include <map>
 
@@ -11,6 +12,8 @@ namespace framestep {
 namespace {
 
 namespace fs = std::filesystem;
+
+const std::array<std::string_view, 4> PRECISIONS = {"fp16", "fp16+int8", "fp16+w4", "fp32"};  // that engines are built of
 
 // "10.16.2" -> 10, 16, 2
 std::vector<int> numbers(const std::string& text) {
@@ -96,6 +99,12 @@ std::string machine_misfit(const EngineFile& engine, const Target& target, int s
 
 const EngineFile& find_engine(const Bundle& bundle, const Manifest& manifest, const Graph& graph, const Target& target,
                               int streams) {
+    if (std::find(PRECISIONS.begin(), PRECISIONS.end(), manifest.precision) == PRECISIONS.end()) {
+        std::string known;
+        for (const std::string_view name : PRECISIONS) known.append(known.empty() ? "" : ", ").append(name);
+        throw Error(FS_ERROR_ENGINE, bundle.path.string() + ": TensorRT runs " + known + ", not " + manifest.precision +
+                                         "; use one of these, or the engine 'onnxruntime'");
+    }
     const EngineFile* fitting = nullptr;
     std::string seen;
     for (const EngineFile& engine : bundle.engines) {

@@ -96,7 +96,7 @@ MappedFile::MappedFile(const std::filesystem::path& path, fs_status code) : path
         size_ = static_cast<size_t>(status.st_size);
         data_ = mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, descriptor, 0);
     }
-    const int number = errno;
+    const int number = S_ISDIR(status.st_mode) ? EISDIR : errno;
     if (descriptor >= 0) close(descriptor);
     if (descriptor < 0 || data_ == MAP_FAILED) throw Error(code, path.string() + ": cannot be read: " + reason(number));
 }

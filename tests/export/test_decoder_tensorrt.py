@@ -196,6 +196,9 @@ def test_scores_of_a_long_cache_are_float32_too(tmp_path, monkeypatch, capacity,
     [
         ("fp32", OPTIONS, r"has no fp16 \(it has fp32\); TensorRT takes decoders .* framestep export --precision fp16"),
         ("w4", OPTIONS, r"has no fp16 \(it has w4\); TensorRT takes decoders in fp16, fp16\+w4 and fp32"),
+        ("w4", replace(OPTIONS, precision=None), r"has no fp16\+w4 \(it has w4\); .* export --precision fp16\+w4"),
+        ("fp32", replace(OPTIONS, precision="fp16+w4"), r"has no fp16\+w4 \(.* export --precision fp16\+w4"),
+        ("w4", replace(OPTIONS, precision="fp16+int8"), r"has no fp16\+int8 \(.* export --precision fp16$"),
         ("fp32", BuildOptions("fp32", flavour="tensorrt", attention="triton"), "no package tensorrt"),
     ],
 )

@@ -211,6 +211,7 @@ def test_the_full_package_takes_the_same_path(copied) -> None:
     [
         (BuildOptions("int8"), r"--precision: expected fp16, fp16\+int8, fp16\+w4, fp32, found 'int8'"),
         (BuildOptions("fp16+int8"), r"has no fp16\+int8 .* 'framestep calibrate --precision fp16\+int8'"),
+        (BuildOptions("fp16+w4"), r"has no fp16\+w4 .*; only language decoders are exported in it"),
         (BuildOptions(attention="flash"), "--attention: expected native, triton, auto, found 'flash'"),
         (BuildOptions(streams=0), "--streams: expected at least 1, found 0"),
         (BuildOptions(compute_capabilities=("8.7",)), r"builds for 7\.5, .*, not for 8\.7"),

@@ -46,24 +46,26 @@ def add_engine(path: Path, **changes: Any) -> str:
     return name
 
 
-def of_python(path: Path, streams: int, graph: str = "backbone") -> str:
+def of_python(path: Path, streams: int, graph: str = "backbone", precision: str = "fp32") -> str:
     bundle = Bundle.open(path, verify=False)
-    flat = replace(bundle, manifest=bundle.manifest.at("fp32"))
+    flat = replace(bundle, manifest=bundle.manifest.at(precision))
     name, entry = find_engine(flat, graph, HERE, streams)
     read_engine(flat, name, entry)
     return name
 
 
-def of_the_library(parts: Parts, path: Path, streams: int, graph: str = "backbone") -> str:
-    texts = [text.encode() for text in ("fp32", graph, HERE.version, HERE.compute_capability)]
+def of_the_library(parts: Parts, path: Path, streams: int, graph: str = "backbone", precision: str = "fp32") -> str:
+    texts = [text.encode() for text in (precision, graph, HERE.version, HERE.compute_capability)]
     return parts("find_engine", os.fsencode(path), *texts, ctypes.c_int(streams)).decode()
 
 
-def assert_refused_alike(parts: Parts, path: Path, streams: int = 1, graph: str = "backbone") -> str:
+def assert_refused_alike(
+    parts: Parts, path: Path, streams: int = 1, graph: str = "backbone", precision: str = "fp32"
+) -> str:
     with pytest.raises(EngineError) as python:
-        of_python(path, streams, graph)
+        of_python(path, streams, graph, precision)
     with pytest.raises(Refused) as native:
-        of_the_library(parts, path, streams, graph)
+        of_the_library(parts, path, streams, graph, precision)
     assert native.value.status == ENGINE
     assert native.value.message == str(python.value)
     return native.value.message
@@ -124,6 +126,13 @@ def test_a_graph_without_an_engine_says_how_to_build_one(parts, bundle):
     assert "has no TensorRT engine of the graph 'label'" in assert_refused_alike(parts, bundle, graph="label")
 
 
+def test_a_precision_that_tensorrt_does_not_run_is_no_matter_of_building(parts, bundle):
+    opened = Bundle.open(bundle, verify=False)
+    opened.rewrite_manifest(replace(opened.manifest, precision="int8"))
+    message = assert_refused_alike(parts, bundle, precision="int8")
+    assert "TensorRT runs fp16, fp16+int8, fp16+w4, fp32, not int8; use one" in message
+
+
 def damage_size(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1])
 
@@ -132,15 +141,29 @@ def damage_content(file: Path) -> None:
     file.write_bytes(bytes(file.stat().st_size))
 
 
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def replace_by_a_folder(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
 def replace_by_a_link(file: Path) -> None:
     file.rename(file.parents[2] / "elsewhere")
     file.symlink_to("../../elsewhere")
 
 
-@pytest.mark.parametrize("damage", [damage_size, damage_content, Path.unlink, replace_by_a_link])
+DAMAGES = [damage_size, damage_content, empty, Path.unlink, replace_by_a_folder, replace_by_a_link]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_engine_is_refused(parts, bundle, damage):
-    damage(bundle / add_engine(bundle))
-    assert_refused_alike(parts, bundle)
+    name = add_engine(bundle)
+    damage(bundle / name)
+    message = assert_refused_alike(parts, bundle)
+    assert message.count(name) == 1 and "\n" not in message
 
 
 @pytest.mark.parametrize(
