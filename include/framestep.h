@@ -135,7 +135,7 @@ typedef struct fs_graph_info {
     size_t outputs;
     size_t states;
     size_t own_operators; /* parts of it that framestep's own operators run in the place of the engine's: rings, caches,
-                             products with integers in blocks or in bfloat16; 0 with "onnxruntime:plain" */
+                             products with a constant matrix; 0 with "onnxruntime:plain" */
 } fs_graph_info;
 
 /* An input or an output of a graph. */

@@ -20,6 +20,7 @@ from framestep.runtime.library import library
 ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build" / "native-tests"  # of all tests, kept, so that a later run compiles only what changed
 MAX_DEPTH = 64
+CPU = Path("/proc/cpuinfo")
 
 
 class Parts:
@@ -70,6 +71,11 @@ def build_parts() -> Parts:
             done = subprocess.run(command, capture_output=True, text=True)
             assert done.returncode == 0, done.stdout + done.stderr
     return Parts(BUILD / "tests" / "libframestep_parts.so")
+
+
+def cpu_has(*sets: str) -> bool:
+    """Whether this processor has sets of instructions, by Linux's names."""
+    return CPU.is_file() and set(sets) <= set(CPU.read_text("utf-8").split())
 
 
 def own_operators(session: Any) -> dict[str, int]:

@@ -2,7 +2,7 @@
 
 #include <set>
 
-#include "bfloat16_products.h"
+#include "float_products.h"
 #ifdef FRAMESTEP_TENSORRT
 #include "tensorrt_engine.h"
 #endif

@@ -66,7 +66,13 @@ std::vector<float> floats(const OnnxTensor& tensor, int64_t numbers, Constants& 
 }
 
 template <class Matrix>
-std::shared_ptr<const Matrix> pack(const ConstantProduct& product, Constants& constants);
+std::shared_ptr<const Matrix> pack(const ConstantProduct& product, Constants& constants) {
+    const auto count = static_cast<uint64_t>(product.inputs) * static_cast<uint64_t>(product.outputs);
+    std::vector<float> bias;
+    if (product.bias) bias = floats(*product.bias, product.outputs, constants);
+    return std::make_shared<const Matrix>(constants.bytes(product.matrix, count * sizeof(float)), product.inputs,
+                                          product.outputs, product.bias ? bias.data() : nullptr);
+}
 
 template <>
 std::shared_ptr<const PackedMatrix> pack(const ConstantProduct& product, Constants& constants) {
@@ -84,15 +90,6 @@ std::shared_ptr<const PackedMatrix> pack(const ConstantProduct& product, Constan
     if (product.bias) bias = floats(*product.bias, product.outputs, constants);
     matrix.bias = product.bias ? bias.data() : nullptr;
     return std::make_shared<const PackedMatrix>(matrix);
-}
-
-template <>
-std::shared_ptr<const Bfloat16Matrix> pack(const ConstantProduct& product, Constants& constants) {
-    const auto count = static_cast<uint64_t>(product.inputs) * static_cast<uint64_t>(product.outputs);
-    std::vector<float> bias;
-    if (product.bias) bias = floats(*product.bias, product.outputs, constants);
-    return std::make_shared<const Bfloat16Matrix>(constants.bytes(product.matrix, count * sizeof(float)), product.inputs,
-                                                  product.outputs, product.bias ? bias.data() : nullptr);
 }
 
 // The matrices of a session in the layout of their kernels.
@@ -139,14 +136,17 @@ struct OwnOperators::Impl {
     explicit Impl(const Ort& ort)
         : ort(ort), ring(own_operator<RingKernel>(ort, nullptr)), cache(own_operator<CacheKernel>(ort, nullptr)),
           block_product(own_operator<BlockProductsKernel>(ort, &blocks.products)),
+          float_product(own_operator<FloatProductsKernel>(ort, &float32.products)),
           bfloat16_product(own_operator<Bfloat16ProductsKernel>(ort, &bfloat16.products)) {}
 
     const Ort& ort;
     Packings<PackedMatrix> blocks;
+    Packings<FloatMatrix> float32;
     Packings<Bfloat16Matrix> bfloat16;
     OwnOperator<RingKernel> ring;
     OwnOperator<CacheKernel> cache;
     OwnOperator<BlockProductsKernel> block_product;
+    OwnOperator<FloatProductsKernel> float_product;
     OwnOperator<Bfloat16ProductsKernel> bfloat16_product;
     OrtCustomOpDomain* domain = nullptr;
 };
@@ -154,7 +154,8 @@ struct OwnOperators::Impl {
 OwnOperators::OwnOperators(const Ort& ort) : impl_(std::make_unique<Impl>(ort)) {
     const std::string what = "ONNX Runtime could not take an operator";
     ort.check(ort.CreateCustomOpDomain(OWN_DOMAIN, &impl_->domain), what);
-    const OrtCustomOp* const all[] = {&impl_->ring, &impl_->cache, &impl_->block_product, &impl_->bfloat16_product};
+    const OrtCustomOp* const all[] = {&impl_->ring, &impl_->cache, &impl_->block_product, &impl_->float_product,
+                                       &impl_->bfloat16_product};
     for (const OrtCustomOp* own : all) ort.check(ort.CustomOpDomain_Add(impl_->domain, own), what);
 }
 
@@ -179,7 +180,9 @@ DerivedGraph OwnOperators::derive(const Bundle& bundle, const Manifest& manifest
             products += impl_->blocks.add(replace_block_products(onnx, impl_->blocks.products.size()), constants);
         }
         if (bfloat16) {
-            products += impl_->bfloat16.add(replace_float_products(onnx, impl_->bfloat16.products.size()), constants);
+            products += impl_->bfloat16.add(replace_float_products(onnx, impl_->bfloat16.products.size(), true), constants);
+        } else if (float_kernels() != nullptr) {
+            products += impl_->float32.add(replace_float_products(onnx, impl_->float32.products.size(), false), constants);
         }
         return {onnx.write(), rings + caches + products};
     } catch (const ProtobufDamaged&) {

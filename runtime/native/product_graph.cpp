@@ -113,8 +113,8 @@ Products replace_block_products(OnnxGraph& graph, size_t first) {
     return replace_products(graph, first, BLOCK_PRODUCTS_OPERATOR, block_place);
 }
 
-Products replace_float_products(OnnxGraph& graph, size_t first) {
-    return replace_products(graph, first, BFLOAT16_PRODUCTS_OPERATOR, float_place);
+Products replace_float_products(OnnxGraph& graph, size_t first, bool bfloat16) {
+    return replace_products(graph, first, bfloat16 ? BFLOAT16_PRODUCTS_OPERATOR : FLOAT_PRODUCTS_OPERATOR, float_place);
 }
 
 }  // namespace framestep

@@ -1,5 +1,5 @@
 // Of any graph: products with a constant matrix become nodes whose kernels are those of block_products.h and
-// bfloat16_products.h.
+// float_products.h.
 #pragma once
 
 #include <optional>
@@ -11,6 +11,7 @@
 namespace framestep {
 
 constexpr const char* BLOCK_PRODUCTS_OPERATOR = "BlockProducts";
+constexpr const char* FLOAT_PRODUCTS_OPERATOR = "FloatProducts";
 constexpr const char* BFLOAT16_PRODUCTS_OPERATOR = "Bfloat16Products";
 constexpr size_t MOST_PRODUCTS = 8;  // in one node
 
@@ -26,12 +27,12 @@ struct ConstantProduct {
 
 // Every `MatMul` with a constant matrix of a kind, with the `Add` of a constant [outputs] where one follows, is replaced.
 // Those of one x and one size of blocks become one node
-//     BlockProducts(x) -> y for each, or Bfloat16Products
+//     BlockProducts(x) -> y for each, or FloatProducts, or Bfloat16Products
 // with the attribute `products`: a number from `first` on, at which the result has them.
 
 // Matrices that a blocked `DequantizeLinear` makes of symmetric INT8 or INT4 constants.
 std::vector<std::vector<ConstantProduct>> replace_block_products(OnnxGraph& graph, size_t first);
-// Matrices of float32.
-std::vector<std::vector<ConstantProduct>> replace_float_products(OnnxGraph& graph, size_t first);
+// Matrices of float32; `bfloat16`: in which they are multiplied then.
+std::vector<std::vector<ConstantProduct>> replace_float_products(OnnxGraph& graph, size_t first, bool bfloat16);
 
 }  // namespace framestep

@@ -7,7 +7,9 @@ namespace {
 
 constexpr size_t PART = 64 << 10;       // bytes of a matrix that a thread takes at a time
 constexpr int64_t FEW = 4;              // rows that one thread rounds faster than two
+constexpr double LITTLE = 128 << 10;    // multiplications that one thread is done with before another has begun
 constexpr int64_t ROWS_AT_ONCE = 256;  // that are kept rounded
+constexpr int64_t ALL_ROWS = INT64_MAX;
 
 template <class Number>
 Number* room_for(std::vector<Number>& numbers, int64_t count) {
@@ -15,11 +17,18 @@ Number* room_for(std::vector<Number>& numbers, int64_t count) {
     return numbers.data();
 }
 
-// y of each product. `round(x, first, stop)` rounds those rows of x, a run of them after the other; `multiply(matrix, count,
-// first, stop, y)` computes groups of y from the first `count` rounded rows. Both are called by several threads.
-template <class Matrix, class Reserve, class Round, class Multiply>
+// round(first, stop) for rows first..stop, on several threads where there are many.
+template <class Round>
+void round_rows(const KernelCalls& calls, OrtKernelContext* context, int64_t count, const Round& round) {
+    if (count <= FEW) return round(0, count);
+    calls.parallel(context, count, [&](int64_t row) { round(row, row + 1); });
+}
+
+// y of each product, of so many rows of x at a time. `prepare(x, count)` makes these rows ready; `multiply(matrix, count,
+// first, stop, y)` computes groups of y from them, and is called by several threads.
+template <class Matrix, class Prepare, class Multiply>
 void compute_products(const KernelCalls& calls, OrtKernelContext* context, const PackedProducts<Matrix>& products,
-                      const Reserve& reserve, const Round& round, const Multiply& multiply) {
+                      int64_t rows_at_once, const Prepare& prepare, const Multiply& multiply) {
     const OrtValue* input = calls.input(context, 0);
     TensorShape shape = calls.shape(input);
     const int64_t inputs = products.front()->inputs();
@@ -30,7 +39,7 @@ void compute_products(const KernelCalls& calls, OrtKernelContext* context, const
     int64_t rows = 1;
     for (size_t axis = 0; axis + 1 < shape.rank; ++axis) rows *= shape.sizes[axis];
     float* results[MOST_PRODUCTS];
-    int64_t parts[MOST_PRODUCTS], total = 0;
+    int64_t parts[MOST_PRODUCTS], total = 0, outputs = 0;
     for (size_t index = 0; index < products.size(); ++index) {
         const Matrix& matrix = *products[index];
         shape.sizes[shape.rank - 1] = matrix.outputs();
@@ -38,24 +47,24 @@ void compute_products(const KernelCalls& calls, OrtKernelContext* context, const
         const auto bytes = static_cast<size_t>(matrix.groups()) * matrix.group_bytes();
         parts[index] = std::min(matrix.groups(), static_cast<int64_t>((bytes + PART - 1) / PART));
         total += parts[index];
+        outputs += matrix.outputs();
     }
     const auto* x = calls.data<const float>(input);
-    reserve(std::min(rows, ROWS_AT_ONCE));
-    for (int64_t from = 0; from < rows; from += ROWS_AT_ONCE) {
-        const int64_t count = std::min(ROWS_AT_ONCE, rows - from);
-        const float* first_row = x + from * inputs;
-        if (count <= FEW) {
-            round(first_row, 0, count);
-        } else {
-            calls.parallel(context, count, [&](int64_t row) { round(first_row, row, row + 1); });
-        }
-        calls.parallel(context, total, [&](int64_t part) {
+    for (int64_t from = 0; from < rows; from += rows_at_once) {
+        const int64_t count = std::min(rows_at_once, rows - from);
+        prepare(x + from * inputs, count);
+        const auto compute = [&](int64_t part) {
             size_t index = 0;
             for (; part >= parts[index]; ++index) part -= parts[index];
             const Matrix& matrix = *products[index];
             multiply(matrix, count, part * matrix.groups() / parts[index], (part + 1) * matrix.groups() / parts[index],
                      results[index] + from * matrix.outputs());
-        });
+        };
+        if (static_cast<double>(count) * inputs * outputs < LITTLE) {
+            for (int64_t part = 0; part < total; ++part) compute(part);
+        } else {
+            calls.parallel(context, total, compute);
+        }
     }
 }
 
@@ -70,28 +79,45 @@ void BlockProductsKernel::compute(OrtKernelContext* context) const {
     thread_local Room room;
     const BlockKernels& kernels = *fastest_block_kernels();
     const int64_t inputs = products_.front()->inputs(), block = products_.front()->block();
+    const KernelCalls calls(ort);
     IntegerRows rows = {};
     compute_products(
-        KernelCalls(ort), context, products_,
-        [&](int64_t count) {
+        calls, context, products_, ROWS_AT_ONCE,
+        [&](const float* x, int64_t count) {
             const int64_t blocks = count * (inputs / block);
             rows = {room_for(room.integers, count * inputs), room_for(room.scales, blocks), room_for(room.sums, blocks)};
+            round_rows(calls, context, count, [&](int64_t first, int64_t stop) {
+                kernels.quantize(x, inputs, block, first, stop, rows);
+            });
         },
-        [&](const float* x, int64_t first, int64_t stop) { kernels.quantize(x, inputs, block, first, stop, rows); },
         [&](const PackedMatrix& matrix, int64_t count, int64_t first, int64_t stop, float* y) {
+            kernels.multiply(matrix, rows, count, first, stop, y);
+        });
+}
+
+void FloatProductsKernel::compute(OrtKernelContext* context) const {
+    const ProductKernels<FloatMatrix>& kernels = *float_kernels();
+    const float* rows = nullptr;
+    compute_products(
+        KernelCalls(ort), context, products_, ALL_ROWS, [&](const float* x, int64_t) { rows = x; },
+        [&](const FloatMatrix& matrix, int64_t count, int64_t first, int64_t stop, float* y) {
             kernels.multiply(matrix, rows, count, first, stop, y);
         });
 }
 
 void Bfloat16ProductsKernel::compute(OrtKernelContext* context) const {
     thread_local std::vector<uint16_t> room;
-    const Bfloat16Kernels& kernels = *bfloat16_kernels();
+    const ProductKernels<Bfloat16Matrix>& kernels = *bfloat16_kernels();
     const int64_t inputs = products_.front()->inputs();
+    const KernelCalls calls(ort);
     uint16_t* rows = nullptr;
     compute_products(
-        KernelCalls(ort), context, products_,
-        [&](int64_t count) { rows = room_for(room, count * Bfloat16Matrix::even(inputs)); },
-        [&](const float* x, int64_t first, int64_t stop) { kernels.round(x, inputs, first, stop, rows); },
+        calls, context, products_, ROWS_AT_ONCE,
+        [&](const float* x, int64_t count) {
+            rows = room_for(room, count * Bfloat16Matrix::padded(inputs));
+            round_rows(calls, context, count,
+                       [&](int64_t first, int64_t stop) { kernels.round(x, inputs, first, stop, rows); });
+        },
         [&](const Bfloat16Matrix& matrix, int64_t count, int64_t first, int64_t stop, float* y) {
             kernels.multiply(matrix, rows, count, first, stop, y);
         });

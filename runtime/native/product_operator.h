@@ -1,11 +1,11 @@
-// `BlockProducts` and `Bfloat16Products` as operators that ONNX Runtime calls.
+// `BlockProducts`, `FloatProducts` and `Bfloat16Products` as operators that ONNX Runtime calls.
 #pragma once
 
 #include <memory>
 #include <vector>
 
-#include "bfloat16_products.h"
 #include "block_products.h"
+#include "float_products.h"
 #include "own_operator.h"
 #include "product_graph.h"
 
@@ -33,6 +33,13 @@ protected:
 class BlockProductsKernel : public ProductsKernel<PackedMatrix> {
 public:
     static constexpr const char* NAME = BLOCK_PRODUCTS_OPERATOR;
+    using ProductsKernel::ProductsKernel;
+    void compute(OrtKernelContext* context) const;
+};
+
+class FloatProductsKernel : public ProductsKernel<FloatMatrix> {
+public:
+    static constexpr const char* NAME = FLOAT_PRODUCTS_OPERATOR;
     using ProductsKernel::ProductsKernel;
     void compute(OrtKernelContext* context) const;
 };

@@ -248,7 +248,35 @@ def test_products_are_those_of_float64_with_rows_rounded_to_integers(
     assert (np.abs(y - expected) <= 1e-6 * largest).all()
 
 
-# Products in bfloat16
+# Products in float32 and in bfloat16
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    inputs=st.integers(1, 70),
+    outputs=st.integers(1, 150),
+    rows=st.integers(1, 21),
+    part=st.integers(1, 4),
+    biased=st.booleans(),
+)
+@hypothesis_settings
+def test_products_of_floats_are_those_of_float64(
+    parts: Parts, seed: int, inputs: int, outputs: int, rows: int, part: int, biased: bool
+) -> None:
+    if not parts.library.parts_multiplies_floats():
+        pytest.skip("this processor has no such instructions")
+    rng = np.random.default_rng(seed)
+    matrix = (rng.standard_normal((inputs, outputs)) * np.exp(rng.normal(0, 3, outputs))).astype(np.float32)
+    x = (rng.standard_normal((rows, inputs)) * np.exp(rng.normal(0, 3, (rows, 1)))).astype(np.float32)
+    bias = rng.standard_normal(outputs).astype(np.float32) if biased else None
+    y = np.full((rows, outputs), np.nan, np.float32)
+    parts.library.parts_multiply_floats(
+        *sizes(inputs, outputs), *pointers(matrix, bias, x), *sizes(rows, part), *pointers(y)
+    )
+    left, right = x.astype(np.float64), matrix.astype(np.float64)
+    expected = left @ right + (0 if bias is None else bias)
+    largest = np.abs(left) @ np.abs(right) + (0 if bias is None else np.abs(bias))
+    assert (np.abs(y - expected) <= 1e-6 * largest).all()
 
 
 @pytest.fixture

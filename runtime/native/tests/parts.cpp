@@ -11,12 +11,12 @@
 #include <thread>
 
 #include "attention.h"
-#include "bfloat16_products.h"
 #include "block_products.h"
 #include "cache_graph.h"
 #include "engine_files.h"
 #include "error.h"
 #include "file_io.h"
+#include "float_products.h"
 #include "json.h"
 #include "onnx_files.h"
 #include "own_operator.h"
@@ -204,12 +204,24 @@ void parts_multiply(int simd, int bits, int64_t inputs, int64_t outputs, int64_t
     }
 }
 
+int parts_multiplies_floats() { return float_kernels() != nullptr; }
+
+// y = x matrix + bias, in parts of so many groups.
+void parts_multiply_floats(int64_t inputs, int64_t outputs, const float* matrix, const float* bias, const float* x,
+                           int64_t rows, int64_t part, float* y) {
+    const auto bytes = static_cast<size_t>(inputs * outputs) * sizeof(float);
+    const FloatMatrix packed({reinterpret_cast<const char*>(matrix), bytes}, inputs, outputs, bias);
+    for (int64_t first = 0; first < packed.groups(); first += part) {
+        float_kernels()->multiply(packed, x, rows, first, std::min(first + part, packed.groups()), y);
+    }
+}
+
 int parts_multiplies_bfloat16() { return bfloat16_kernels() != nullptr; }
 
 // y = x matrix + bias, in parts of so many groups; rows are x as it was rounded.
 void parts_multiply_bfloat16(int64_t inputs, int64_t outputs, const float* matrix, const float* bias, const float* x,
                              int64_t rows, int64_t part, uint16_t* rounded, float* y) {
-    const Bfloat16Kernels& kernels = *bfloat16_kernels();
+    const ProductKernels<Bfloat16Matrix>& kernels = *bfloat16_kernels();
     const auto bytes = static_cast<size_t>(inputs * outputs) * sizeof(float);
     const Bfloat16Matrix packed({reinterpret_cast<const char*>(matrix), bytes}, inputs, outputs, bias);
     kernels.round(x, inputs, 0, rows / 2, rounded);
@@ -261,7 +273,7 @@ int parts_derived_graph(const char* path, const char* rings, const char* caches,
             replace_ring_attention(graph, names(rings));
             replace_cached_attention(graph, names(caches));
             replace_block_products(graph, 0);
-            if (names(products).count("floats") != 0) replace_float_products(graph, 0);
+            if (names(products).count("floats") != 0) replace_float_products(graph, 0, true);
             const std::string derived = graph.write();
             if (derived.empty()) return "none";
             write_file(out, {derived});
