@@ -1,6 +1,8 @@
 # make demo: install, export, run on a video file. make test: install, run all checks.
 VENV ?= .venv
 PYTHON ?= python3
+# Processes that run tests, of one thread each; 0: all in pytest's own.
+WORKERS ?= 2
 BIN := $(VENV)/bin
 # A checkout's folder may have any name; mypy and pytest see the package under its own.
 NAMED := build/named
@@ -22,7 +24,8 @@ types: $(VENV)/installed
 	    -p framestep.runtime -p framestep.export -p framestep.apps -p framestep.kernels -p framestep.calibration
 
 unit: $(VENV)/installed
-	$(BIN)/python -m pytest -c pyproject.toml --rootdir=tests tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -c pyproject.toml --rootdir=tests -n $(WORKERS) --dist loadfile \
+	    --no-loadscope-reorder tests
 
 # torch first: pinned, it is the build that pip finds for this machine, and nothing later pulls in another
 $(VENV)/installed: pyproject.toml constraints.txt setup.py include/framestep.h $(wildcard runtime/native/*.cpp runtime/native/*.h runtime/native/*.inc)
