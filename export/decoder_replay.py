@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ..runtime.bundle import Bundle
 from ..runtime.manifest import STREAMS, TOKENS, Graph, graphs_for
-from .decoder import Cache
 from .decoder_checkpoint import DecoderCheckpoint
 from .decoder_graph import Precision
 from .stored_weights import StoredWeights
@@ -157,15 +156,20 @@ def replay(checkpoint: DecoderCheckpoint, bundle: Bundle) -> Replay:
 
 
 def _replay(checkpoint: DecoderCheckpoint, run: DecoderRun, bundle: Bundle) -> float:
-    """The largest relative error of the logits of a step, or of some embeddings."""
+    """The largest relative error of the logits of a step, or of some embeddings.
+
+    The bundle takes steps. PyTorch takes all tokens at once, and the last one by itself: it widens its weights, or
+    dequantizes those of the bundle, each time.
+    """
     generator = np.random.default_rng(0)
     decoder = checkpoint.decoder
     rows, vocabulary = decoder.config.rope.rows, decoder.config.vocab_size
     tokens = generator.integers(0, vocabulary, (1, sum(STEPS) + 1))
     positions = np.arange(tokens.shape[1]) + generator.integers(0, 4, (1, rows, 1))
     mask, at, shift = np.zeros(run.capacity, bool), 0, 0
-    cache: Cache | None = None
     pairs: list[tuple[Array, Tensor]] = []
+    taken: list[Array] = []
+    logits: list[Array] = []
     with torch.inference_mode():
         visual = _see(checkpoint, bundle, run, generator, pairs)
         for length in (*STEPS, 1):
@@ -180,13 +184,15 @@ def _replay(checkpoint: DecoderCheckpoint, run: DecoderRun, bundle: Bundle) -> f
                 slot_positions = np.zeros((1, rows, run.capacity), np.int64)
                 slot_positions[:, :, :at] = positions[:, :, :at] + shift
                 run.rebase(slot_positions)
-            at_positions = positions[:, :, at:stop]
-            logits = run.step(embeddings, at_positions + shift, at, mask)
-            seen = torch.from_numpy(mask[None, :at])
-            expected, cache = decoder(torch.from_numpy(embeddings), torch.from_numpy(at_positions), cache, seen)
-            pairs.append((logits, expected[0, -1]))
+            taken.append(embeddings)
+            logits.append(run.step(embeddings, positions[:, :, at:stop] + shift, at, mask))
             mask[at:stop] = True
             at = stop
+        inputs, places, last = torch.from_numpy(np.concatenate(taken, axis=1)), torch.from_numpy(positions), at - 1
+        first, cache = decoder(inputs[:, :last], places[:, :, :last])
+        second, _ = decoder(inputs[:, last:], places[:, :, last:], cache, torch.from_numpy(mask[None, :last]))
+        expected = torch.cat([first, second], dim=1)[0]
+        pairs += zip(logits, expected[np.cumsum((*STEPS, 1)) - 1], strict=True)
     return largest_error(pairs)
 
 

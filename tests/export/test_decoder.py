@@ -189,6 +189,21 @@ def test_an_odd_vocabulary_is_multiplied_by_an_even_head(tmp_path):
     assert replay(read_decoder_checkpoint(bundle.manifest.origin.checkpoint), bundle).difference < 5e-3
 
 
+@pytest.mark.parametrize(("precision", "calls"), [("fp32", 2), ("fp16+w4", 4)])
+def test_pytorch_reads_its_weights_twice_in_a_comparison(exported, monkeypatch, precision, calls):
+    _, bundle = exported("llama", precision)
+    checkpoint = read_decoder_checkpoint(bundle.manifest.origin.checkpoint)
+    forward, lengths = Decoder.forward, []
+
+    def counted(self, embeddings, *others):
+        lengths.append(embeddings.shape[1])
+        return forward(self, embeddings, *others)
+
+    monkeypatch.setattr(Decoder, "forward", counted)
+    replay(checkpoint, bundle)
+    assert lengths == [sum(decoder_replay.STEPS), 1] * (calls // 2)
+
+
 @pytest.mark.parametrize("precision", ["w8", "w4", "fp16+w4"])
 def test_a_slightly_wrong_integer_weight_is_found(tmp_path, monkeypatch, precision):
     def wrong(weight, *options):
