@@ -251,34 +251,6 @@ def test_products_are_those_of_float64_with_rows_rounded_to_integers(
 # Products in float32 and in bfloat16
 
 
-@given(
-    seed=st.integers(0, 2**32 - 1),
-    inputs=st.integers(1, 70),
-    outputs=st.integers(1, 150),
-    rows=st.integers(1, 21),
-    part=st.integers(1, 4),
-    biased=st.booleans(),
-)
-@hypothesis_settings
-def test_products_of_floats_are_those_of_float64(
-    parts: Parts, seed: int, inputs: int, outputs: int, rows: int, part: int, biased: bool
-) -> None:
-    if not parts.library.parts_multiplies_floats():
-        pytest.skip("this processor has no such instructions")
-    rng = np.random.default_rng(seed)
-    matrix = (rng.standard_normal((inputs, outputs)) * np.exp(rng.normal(0, 3, outputs))).astype(np.float32)
-    x = (rng.standard_normal((rows, inputs)) * np.exp(rng.normal(0, 3, (rows, 1)))).astype(np.float32)
-    bias = rng.standard_normal(outputs).astype(np.float32) if biased else None
-    y = np.full((rows, outputs), np.nan, np.float32)
-    parts.library.parts_multiply_floats(
-        *sizes(inputs, outputs), *pointers(matrix, bias, x), *sizes(rows, part), *pointers(y)
-    )
-    left, right = x.astype(np.float64), matrix.astype(np.float64)
-    expected = left @ right + (0 if bias is None else bias)
-    largest = np.abs(left) @ np.abs(right) + (0 if bias is None else np.abs(bias))
-    assert (np.abs(y - expected) <= 1e-6 * largest).all()
-
-
 @pytest.fixture
 def bfloat16(parts: Parts) -> Parts:
     if not parts.library.parts_multiplies_bfloat16():
@@ -286,6 +258,7 @@ def bfloat16(parts: Parts) -> Parts:
     return parts
 
 
+@pytest.mark.parametrize("kind", [np.float32, ml_dtypes.bfloat16])
 @given(
     seed=st.integers(0, 2**32 - 1),
     inputs=st.integers(1, 70),
@@ -295,21 +268,24 @@ def bfloat16(parts: Parts) -> Parts:
     biased=st.booleans(),
 )
 @hypothesis_settings
-def test_products_are_those_of_float64_with_both_operands_rounded_to_bfloat16(
-    bfloat16: Parts, seed: int, inputs: int, outputs: int, rows: int, part: int, biased: bool
+def test_products_are_those_of_float64_with_both_operands_rounded(
+    parts: Parts, kind: type, seed: int, inputs: int, outputs: int, rows: int, part: int, biased: bool
 ) -> None:
+    in_float32 = kind is np.float32
+    if not (parts.library.parts_multiplies_floats() if in_float32 else parts.library.parts_multiplies_bfloat16()):
+        pytest.skip("this processor has no such instructions")
     rng = np.random.default_rng(seed)
     matrix = (rng.standard_normal((inputs, outputs)) * np.exp(rng.normal(0, 3, outputs))).astype(np.float32)
     x = (rng.standard_normal((rows, inputs)) * np.exp(rng.normal(0, 3, (rows, 1)))).astype(np.float32)
     bias = rng.standard_normal(outputs).astype(np.float32) if biased else None
-    rounded = np.full((rows, inputs + inputs % 2), 99, ml_dtypes.bfloat16)
-    y = np.full((rows, outputs), np.nan, np.float32)
-    bfloat16.library.parts_multiply_bfloat16(
-        *sizes(inputs, outputs), *pointers(matrix, bias, x), *sizes(rows, part), *pointers(rounded, y)
-    )
-    kept = x.astype(ml_dtypes.bfloat16)
-    assert np.array_equal(rounded[:, :inputs], kept)
-    left, right = kept.astype(np.float64), matrix.astype(ml_dtypes.bfloat16).astype(np.float64)
+    y, rounded = np.full((rows, outputs), np.nan, np.float32), np.full((rows, inputs + inputs % 2), 99, kind)
+    operands = *sizes(inputs, outputs), *pointers(matrix, bias, x), *sizes(rows, part)
+    if in_float32:
+        parts.library.parts_multiply_floats(*operands, *pointers(y))
+    else:
+        parts.library.parts_multiply_bfloat16(*operands, *pointers(rounded, y))
+        assert np.array_equal(rounded[:, :inputs], x.astype(kind))
+    left, right = (array.astype(kind).astype(np.float64) for array in (x, matrix))
     expected = left @ right + (0 if bias is None else bias)
     largest = np.abs(left) @ np.abs(right) + (0 if bias is None else np.abs(bias))
     assert (np.abs(y - expected) <= 1e-6 * largest).all()
