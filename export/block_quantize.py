@@ -19,7 +19,7 @@ Array = npt.NDArray[np.floating]
 # weights that share a scale: the first that divides a layer's inputs. Eight bits lose next to nothing in a large block,
 # and their products are then bound by memory, not by scales
 BLOCKS = {8: (128, 64, 32), 4: (32,)}
-HALF_BLOCKS = (64, 32)  # of INT4 with FP16 scales; TensorRT's documentation names 64 and 128
+HALF_BLOCKS = (64, 32)  # of INT4 with FP16 scales; TensorRT for RTX fuses blocks of 32, 64 and 128
 # to the lowest weight of a block of INT4 in the scales that are tried; to the highest it is one less. What is cut to -8
 # and 7 is at most one step off, and the other weights gain from it
 STEPS = np.linspace(7, 9, 8, dtype=np.float32)
