@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -20,6 +21,7 @@ PATIENCE_WITHOUT_LENGTH = 64
 # The same where it does: a damaged header may announce billions, and OpenCV states no position while it fails, so that
 # the end of the file and a stretch of bad frames look alike. Failing this often takes some 30 ms.
 LONGEST_PATIENCE = 10_000
+FIRST_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
 
 
 class VideoFile(Source):
@@ -34,6 +36,7 @@ class VideoFile(Source):
 
     def __init__(self, path: Path, *, rate: float | None, on_report: Callable[[str], None]) -> None:
         super().__init__(str(path), on_report)
+        self._path = path.absolute()
         self._cv2 = require_cv2()
         self._reading = threading.RLock()  # to release a capture at work ends the process
         self._capture = _open(self._cv2, path)
@@ -123,10 +126,11 @@ class VideoFile(Source):
         if self.bad_frames:
             self._report(f"{self.bad_frames} of {self._next_index} frames could not be decoded")
         # The product of a duration and a rate is off by a little.
-        if self.length is not None and self.length - self._reached > max(1, self.length // 100):
+        if self.length is None or self.length - self._reached <= max(1, self.length // 100):
+            return
+        if not _has_whole_boxes(self._path):
             self._report(
-                f"ends early: {self._next_index} of the {self.length} frames that its header announces;"
-                " it was cut off, or trimmed without being encoded anew"
+                f"ends early: {self._next_index} of the {self.length} frames that its header announces; it was cut off"
             )
 
 
@@ -149,3 +153,30 @@ def _open(cv2: Any, path: Path) -> Any:
             " or OpenCV knows no decoder for it"
         )
     return capture
+
+
+def _has_whole_boxes(path: Path) -> bool:
+    """Whether a file is MP4 or QuickTime and no byte is missing at its end (the boxes of ISO/IEC 14496-12, 4.2).
+
+    One that is whole has fewer frames than it announces where a list of edits leaves some out.
+    """
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            start = 0
+            while start < size:
+                file.seek(start)
+                header = file.read(16)
+                length, kind = int.from_bytes(header[:4], "big"), header[4:8]
+                if start == 0 and kind not in FIRST_BOXES:
+                    return False
+                if length == 0:  # to the end of the file
+                    return True
+                if length == 1:
+                    length = int.from_bytes(header[8:], "big")
+                if length < 8:
+                    return False
+                start += length
+            return start == size
+    except OSError:
+        return False

@@ -189,6 +189,37 @@ def test_truncated_video_is_read_to_its_end_and_reported(tmp_path: Path, reports
     assert "short.avi: ends early: 30 of the 50 frames" in reports[0]
 
 
+def trimmed_video(path: Path, first: int, frames: int) -> Path:
+    """An MP4 of 50 frames with its index in front, whose list of edits shows `frames` of them from `first` on."""
+    data = bytearray(write_video(path).read_bytes())
+    edits = data.find(b"elst") + 4  # flags, count, duration in ms, first time in the units of the track
+    units = int.from_bytes(data[(at := data.find(b"mdhd") + 16) : at + 4], "big")
+    assert data.count(b"elst") == 1 and int.from_bytes(data[edits + 4 : edits + 8], "big") == 1
+    data[edits + 8 : edits + 12] = (frames * 1000 // 25).to_bytes(4, "big")
+    data[edits + 12 : edits + 16] = (first * units // 25).to_bytes(4, "big")
+    index, pixels = data.find(b"moov") - 4, data.find(b"mdat") - 4
+    moved, at = data[index:], data.find(b"stco") - index + 8
+    for entry in range(at + 4, at + 4 + 4 * int.from_bytes(moved[at : at + 4], "big"), 4):
+        moved[entry : entry + 4] = (int.from_bytes(moved[entry : entry + 4], "big") + len(moved)).to_bytes(4, "big")
+    path.write_bytes(data[:pixels] + moved + data[pixels:index])
+    return path
+
+
+def test_video_that_was_trimmed_by_its_list_of_edits_is_whole(tmp_path: Path, reports: list[str]) -> None:
+    source = open_source(trimmed_video(tmp_path / "clip.mp4", 15, 20), on_report=reports.append)
+    assert source.length == 50
+    assert [step_of(frame.rgb) for frame in source] == list(range(15, 35))
+    assert reports == []
+
+
+def test_trimmed_video_that_was_cut_off_is_reported(tmp_path: Path, reports: list[str]) -> None:
+    path = trimmed_video(tmp_path / "clip.mp4", 15, 35)
+    path.write_bytes(path.read_bytes()[:-1500])
+    frames = list(open_source(path, on_report=reports.append))
+    assert [step_of(frame.rgb) for frame in frames][:5] == list(range(15, 20))
+    assert f"clip.mp4: ends early: {frames[-1].index + 1} of the 50 frames" in reports[-1]
+
+
 def test_damaged_header_that_announces_billions_of_frames_does_not_hold_up_the_end(
     tmp_path: Path, reports: list[str]
 ) -> None:
