@@ -81,7 +81,7 @@ def as_text(facts: dict[str, Any]) -> str:
         if network is None:
             lines.append(f"{text}there already: {item['file']}")
             continue
-        text += f"in {item['seconds']:.1f} s, {network['layers']} layers"
+        text += f"in {item['seconds']:.1f} s, {counted(network['layers'], 'layer')}"
         if item["engine_layers"] is not None:
             text += f" ({item['engine_layers']} after fusion)"
         if network["cache_updates"] or network["copied_states"]:
@@ -91,7 +91,7 @@ def as_text(facts: dict[str, Any]) -> str:
         if network["cast_states"]:
             text += f", {counted(len(network['cast_states']), 'state')} converted in every step"
         if network["attentions"]:
-            text += f", {item['fused']} of {network['attentions']} attentions fused"
+            text += f", {item['fused']} of {counted(network['attentions'], 'attention')} fused"
         lines.append(text)
     memory = f"state {facts['state_bytes'] / 1e6:.1f} MB"
     if facts["bytes_per_stream"] is not None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..runtime.bundle import MANIFEST, Bundle, check_replaceable
+from ..runtime.counted import counted
 from ..runtime.errors import CheckpointError
 from ..runtime.manifest import Manifest
 from ..runtime.text import LabelError, read_labels
@@ -59,7 +60,11 @@ class ExportArguments:
 
 def agreement(facts: dict[str, Any]) -> str:
     """How well a bundle agrees with PyTorch, in words; see `export` for the facts."""
-    count = f"{facts['tokens_replayed']} tokens" if "tokens_replayed" in facts else f"{facts['frames_replayed']} frames"
+    count = (
+        counted(facts["tokens_replayed"], "token")
+        if "tokens_replayed" in facts
+        else counted(facts["frames_replayed"], "frame")
+    )
     found = [f"agrees with PyTorch within {facts['difference']:.1e} over {count}"] if "difference" in facts else []
     if "quantization_error" in facts:
         found.append(f"its integer weights move logits by up to {facts['quantization_error']:.1%} (random tokens)")

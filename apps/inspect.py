@@ -138,8 +138,8 @@ def _notes(bundle: Bundle) -> list[str]:
     window = _window(bundle)
     if trained is not None:
         notes.append(
-            f"time embeddings were trained for {trained} frames; from frame {trained} on every frame carries the last"
-            " one, so the model knows what was in its window but not in which order"
+            f"time embeddings were trained for {counted(trained, 'frame')}; from frame {trained} on every frame carries"
+            " the last one, so the model knows what was in its window but not in which order"
         )
         if window > trained:
             notes.append(f"a window of {window} frames is longer than the {trained} that the checkpoint was trained on")

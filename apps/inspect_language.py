@@ -8,6 +8,7 @@ from typing import Any
 
 from ..runtime.bundle import Bundle
 from ..runtime.chat_format import STATES, TEMPLATES, Part, decides, fill, stop_tokens
+from ..runtime.counted import counted
 from ..runtime.decoding import visual_tokens
 from ..runtime.errors import BundleError
 from ..runtime.manifest import Language
@@ -55,11 +56,11 @@ def language_rows(told: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """The same for a person: names, and what is to be said; "" is what stands above again."""
     yield (
         "speaks",
-        f"{told['capacity']} tokens in the cache, positions up to {told['positions']}, at most {told['chunk']} tokens"
-        " a step",
+        f"{told['capacity']} tokens in the cache, positions up to {told['positions']}, at most"
+        f" {counted(told['chunk'], 'token')} a step",
     )
     if told["frames"] is not None:
-        yield "", f"attends to the newest {told['frames']} frames at every token"
+        yield "", f"attends to the newest {counted(told['frames'], 'frame')} at every token"
     yield "", "decides when to speak" if told["decides"] else "answers when asked; it has no tokens to decide when"
     blocks = ", ".join(f"{count} in blocks of {size}" for size, count in sorted(told["weight_blocks"].items()))
     yield "weights", told["weights"] + (f": {blocks}" if blocks else "")
@@ -76,7 +77,7 @@ def language_rows(told: dict[str, Any]) -> Iterator[tuple[str, str]]:
         return
     system = " ".join(told["system"].split())
     short = system if len(system) <= ESTABLISHED else system[: ESTABLISHED - 1] + "\N{HORIZONTAL ELLIPSIS}"
-    prompt = f"system prompt of {len(told['system'])} characters: {short}" if system else "no system prompt"
+    prompt = f"system prompt of {counted(len(told['system']), 'character')}: {short}" if system else "no system prompt"
     yield "chat", f"{told['chat']}; {prompt}"
     for number, line in enumerate(told["turn"].rstrip("\n").split("\n")):
         yield "turn" if number == 0 else "", line
@@ -92,7 +93,7 @@ def _turn(bundle: Bundle, language: Language, texts: dict[int, str]) -> str:
     frame: list[Part] = []
     if language.cross is None and language.visual is not None:
         marks = [[tokens[name]] if name in tokens else [] for name in ("vision_start", "vision_end")]
-        frame = [*marks[0], f"[{visual_tokens(bundle.manifest)} tokens of a frame]", *marks[1]]
+        frame = [*marks[0], f"[{counted(visual_tokens(bundle.manifest), 'token')} of a frame]", *marks[1]]
     if decides(language):  # see `Dialogue`
         user = [*parts(template.user, "QUESTION\n<7s-8s>\n"), *frame]
         said: list[Part] = [tokens["response"], " ANSWER"]

@@ -212,7 +212,7 @@ class VideoRecorder:
     def _encoder(self, fps: float, size: tuple[int, int]) -> cv2.VideoWriter:
         writer = cv2.VideoWriter(str(self._partial), cv2.VideoWriter.fourcc(*"mp4v"), fps, size)
         if not writer.isOpened():
-            picture = f"{size[0]}x{size[1]} at {fps:g} frames a second"
+            picture = f"{size[0]}x{size[1]} at {counted(fps, 'frame')} a second"
             raise OutputError(f"{self.path}: cannot be written: OpenCV's encoder (mp4v) takes no {picture} here")
         return writer
 

@@ -16,6 +16,7 @@ from ..export.graph import WeightFile, save_graph
 from ..export.half import FLOAT, HALF, LARGEST, centre_pixels, round_as_half, to_half
 from ..export.linears import Linear, linears
 from ..runtime.bundle import Bundle, BundleWriter
+from ..runtime.counted import counted
 from ..runtime.engines.choosing import choose_engine
 from ..runtime.manifest import Manifest, State, Variant
 from ..runtime.session import NonFiniteOutputError, Session
@@ -90,8 +91,8 @@ def calibrate(
     start = time.perf_counter()
     models = _read_models(bundle)
     with BundleWriter(path, overwrite) as writer:
-        listed = "1 clip" if len(clips) == 1 else f"{len(clips)} clips"
-        progress(f"observing {sum(len(clip.frames) for clip in clips)} frames of {listed}")
+        frames = counted(sum(len(clip.frames) for clip in clips), "frame")
+        progress(f"observing {frames} of {counted(len(clips), 'clip')}")
         seen, smoothed = _observe(bundle, models, clips, options)
         noise = layer_noise(models, seen)
         trials: list[Trial] = []
@@ -219,7 +220,7 @@ def _choose(
         reached, told = float(found.cosine.mean()), f"cosine {found.cosine.mean():.5f}"
         if options.max_drop is not None and drop is not None:
             reached, told = -drop, f"{drop:.2f} points of accuracy lost"
-        progress(f"{len(kept)} layers in float: {told}")
+        progress(f"{counted(len(kept), 'layer')} in float: {told}")
         return Trial(kept, reached, round(found.ms, 2))
 
     if options.max_drop is not None:

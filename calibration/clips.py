@@ -67,7 +67,7 @@ def read_clips(specs: Sequence[str], manifest: Manifest, most: int) -> list[Clip
         raise CalibrationError(f"--video {listed}: no frame could be read")
     if count < FEWEST_FRAMES:
         raise CalibrationError(
-            f"--video {listed}: {count} frames are too few to calibrate on; give at least {FEWEST_FRAMES}"
+            f"--video {listed}: too few frames to calibrate on: {count}; give at least {FEWEST_FRAMES}"
         )
     # what differs within a picture or from one picture to another
     if all(_flat(clip.frames) for clip in clips):

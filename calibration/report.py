@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..runtime.bundle import Bundle
+from ..runtime.counted import counted
 from .compare import Comparison
 from .integer import IntegerProducts
 from .sensitivity import LayerNoise, Trial
@@ -161,13 +162,16 @@ def write_report(folder: Path, report: Report) -> None:
 
 def markdown(report: Report, plots: list[str]) -> str:
     """The report as text."""
-    clips = "1 clip" if len(report.clips) == 1 else f"{len(report.clips)} clips"
     lines = [
         "# Calibration report",
         "",
-        f"From `{report.source}`: {report.frames} frames of {clips}, stepped with live memory;"
-        f" ranges by {report.method}"
-        + (f"; outliers of {report.smoothed_norms} layer norms moved into weights" if report.smoothed_norms else "")
+        f"From `{report.source}`: {counted(report.frames, 'frame')} of {counted(len(report.clips), 'clip')},"
+        f" stepped with live memory; ranges by {report.method}"
+        + (
+            f"; outliers of {counted(report.smoothed_norms, 'layer norm')} moved into weights"
+            if report.smoothed_norms
+            else ""
+        )
         + f"; {report.calibration_seconds:g} s. Checked on {', '.join(report.checked_on)}.",
         "",
         "| precision | cosine of pooled (lowest) | same best label | accuracy (fp32) | MB read (fp32)"
@@ -191,8 +195,8 @@ def markdown(report: Report, plots: list[str]) -> str:
     ]
     for products in report.integer_products:
         lines.append(
-            f"Graph `{products.graph}`: {products.integer} integer products for {products.quantized} quantized layers"
-            " in ONNX Runtime's optimised graph"
+            f"Graph `{products.graph}`: {counted(products.integer, 'integer product')} for"
+            f" {counted(products.quantized, 'quantized layer')} in ONNX Runtime's optimised graph"
             + (f"; in float: {', '.join(products.in_float)}" if products.in_float else "")
             + "."
         )

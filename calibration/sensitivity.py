@@ -10,6 +10,7 @@ import onnx
 
 from ..export.linears import linears
 from ..export.rewriting import initializer
+from ..runtime.counted import counted
 from .errors import CalibrationError
 from .observe import Observations
 from .quantize import LEVELS, round_to_int8, weight_scale
@@ -87,7 +88,7 @@ def fewest_kept(
             most_reached = max(trials, key=lambda item: item.reached)
             raise CalibrationError(
                 f"{budget}: not reached; the best was {abs(most_reached.reached):.6g} with {len(most_reached.kept)} of"
-                f" {len(names)} layers in float. Try --smooth, another --method, or more and other video"
+                f" {counted(len(names), 'layer')} in float. Try --smooth, another --method, or more and other video"
             )
         else:
             low, high = high, min(2 * high, most)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..runtime.counted import counted
 from ..runtime.errors import CheckpointError, first_line
 from .checkpoint import Checkpoint, fill, find_checkpoint, read_checkpoint, read_json, read_weights, weight_files
 from .decoder import FAMILIES, Decoder, DecoderConfig
@@ -125,9 +126,8 @@ def read_decoder_checkpoint(source: str, vision_tower: str | None = None) -> Dec
         raise CheckpointError(f"--vision-tower: a {values['model_type']} has none to choose")
     strays = [key for module, found in weights.items() if module != "decoder" for key in found]
     if strays:
-        raise CheckpointError(
-            f"{source}: a {values['model_type']} does not have {strays[0]} and {len(strays) - 1} others"
-        )
+        others = f" and {counted(len(strays) - 1, 'other')}" if len(strays) > 1 else ""
+        raise CheckpointError(f"{source}: a {values['model_type']} does not have {strays[0]}{others}")
     tokenizer = read_tokenizer(folder, config)
     tokens = read_tokens(values, tokenizer, config)
     if family == "streamformer_videoqa":  # its tokenizer may have marks around pictures, which it was not trained with

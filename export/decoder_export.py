@@ -8,6 +8,7 @@ from pathlib import Path
 
 from .. import __version__
 from ..runtime.bundle import Bundle, BundleWriter
+from ..runtime.counted import counted
 from ..runtime.errors import CheckpointError, FramestepError
 from ..runtime.manifest import FORMAT, VERSION, FrameSpec, Graph, Language, Manifest, Origin, State
 from .decoder import DecoderConfig
@@ -260,8 +261,8 @@ def _check_options(checkpoint: DecoderCheckpoint, options: DecoderOptions) -> tu
         height, width = options.frame_size
         if (tokens := height * width // unit**2) > capacity:
             raise CheckpointError(
-                f"--frame-size: a frame of {height}x{width} takes {tokens} tokens, more than the cache's {capacity};"
-                " choose a smaller one, or a larger --capacity"
+                f"--frame-size: a frame of {height}x{width} takes {counted(tokens, 'token')}, more than the cache's"
+                f" {capacity}; choose a smaller one, or a larger --capacity"
             )
     if options.window is not None:
         if checkpoint.tower is None:

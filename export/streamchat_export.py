@@ -210,7 +210,7 @@ def _check_options(config: StreamChatConfig, options: StreamChatOptions) -> tupl
         raise CheckpointError(f"--rate: expected frames a second above 0, found {options.rate}")
     if options.window < options.rate:
         raise CheckpointError(
-            f"--window: {options.window} frames are less than one second of video at {options.rate:g} a second;"
+            f"--window: {options.window} is less than one second of video at {options.rate:g} frames a second;"
             f" expected at least {math.ceil(options.rate)}"
         )
     return sizes

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..runtime.counted import counted
 from ..runtime.errors import BundleError, CheckpointError, first_line
 from ..runtime.text import ACTION_TEMPLATES, LabelError, TextEncoder, label_embeddings
 from .graph import GraphBuilder, WeightFile
@@ -186,7 +187,7 @@ def read_text_embeddings(path: Path, labels: int, dim: int) -> TextEmbeddings:
         if key in matrices and value.shape != (labels, dim):
             raise LabelError(
                 f"{path}: {key} has shape {list(value.shape)}; expected [{labels}, {dim}]"
-                f" ({labels} labels, hidden size {dim})"
+                f" ({counted(labels, 'label')}, hidden size {dim})"
             )
         if key in scalars and value.size != 1:
             raise LabelError(f"{path}: {key} has shape {list(value.shape)}; expected one number")

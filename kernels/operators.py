@@ -190,7 +190,7 @@ def decode_attention(
     if Hkv < 1 or Hq % Hkv:
         raise ValueError(f"{name}: expected a multiple of the {Hkv} key heads, found {Hq} query heads")
     if T > C:
-        raise ValueError(f"{name}: key_cache: {T} tokens do not fit into {C} slots")
+        raise ValueError(f"{name}: key_cache: expected at least {T} slots, found {C}")
     for part, tensor, shape in (
         ("key", key, (B, Hkv, T, d)),
         ("value", value, (B, Hkv, T, d)),

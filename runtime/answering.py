@@ -74,8 +74,8 @@ class Answering:
         taken = self._around + len(head) + len(rest)
         if taken + (visual if self.frames else 0) > self.decoder.capacity:
             raise CapacityError(
-                f"the question of {len(head) + len(rest)} tokens does not fit: the cache holds {self.decoder.capacity};"
-                " export the bundle with a larger --capacity"
+                f"the question of {counted(len(head) + len(rest), 'token')} does not fit:"
+                f" the cache holds {self.decoder.capacity}; export the bundle with a larger --capacity"
             )
         with self._lock:
             return self._questions.add(asked)

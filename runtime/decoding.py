@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from .counted import counted
 from .errors import BundleError, FramestepError
 from .manifest import Manifest
 
@@ -140,7 +141,7 @@ class Decoder:
         offsets, span = np.arange(count)[None], count
         if self._rows == 3:  # time, row and column
             if self._grid is None or self._grid[0] * self._grid[1] != count:
-                raise BundleError(f"grid: does not tell rows and columns of the {count} tokens of a frame")
+                raise BundleError(f"grid: does not tell rows and columns of the {counted(count, 'token')} of a frame")
             rows, columns = np.divmod(np.arange(count), self._grid[1])
             offsets, span = np.stack([np.zeros_like(rows), rows, columns]), max(self._grid)
         if shown is not None:
@@ -222,7 +223,8 @@ class Decoder:
         new = sum(len(p.embeddings) for p in pieces if p.turn is current or p.kept or p.turn.pinned)
         if stays + new > self.capacity:
             raise CapacityError(
-                f"{new} tokens do not fit beside the {stays} that have to stay: the cache holds {self.capacity};"
+                f"no room for {counted(new, 'token')} beside the {stays} that have to stay: the cache holds"
+                f" {self.capacity};"
                 " export the bundle with a larger --capacity"
             )
 

@@ -106,7 +106,7 @@ class Following:
         room = self.cache.capacity - len(self._opening) - len(self._words.close()) - 1
         if (count := len(self._prompt(asked.text))) > room:
             raise CapacityError(
-                f"the question of {count} tokens does not fit: the cache has room for {room};"
+                f"the question of {counted(count, 'token')} does not fit: the cache has room for {room};"
                 " export the bundle with a larger --capacity"
             )
         with self.cache.lock:

@@ -238,7 +238,8 @@ class _Run:
             if not math.isfinite(difference) or (limit is not None and difference > limit):
                 self._problem(
                     f"{name}: not measured, its outputs differ from the session's by {difference:.1e}"
-                    f" over {found.frames} frames (at most {limit or 0:.0e} is accepted); is it the same checkpoint?"
+                    f" over {counted(found.frames, 'frame')} (at most {limit or 0:.0e} is accepted);"
+                    " is it the same checkpoint?"
                 )
                 continue
             self.verified[name] = (found, precision)

@@ -15,6 +15,7 @@ import numpy as np
 
 from ...runtime.bundle import Bundle
 from ...runtime.chat_format import Words
+from ...runtime.counted import counted
 from ...runtime.dialogue import Dialogue
 from ...runtime.dialogue_options import NEVER, DialogueOptions
 from ...runtime.errors import FramestepError
@@ -84,10 +85,10 @@ class DialogueReport:
             "",
             f"{self.engine}; {self.machine.title()}.",
             "",
-            f"A frame has {self.frame_tokens} tokens, the cache holds {self.capacity}."
+            f"A frame has {counted(self.frame_tokens, 'token')}, the cache holds {self.capacity}."
             f" Encoding a frame: {p50_p99_max(self.encode_ms)} ms (p50 / p99 / max)."
             f" Answers: {self.tokens_a_second:.1f} tokens a second, the first {self.first_token_ms:.1f} ms after the"
-            f" decision. {self.forgotten} turns were forgotten, positions brought down {self.rebased} times.",
+            f" decision. Turns forgotten: {self.forgotten}; positions brought down: {counted(self.rebased, 'time')}.",
             "",
             "| when full | turn | decision p50 / p99 / max, ms | tokens | steps | slots used | resident MB |",
             "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",

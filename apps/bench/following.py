@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ...runtime.bundle import Bundle
+from ...runtime.counted import counted
 from ...runtime.decoding import Turn
 from ...runtime.dialogue_options import DialogueOptions
 from ...runtime.errors import FramestepError
@@ -113,7 +114,8 @@ class FollowingReport:
             "",
             f"{self.engine}; {self.machine.title()}.",
             "",
-            f"Text sees {self.window} frames of {self.frame_tokens} tokens; its cache holds {self.capacity} more.",
+            f"Text sees {counted(self.window, 'frame')} of {counted(self.frame_tokens, 'token')};"
+            f" its cache holds {self.capacity} more.",
             "",
             "| frames passed | token p50 / p99 / max, ms | frame p50 / p99 / max, ms | resident MB |",
             "| ---: | ---: | ---: | ---: |",
@@ -135,8 +137,8 @@ class FollowingReport:
         if self.prompt is not None:
             lines += [
                 "",
-                f"The other way, {self.prompt.frames} frames as {self.prompt.tokens} tokens of the prompt: to show"
-                f" newer ones takes {self.prompt.refresh_ms:.1f} ms, each token then"
+                f"The other way, {counted(self.prompt.frames, 'frame')} as {counted(self.prompt.tokens, 'token')}"
+                f" of the prompt: to show newer ones takes {self.prompt.refresh_ms:.1f} ms, each token then"
                 f" {p50_p99_max(self.prompt.token_ms)} ms (p50 / p99 / max);"
                 " in the same graph, so these pay for a cross-attention that sees nothing.",
             ]
@@ -209,9 +211,9 @@ def bench_following(
         for rate in RATES:
             try:
                 found.append(_at_rate(session, pictures, rate, samples))
-                progress(f"{rate:g} frames a second: {found[-1].tokens_a_second:.1f} tokens a second")
+                progress(f"{counted(rate, 'frame')} a second: {found[-1].tokens_a_second:.1f} tokens a second")
             except FramestepError as error:
-                notes.append(f"{rate:g} frames a second was not measured: {error}")
+                notes.append(f"{counted(rate, 'frame')} a second was not measured: {error}")
         with session.open_stream() as stream:
             ring = FrameRing(stream, session.bundle.manifest, session.preprocess)
             capacity = TextCache(stream, session.bundle.manifest, ring).capacity
@@ -255,7 +257,7 @@ def _passed(
                 cache.moves.clear()
                 count += 1
             token_ms = _tokens(cache, samples)
-            progress(f"{number} frames: {np.median(token_ms):.2f} ms a token")
+            progress(f"{counted(number, 'frame')}: {np.median(token_ms):.2f} ms a token")
             figures.append(PassedFigures(number, spread(token_ms), spread(frame_ms[-samples:]), resident().now))
     return tuple(figures)
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..counted import counted
 from ..errors import EngineError
 from ..manifest import STREAMS, TOKENS, Graph, Manifest
 from ..preprocess import Preprocess
@@ -96,7 +97,8 @@ class BufferEngine:
         for port in graph.inputs:
             if port.role == "write_index" and not 0 <= (first := int(given[port.name].min())) <= capacity - tokens:
                 raise EngineError(
-                    f"graph '{name}': {tokens} tokens from slot {first} on do not fit into the capacity of {capacity}"
+                    f"graph '{name}': no room for {counted(tokens, 'token')} from slot {first} on,"
+                    f" the capacity is {capacity}"
                 )
 
     def fit(self, frames: Sequence[Array]) -> npt.NDArray[np.uint8]:

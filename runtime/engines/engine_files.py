@@ -9,6 +9,7 @@ import os
 from dataclasses import dataclass, replace
 
 from ..bundle import ENGINES, Bundle
+from ..counted import counted
 from ..errors import EngineError
 from ..manifest import EngineFile, Graph
 from ..schema import to_json
@@ -63,7 +64,7 @@ def machine_misfit(entry: EngineFile, target: Target, streams: int = 1) -> str |
         built = ", ".join(entry.compute_capabilities)
         return f"was built for compute capability {built}, and this GPU has {target.compute_capability}"
     if entry.streams < streams:
-        return f"takes at most {entry.streams} streams, and {streams} are asked for"
+        return f"takes at most {counted(entry.streams, 'stream')}, and {streams} are asked for"
     return None
 
 

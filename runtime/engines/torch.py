@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..bundle import Bundle
+from ..counted import counted
 from ..errors import EngineError
 from ..manifest import STREAMS, Graph, Port
 from .buffers import BufferEngine, missing_labels
@@ -123,7 +124,9 @@ class TorchEngine(BufferEngine):
                 floating = dtype is not None and kind.is_floating_point
                 self._states[name] = torch.zeros(shape, dtype=dtype if floating else kind, device=self._device)
         except RuntimeError as error:
-            raise EngineError(f"no memory on {device} for {streams} streams ({_line(error)}); load fewer") from None
+            raise EngineError(
+                f"no memory on {device} for {counted(streams, 'stream')} ({_line(error)}); load fewer"
+            ) from None
         self._captured: OrderedDict[tuple[int, int], Any] = OrderedDict()
         self._own_captured: dict[tuple[int, str], _Launch] = {}
         self._own_runs: Counter[str] = Counter()  # of one shape, before a capture

@@ -52,7 +52,7 @@ def test_json_and_every_option(golden_bundle, tmp_path, monkeypatch, capsys) -> 
         ),
         (["--video", SCENE, "--method", "guess"], "--method: expected minmax, percentile, entropy, found 'guess'"),
         (["--video", SCENE, "--max-drop", "0.5"], "--max-drop: needs the truth about every frame"),
-        (["--video", SCENE, "--frames", "3"], "3 frames are too few to calibrate on"),
+        (["--video", SCENE, "--frames", "3"], "too few frames to calibrate on: 3;"),
     ],
 )
 def test_what_cannot_be_done_is_one_line(golden_bundle, tmp_path, monkeypatch, capsys, arguments, message) -> None:

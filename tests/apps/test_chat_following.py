@@ -118,7 +118,7 @@ def test_bench_measures_tokens_and_frames(bundle, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--window", "4"], "--window: 4 frames are less than one second of video at 5 a second; expected at least 5"),
+        (["--window", "4"], "--window: 4 is less than one second of video at 5 frames a second; expected at least 5"),
         (["--resize", "crop"], "--resize: only a StreamFormer has it"),
         (["--frame-size", "56"], "--frame-size: a StreamChat's tower is its own"),
     ],

@@ -57,7 +57,7 @@ def test_black_or_even_video_is_refused(golden_bundle, tmp_path, grey) -> None:
 
 def test_too_few_frames_are_refused(golden_bundle, tmp_path) -> None:
     file = write_video(tmp_path / "short.mp4", noise(3))
-    with pytest.raises(CalibrationError, match="3 frames are too few to calibrate on; give at least 8"):
+    with pytest.raises(CalibrationError, match="too few frames to calibrate on: 3; give at least 8"):
         read_clips([file], Bundle.open(golden_bundle).manifest, 100)
 
 

@@ -183,7 +183,7 @@ def test_creation_refuses_other_models_and_folders_that_exist(checkpoint, tmp_pa
     [
         (
             {"window": 4, "rate": 5.0},
-            "--window: 4 frames are less than one second of video at 5 a second; expected at least 5",
+            "--window: 4 is less than one second of video at 5 frames a second; expected at least 5",
         ),
         ({"rate": 0.0}, "--rate: expected frames a second above 0, found 0"),
         ({"precision": "int8"}, "--precision: expected fp32, fp16, w8, w4, fp16+w4, found 'int8'"),

@@ -123,7 +123,7 @@ def test_tokens_left_over_from_a_turn_that_is_forgotten_are_left_out(stream, bun
     assert_recomputed(recorded)
 
 
-@pytest.mark.parametrize("length, message", [(33, "33 tokens do not fit beside the 0"), (200, "the cache holds 32")])
+@pytest.mark.parametrize("length, message", [(33, "no room for 33 tokens beside the 0"), (200, "the cache holds 32")])
 def test_what_never_fits_is_refused_and_nothing_is_lost(stream, bundle, length, message):
     decoder = Decoder(stream, bundle.manifest)
     (turn,) = take_turns(decoder, 1, 9)
@@ -133,7 +133,7 @@ def test_what_never_fits_is_refused_and_nothing_is_lost(stream, bundle, length, 
     assert decoder.used == 9
     system = Turn(pinned=True)
     decoder.take([decoder.text(system, tokens(20))])
-    with pytest.raises(CapacityError, match="13 tokens do not fit beside the 20"):
+    with pytest.raises(CapacityError, match="no room for 13 tokens beside the 20"):
         decoder.take([decoder.text(Turn(), tokens(13))])
 
 

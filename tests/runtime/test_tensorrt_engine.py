@@ -328,7 +328,7 @@ def edit(path: Path, **changes) -> None:
         ),
         ({"source": "0" * 64}, "was built from another graph"),
         ({"precision": "fp16+int8"}, r"is fp16\+int8, not fp32"),
-        ({"streams": 2}, "takes at most 2 streams, and 3 are asked for"),
+        ({"streams": 1}, "takes at most 1 stream, and 3 are asked for"),
         ({"flavour": "tensorrt"}, "was built by tensorrt, and here is tensorrt_rtx"),
     ],
 )
