@@ -8,12 +8,12 @@ with session.open_stream() as stream:
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from .runtime.errors import FramestepError
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Iterator, Sequence
 
     from .runtime.conversation import FrameSource
@@ -35,6 +35,9 @@ __all__ = [
     "load",
     "open_source",
 ]
+
+# ONNX Runtime from 1.29 on reports every session over the network unless this is set before it is loaded.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
 def load(

@@ -15,6 +15,7 @@ namespace {
 
 constexpr int OLDEST[] = {1, 25};  // the first with the operators of our graphs
 constexpr const char* VARIABLE = "FRAMESTEP_ONNXRUNTIME";
+constexpr const char* TELEMETRY_VARIABLE = "ORT_DISABLE_TELEMETRY";
 constexpr const char* SYSTEM_NAMES[] = {"libonnxruntime.so.1", "libonnxruntime.so"};
 
 std::string one_line(const char* message) {
@@ -88,6 +89,8 @@ Ort load(void* library, const std::string& place) {
     check_version(ort.version, place);
     const void* const* table = base->GetApi(ORT_API_VERSION_USED);
     if (table == nullptr) throw Error(FS_ERROR_ENGINE, place + ": ONNX Runtime " + ort.version + " refuses its own API");
+    // From 1.29 on it would report every session over the network, from a thread and through a database in the user's home.
+    setenv(TELEMETRY_VARIABLE, "1", 0);
 #define X(number, name, ...) ort.name = reinterpret_cast<decltype(ort.name)>(const_cast<void*>(table[number]));
     FRAMESTEP_ORT_CALLS(X)
     FRAMESTEP_ORT_RELEASES(X)

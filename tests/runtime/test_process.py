@@ -1,0 +1,53 @@
+"""What a session does to the process that it is in, and to what surrounds it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from framestep.runtime.engines.onnxruntime import shared_library
+from framestep.runtime.library import LIBRARY
+
+STEPS = Path(__file__).parents[1] / "data" / "steps.bundle"
+KEPT = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV")  # and nothing that tells ONNX Runtime of a test
+
+LOAD = f"import framestep; session = framestep.load({str(STEPS)!r}, threads=1)"
+ONNX_RUNTIME = "import framestep, onnxruntime"
+# The native library by itself, as a program in C has it.
+NATIVE = (
+    f"import ctypes; native, found = ctypes.CDLL({str(LIBRARY)!r}), ctypes.c_int();"
+    f" assert native.fs_device_available({os.fsencode(shared_library())!r}, b'cpu', ctypes.byref(found)) == 0"
+)
+FORK = """
+import os, signal
+child = os.fork()
+if child:
+    assert os.waitpid(child, 0)[1] == 0
+else:
+    signal.alarm(10)
+"""
+
+
+def run_apart(code: str, home: Path) -> subprocess.CompletedProcess[str]:
+    """Python in a user's environment, with `home` and nothing else of this one."""
+    environment = {name: os.environ[name] for name in KEPT if name in os.environ} | {"HOME": str(home)}
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False, env=environment
+    )
+
+
+@pytest.mark.parametrize("start", [LOAD, ONNX_RUNTIME, NATIVE], ids=["session", "import", "native"])
+def test_nothing_is_reported_or_left_in_the_users_home(start, tmp_path):
+    done = run_apart(start, tmp_path)
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("start", [LOAD, NATIVE], ids=["session", "native"])
+def test_a_child_that_was_forked_from_a_process_with_onnx_runtime_comes_to_its_end(start, tmp_path):
+    done = run_apart(start + FORK, tmp_path)
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
