@@ -243,7 +243,7 @@ fs_status step(fs_session handle, fs_frame* frames, size_t count) {
     need(frames, "frames");
     if (count > static_cast<size_t>(session->engine_options().streams)) {
         throw Error(FS_ERROR_ARGUMENT, "frames: " + std::to_string(count) + " for a session of " +
-                                           std::to_string(session->engine_options().streams) + " streams");
+                                           counted(static_cast<size_t>(session->engine_options().streams), "stream"));
     }
     const size_t size = frames->struct_size;
     check_size(size, sizeof(fs_frame), "frames");

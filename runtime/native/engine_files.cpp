@@ -91,7 +91,7 @@ std::string machine_misfit(const EngineFile& engine, const Target& target, int s
         return "was built for compute capability " + built + ", and this GPU has " + target.compute_capability;
     }
     if (engine.streams < streams) {
-        return "takes at most " + std::to_string(engine.streams) + " streams, and " + std::to_string(streams) +
+        return "takes at most " + counted(static_cast<size_t>(engine.streams), "stream") + ", and " + std::to_string(streams) +
                " are asked for";
     }
     return "";

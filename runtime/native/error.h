@@ -1,6 +1,7 @@
 // The one error that crosses this library's code; api.cpp turns it into a status and a message.
 #pragma once
 
+#include <cstddef>
 #include <exception>
 #include <string>
 #include <utility>
@@ -17,5 +18,10 @@ struct Error : std::exception {
     fs_status code;
     std::string message;
 };
+
+// "1 stream", "2 streams".
+inline std::string counted(size_t number, const std::string& noun) {
+    return std::to_string(number) + " " + noun + (number == 1 ? "" : "s");
+}
 
 }  // namespace framestep

@@ -313,8 +313,7 @@ void Session::open_stream(fs_stream stream) {
         place.handle.store(stream, std::memory_order_release);
         return;
     }
-    throw Error(FS_ERROR_ENGINE, "all " + std::to_string(slots_.size()) +
-                                     " streams of this session are open; open it with more streams");
+    throw Error(FS_ERROR_ENGINE, "every stream of this session is open (" + std::to_string(slots_.size()) + "); open it with more streams");
 }
 
 void Session::close_stream(fs_stream stream) {

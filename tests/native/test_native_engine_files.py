@@ -116,6 +116,11 @@ def test_of_several_the_one_for_the_fewest_streams_that_suffice_is_taken(parts, 
     assert_refused_alike(parts, bundle, streams=9)
 
 
+def test_an_engine_of_one_stream_is_refused_for_two(parts, bundle):
+    add_engine(bundle, streams=1)
+    assert "takes at most 1 stream, and 2 are asked for" in assert_refused_alike(parts, bundle, streams=2)
+
+
 def test_a_version_without_its_last_number_fits(parts, bundle):
     name = add_engine(bundle, version="10.16.2")  # as some packages of TensorRT name themselves
     assert of_the_library(parts, bundle, 1) == name
