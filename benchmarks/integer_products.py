@@ -1,4 +1,4 @@
-"""The rate of a quantized bundle's integer products within a step, against the same products alone.
+"""The rate of a quantized bundle's integer products by ONNX Runtime within a step, against the same products alone.
 
     python benchmarks/integer_products.py INT8_BUNDLE [--steps 40] [--threads N]
 

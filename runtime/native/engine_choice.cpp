@@ -2,7 +2,7 @@
 
 #include <set>
 
-#include "float_products.h"
+#include "grouped_products.h"
 #ifdef FRAMESTEP_TENSORRT
 #include "tensorrt_engine.h"
 #endif

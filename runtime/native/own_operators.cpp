@@ -58,37 +58,55 @@ private:
     std::map<std::string, std::unique_ptr<MappedFile>> files_;
 };
 
-std::vector<float> floats(const OnnxTensor& tensor, int64_t numbers, Constants& constants) {  // copied: they may lie anywhere
-    const std::string_view bytes = constants.bytes(tensor, static_cast<uint64_t>(numbers) * sizeof(float));
+// Copied, for they may lie anywhere; empty for none.
+std::vector<float> floats(const std::optional<OnnxTensor>& tensor, int64_t numbers, Constants& constants) {
+    if (!tensor) return {};
+    const std::string_view bytes = constants.bytes(*tensor, static_cast<uint64_t>(numbers) * sizeof(float));
     std::vector<float> values(static_cast<size_t>(numbers));
     std::copy_n(bytes.data(), bytes.size(), reinterpret_cast<char*>(values.data()));
     return values;
 }
 
+uint64_t numbers(const ConstantProduct& product) {
+    return static_cast<uint64_t>(product.inputs) * static_cast<uint64_t>(product.outputs);
+}
+
+// Borrows the bias.
+Epilogue epilogue(const ConstantProduct& product, const std::vector<float>& bias) {
+    return {bias.empty() ? nullptr : bias.data(), product.gelu};
+}
+
 template <class Matrix>
 std::shared_ptr<const Matrix> pack(const ConstantProduct& product, Constants& constants) {
-    const auto count = static_cast<uint64_t>(product.inputs) * static_cast<uint64_t>(product.outputs);
-    std::vector<float> bias;
-    if (product.bias) bias = floats(*product.bias, product.outputs, constants);
-    return std::make_shared<const Matrix>(constants.bytes(product.matrix, count * sizeof(float)), product.inputs,
-                                          product.outputs, product.bias ? bias.data() : nullptr);
+    const std::vector<float> bias = floats(product.bias, product.outputs, constants);
+    return std::make_shared<const Matrix>(constants.bytes(product.matrix, numbers(product) * sizeof(float)), product.inputs,
+                                          product.outputs, epilogue(product, bias));
+}
+
+template <>
+std::shared_ptr<const IntegerMatrix> pack(const ConstantProduct& product, Constants& constants) {
+    const std::vector<float> bias = floats(product.bias, product.outputs, constants);
+    const std::vector<float> scales = floats(product.scales, product.outputs, constants);
+    return std::make_shared<const IntegerMatrix>(constants.bytes(product.matrix, numbers(product)), product.inputs,
+                                                 product.outputs, product.input_scale, scales.data(),
+                                                 epilogue(product, bias));
 }
 
 template <>
 std::shared_ptr<const PackedMatrix> pack(const ConstantProduct& product, Constants& constants) {
-    const int64_t count = product.inputs * product.outputs;
+    const uint64_t count = numbers(product);
     BlockMatrix matrix;
     matrix.bits = product.bits;
     matrix.inputs = product.inputs;
     matrix.outputs = product.outputs;
     matrix.block = product.block;
-    const auto bytes = static_cast<uint64_t>(product.bits == 8 ? count : (count + 1) / 2);
-    matrix.integers = reinterpret_cast<const uint8_t*>(constants.bytes(product.matrix, bytes).data());
-    const std::vector<float> scales = floats(*product.scales, count / product.block, constants);
+    const std::string_view integers = constants.bytes(product.matrix, product.bits == 8 ? count : (count + 1) / 2);
+    matrix.integers = reinterpret_cast<const uint8_t*>(integers.data());
+    const std::vector<float> bias = floats(product.bias, product.outputs, constants);
+    const std::vector<float> scales =
+        floats(product.scales, static_cast<int64_t>(count) / product.block, constants);
     matrix.scales = scales.data();
-    std::vector<float> bias;
-    if (product.bias) bias = floats(*product.bias, product.outputs, constants);
-    matrix.bias = product.bias ? bias.data() : nullptr;
+    matrix.bias = bias.empty() ? nullptr : bias.data();
     return std::make_shared<const PackedMatrix>(matrix);
 }
 
@@ -113,7 +131,7 @@ public:
 private:
     // Where the constants of a matrix lie, and how they are to be read; graphs that say the same share one.
     using Place = std::pair<std::string, uint64_t>;
-    using Stored = std::tuple<Place, Place, Place, int64_t, int64_t, int64_t, int>;
+    using Stored = std::tuple<Place, Place, Place, int64_t, int64_t, int64_t, int, bool, float>;
 
     std::shared_ptr<const Matrix> one(const ConstantProduct& product, Constants& constants) {
         const OnnxTensor scales = product.scales.value_or(OnnxTensor()), bias = product.bias.value_or(OnnxTensor());
@@ -122,7 +140,7 @@ private:
         }
         const auto place = [](const OnnxTensor& tensor) { return Place(tensor.location, tensor.offset); };
         auto& matrix = matrices_[{place(product.matrix), place(scales), place(bias), product.inputs, product.outputs,
-                                  product.block, product.bits}];
+                                  product.block, product.bits, product.gelu, product.input_scale}];
         if (matrix == nullptr) matrix = pack<Matrix>(product, constants);
         return matrix;
     }
@@ -137,25 +155,28 @@ struct OwnOperators::Impl {
         : ort(ort), ring(own_operator<RingKernel>(ort, nullptr)), cache(own_operator<CacheKernel>(ort, nullptr)),
           block_product(own_operator<BlockProductsKernel>(ort, &blocks.products)),
           float_product(own_operator<FloatProductsKernel>(ort, &float32.products)),
-          bfloat16_product(own_operator<Bfloat16ProductsKernel>(ort, &bfloat16.products)) {}
+          bfloat16_product(own_operator<Bfloat16ProductsKernel>(ort, &bfloat16.products)),
+          integer_product(own_operator<IntegerProductsKernel>(ort, &integers.products)) {}
 
     const Ort& ort;
     Packings<PackedMatrix> blocks;
     Packings<FloatMatrix> float32;
     Packings<Bfloat16Matrix> bfloat16;
+    Packings<IntegerMatrix> integers;
     OwnOperator<RingKernel> ring;
     OwnOperator<CacheKernel> cache;
     OwnOperator<BlockProductsKernel> block_product;
     OwnOperator<FloatProductsKernel> float_product;
     OwnOperator<Bfloat16ProductsKernel> bfloat16_product;
+    OwnOperator<IntegerProductsKernel> integer_product;
     OrtCustomOpDomain* domain = nullptr;
 };
 
 OwnOperators::OwnOperators(const Ort& ort) : impl_(std::make_unique<Impl>(ort)) {
     const std::string what = "ONNX Runtime could not take an operator";
     ort.check(ort.CreateCustomOpDomain(OWN_DOMAIN, &impl_->domain), what);
-    const OrtCustomOp* const all[] = {&impl_->ring, &impl_->cache, &impl_->block_product, &impl_->float_product,
-                                       &impl_->bfloat16_product};
+    const OrtCustomOp* const all[] = {&impl_->ring,          &impl_->cache,            &impl_->block_product,
+                                      &impl_->float_product, &impl_->bfloat16_product, &impl_->integer_product};
     for (const OrtCustomOp* own : all) ort.check(ort.CustomOpDomain_Add(impl_->domain, own), what);
 }
 
@@ -178,6 +199,9 @@ DerivedGraph OwnOperators::derive(const Bundle& bundle, const Manifest& manifest
         Constants constants(path.parent_path());
         if (fastest_block_kernels() != nullptr) {
             products += impl_->blocks.add(replace_block_products(onnx, impl_->blocks.products.size()), constants);
+        }
+        if (integer_kernels() != nullptr) {
+            products += impl_->integers.add(replace_integer_products(onnx, impl_->integers.products.size()), constants);
         }
         if (bfloat16) {
             products += impl_->bfloat16.add(replace_float_products(onnx, impl_->bfloat16.products.size(), true), constants);

@@ -68,6 +68,17 @@ void compute_products(const KernelCalls& calls, OrtKernelContext* context, const
     }
 }
 
+template <class Matrix>
+const ProductKernels<Matrix>* kernels_of();
+template <>
+const ProductKernels<Bfloat16Matrix>* kernels_of() {
+    return bfloat16_kernels();
+}
+template <>
+const ProductKernels<IntegerMatrix>* kernels_of() {
+    return integer_kernels();
+}
+
 }  // namespace
 
 void BlockProductsKernel::compute(OrtKernelContext* context) const {
@@ -105,22 +116,26 @@ void FloatProductsKernel::compute(OrtKernelContext* context) const {
         });
 }
 
-void Bfloat16ProductsKernel::compute(OrtKernelContext* context) const {
-    thread_local std::vector<uint16_t> room;
-    const ProductKernels<Bfloat16Matrix>& kernels = *bfloat16_kernels();
-    const int64_t inputs = products_.front()->inputs();
-    const KernelCalls calls(ort);
-    uint16_t* rows = nullptr;
+template <class Matrix>
+void RoundedProductsKernel<Matrix>::compute(OrtKernelContext* context) const {
+    using Number = typename Matrix::Number;
+    thread_local std::vector<Number> room;
+    const ProductKernels<Matrix>& kernels = *kernels_of<Matrix>();
+    const Matrix& any = *this->products_.front();  // x is rounded in the same way for each
+    const KernelCalls calls(this->ort);
+    Number* rows = nullptr;
     compute_products(
-        calls, context, products_, ROWS_AT_ONCE,
+        calls, context, this->products_, ROWS_AT_ONCE,
         [&](const float* x, int64_t count) {
-            rows = room_for(room, count * Bfloat16Matrix::padded(inputs));
-            round_rows(calls, context, count,
-                       [&](int64_t first, int64_t stop) { kernels.round(x, inputs, first, stop, rows); });
+            rows = room_for(room, count * Matrix::padded(any.inputs()));
+            round_rows(calls, context, count, [&](int64_t first, int64_t stop) { kernels.round(any, x, first, stop, rows); });
         },
-        [&](const Bfloat16Matrix& matrix, int64_t count, int64_t first, int64_t stop, float* y) {
+        [&](const Matrix& matrix, int64_t count, int64_t first, int64_t stop, float* y) {
             kernels.multiply(matrix, rows, count, first, stop, y);
         });
 }
+
+template class RoundedProductsKernel<Bfloat16Matrix>;
+template class RoundedProductsKernel<IntegerMatrix>;
 
 }  // namespace framestep

@@ -1,11 +1,12 @@
-// `BlockProducts`, `FloatProducts` and `Bfloat16Products` as operators that ONNX Runtime calls.
+// `BlockProducts`, `FloatProducts`, `Bfloat16Products` and `IntegerProducts` as operators that ONNX Runtime calls.
 #pragma once
 
 #include <memory>
+#include <type_traits>
 #include <vector>
 
 #include "block_products.h"
-#include "float_products.h"
+#include "grouped_products.h"
 #include "own_operator.h"
 #include "product_graph.h"
 
@@ -44,11 +45,17 @@ public:
     void compute(OrtKernelContext* context) const;
 };
 
-class Bfloat16ProductsKernel : public ProductsKernel<Bfloat16Matrix> {
+// Of a Matrix to whose numbers x is rounded.
+template <class Matrix>
+class RoundedProductsKernel : public ProductsKernel<Matrix> {
 public:
-    static constexpr const char* NAME = BFLOAT16_PRODUCTS_OPERATOR;
-    using ProductsKernel::ProductsKernel;
+    static constexpr const char* NAME =
+        std::is_same_v<Matrix, IntegerMatrix> ? INTEGER_PRODUCTS_OPERATOR : BFLOAT16_PRODUCTS_OPERATOR;
+    using ProductsKernel<Matrix>::ProductsKernel;
     void compute(OrtKernelContext* context) const;
 };
+
+using Bfloat16ProductsKernel = RoundedProductsKernel<Bfloat16Matrix>;
+using IntegerProductsKernel = RoundedProductsKernel<IntegerMatrix>;
 
 }  // namespace framestep

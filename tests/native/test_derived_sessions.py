@@ -16,16 +16,24 @@ import framestep
 from framestep.runtime.bundle import file_entry
 from framestep.runtime.errors import FramestepError
 
-BLOCK = 32
-KINDS = {"blocks": "onnxruntime", "float32": "onnxruntime", "bfloat16": "onnxruntime:bf16"}
-OPERATORS = {"blocks": "BlockProducts", "float32": "FloatProducts", "bfloat16": "Bfloat16Products"}
+BLOCK, X_SCALE = 32, np.float32(0.03)
+ENGINES = {"bfloat16": "onnxruntime:bf16"}
+OPERATORS = {
+    "blocks": "BlockProducts",
+    "integers": "IntegerProducts",
+    "float32": "FloatProducts",
+    "bfloat16": "Bfloat16Products",
+}
 in_float32 = pytest.param(
     "float32", marks=pytest.mark.skipif(not cpu_has("avx512f"), reason="this processor has no AVX-512")
 )
 in_bfloat16 = pytest.param(
     "bfloat16", marks=pytest.mark.skipif(not cpu_has("avx512_bf16"), reason="this processor has no AVX512-BF16")
 )
-kinds = pytest.mark.parametrize("kind", ["blocks", in_float32, in_bfloat16])
+in_integers = pytest.param(
+    "integers", marks=pytest.mark.skipif(not cpu_has("avx512_vnni"), reason="this processor has no AVX512-VNNI")
+)
+kinds = pytest.mark.parametrize("kind", ["blocks", in_integers, in_float32, in_bfloat16])
 
 Shapes = dict[str, list[str | int]]
 
@@ -34,8 +42,8 @@ class GraphBundle:
     """A bundle of one graph, `graph`, that is run by itself; axes `T` are of any size, and that of streams is added."""
 
     def __init__(self, folder: Path, kind: str) -> None:
-        self.folder, self.engine = folder / "one.bundle", KINDS[kind]
-        self.kind = kind
+        self.folder, self.engine = folder / "one.bundle", ENGINES.get(kind, "onnxruntime")
+        self.kind, self.of_floats = kind, kind in ("float32", "bfloat16")
         self.folder.mkdir()
         self.nodes: list[onnx.NodeProto] = []
         self.constants: list[onnx.TensorProto] = []
@@ -50,23 +58,35 @@ class GraphBundle:
         self.constants.append(tensor)
 
     def product(self, x: str, y: str, shape: tuple[int, int], length: bool = True) -> None:
-        """y = x times the matrix of this shape that `weights.bin` begins with, INT8 in blocks or float32."""
+        """y = x times the matrix of this shape that `weights.bin` begins with, INT8 or float32."""
         inputs, outputs = shape
         numbers = inputs * outputs
-        if self.kind != "blocks":
+        if self.of_floats:
             self.external(f"{y}.matrix", TensorProto.FLOAT, shape, 0, 4 * numbers if length else None)
-        else:
-            self.external(f"{y}.integers", TensorProto.INT8, shape, 0, numbers if length else None)
-            scales = np.full((inputs // BLOCK, outputs), 0.01, np.float32)
-            self.constants.append(numpy_helper.from_array(scales, f"{y}.scales"))
-            names = [f"{y}.integers", f"{y}.scales"]
-            self.nodes.append(helper.make_node("DequantizeLinear", names, [f"{y}.matrix"], axis=0, block_size=BLOCK))
+            self.nodes.append(helper.make_node("MatMul", [x, f"{y}.matrix"], [y]))
+            return
+        self.external(f"{y}.integers", TensorProto.INT8, shape, 0, numbers if length else None)
+        scales = np.full((inputs // BLOCK, outputs) if self.kind == "blocks" else outputs, 0.01, np.float32)
+        self.constants.append(numpy_helper.from_array(scales, f"{y}.scales"))
+        names, blocks = [f"{y}.integers", f"{y}.scales"], {"axis": 0, "block_size": BLOCK}
+        self.nodes.append(
+            helper.make_node(
+                "DequantizeLinear", names, [f"{y}.matrix"], **(blocks if self.kind == "blocks" else {"axis": 1})
+            )
+        )
+        if self.kind == "integers":
+            rounding = [f"{y}.x_scale", f"{y}.zero"]
+            self.constants.append(numpy_helper.from_array(np.array(X_SCALE), rounding[0]))
+            self.constants.append(numpy_helper.from_array(np.array(0, np.int8), rounding[1]))
+            self.nodes.append(helper.make_node("QuantizeLinear", [x, *rounding], [f"{y}.rounded"]))
+            self.nodes.append(helper.make_node("DequantizeLinear", [f"{y}.rounded", *rounding], [f"{y}.x"]))
+            x = f"{y}.x"
         self.nodes.append(helper.make_node("MatMul", [x, f"{y}.matrix"], [y]))
 
     def write(self, inputs: Shapes, outputs: Shapes) -> None:
         rng = np.random.default_rng(0)
         weights = rng.integers(-127, 128, 1 << 14).astype(np.int8)
-        if self.kind != "blocks":
+        if self.of_floats:
             weights = rng.standard_normal(1 << 12).astype(np.float32)
         (self.folder / "weights.bin").write_bytes(weights.tobytes())
         infos = [
@@ -144,8 +164,8 @@ def test_a_matrix_that_two_products_read_is_read_by_both(bundle: GraphBundle) ->
     again.input[0], again.output[0] = "once", "twice"
     bundle.nodes.append(again)
     bundle.write({"x": ["T", 32]}, {"once": ["T", 32], "twice": ["T", 32]})
-    # in blocks only where one product alone reads what the dequantizer makes
-    bundle.check({"x": numbers(5, 32)}, 0 if bundle.kind == "blocks" else 2)
+    # of integers only where one product alone reads what the dequantizer makes
+    bundle.check({"x": numbers(5, 32)}, 2 if bundle.of_floats else 0)
 
 
 @kinds
@@ -185,15 +205,19 @@ def test_an_operator_of_ours_in_a_file_that_names_fewer_results_is_refused(bundl
         bundle.run({"x": numbers(3, 64)})
 
 
-@pytest.mark.parametrize("kind", [in_float32, in_bfloat16])
+@pytest.mark.parametrize("kind", [in_integers, in_float32, in_bfloat16])
 @pytest.mark.parametrize("rows", [1, 4, 5, 255, 256, 257, 515])
 def test_any_number_of_rows_is_multiplied(bundle: GraphBundle, rows: int) -> None:
     bundle.product("x", "y", (33, 49))
     bundle.write({"x": ["T", 33]}, {"y": ["T", 49]})
     x = numbers(rows, 33)
     found, count = bundle.run({"x": x})
-    matrix = np.frombuffer((bundle.folder / "weights.bin").read_bytes(), np.float32)[: 33 * 49].reshape(33, 49)
-    kept = ml_dtypes.bfloat16 if bundle.kind == "bfloat16" else np.float32
-    left, right = (array.astype(kept).astype(np.float64) for array in (x, matrix))
+    stored = np.float32 if bundle.of_floats else np.int8
+    matrix = np.frombuffer((bundle.folder / "weights.bin").read_bytes(), stored)[: 33 * 49].reshape(33, 49)
+    if bundle.kind == "integers":
+        left, right = np.clip(np.rint(x / X_SCALE), -128, 127) * X_SCALE.astype(np.float64), matrix * 0.01
+    else:
+        kept = ml_dtypes.bfloat16 if bundle.kind == "bfloat16" else np.float32
+        left, right = (array.astype(kept).astype(np.float64) for array in (x, matrix))
     assert count == 1
     assert (np.abs(found["y"] - left @ right) <= 1e-6 * (np.abs(left) @ np.abs(right))).all()

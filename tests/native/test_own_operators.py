@@ -258,6 +258,11 @@ def bfloat16(parts: Parts) -> Parts:
     return parts
 
 
+def tanh_gelu(x: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
 @pytest.mark.parametrize("kind", [np.float32, ml_dtypes.bfloat16])
 @given(
     seed=st.integers(0, 2**32 - 1),
@@ -266,10 +271,11 @@ def bfloat16(parts: Parts) -> Parts:
     rows=st.integers(1, 21),
     part=st.integers(1, 4),
     biased=st.booleans(),
+    gelu=st.booleans(),
 )
 @hypothesis_settings
 def test_products_are_those_of_float64_with_both_operands_rounded(
-    parts: Parts, kind: type, seed: int, inputs: int, outputs: int, rows: int, part: int, biased: bool
+    parts: Parts, kind: type, seed: int, inputs: int, outputs: int, rows: int, part: int, biased: bool, gelu: bool
 ) -> None:
     in_float32 = kind is np.float32
     if not (parts.library.parts_multiplies_floats() if in_float32 else parts.library.parts_multiplies_bfloat16()):
@@ -279,7 +285,7 @@ def test_products_are_those_of_float64_with_both_operands_rounded(
     x = (rng.standard_normal((rows, inputs)) * np.exp(rng.normal(0, 3, (rows, 1)))).astype(np.float32)
     bias = rng.standard_normal(outputs).astype(np.float32) if biased else None
     y, rounded = np.full((rows, outputs), np.nan, np.float32), np.full((rows, inputs + inputs % 2), 99, kind)
-    operands = *sizes(inputs, outputs), *pointers(matrix, bias, x), *sizes(rows, part)
+    operands = *sizes(inputs, outputs), *pointers(matrix, bias), int(gelu), *pointers(x), *sizes(rows, part)
     if in_float32:
         parts.library.parts_multiply_floats(*operands, *pointers(y))
     else:
@@ -288,7 +294,58 @@ def test_products_are_those_of_float64_with_both_operands_rounded(
     left, right = (array.astype(kind).astype(np.float64) for array in (x, matrix))
     expected = left @ right + (0 if bias is None else bias)
     largest = np.abs(left) @ np.abs(right) + (0 if bias is None else np.abs(bias))
-    assert (np.abs(y - expected) <= 1e-6 * largest).all()
+    assert (np.abs(y - (tanh_gelu(expected) if gelu else expected)) <= 2e-6 * largest).all()
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    inputs=st.integers(1, 300),
+    outputs=st.integers(1, 150),
+    rows=st.integers(1, 21),
+    part=st.integers(1, 4),
+    biased=st.booleans(),
+    gelu=st.booleans(),
+)
+@hypothesis_settings
+def test_products_of_integers_are_exact_and_then_scaled(
+    parts: Parts, seed: int, inputs: int, outputs: int, rows: int, part: int, biased: bool, gelu: bool
+) -> None:
+    if not parts.library.parts_multiplies_integers():
+        pytest.skip("this processor has no such instructions")
+    rng = np.random.default_rng(seed)
+    matrix = rng.choice([-128, -127, 0, 127, rng.integers(-128, 128)], (inputs, outputs)).astype(np.int8)
+    input_scale = np.float32(rng.uniform(1e-4, 10))
+    scales = np.exp(rng.normal(-5, 3, outputs)).astype(np.float32)
+    x = (input_scale * rng.uniform(-160, 160, (rows, inputs))).astype(np.float32)
+    x.flat[:4] = np.array([np.inf, -np.inf, 3e38, 2.5 * input_scale])[: x.size]  # too large, and a tie
+    bias = rng.standard_normal(outputs).astype(np.float32) if biased else None
+    y, rounded = np.full((rows, outputs), np.nan, np.float32), np.full((rows, (inputs + 3) // 4 * 4), 99, np.uint8)
+    parts.library.parts_multiply_integers(
+        *sizes(inputs, outputs), *pointers(matrix, bias), int(gelu), *pointers(x), *sizes(rows, part),
+        *pointers(rounded, y), ctypes.c_float(input_scale), *pointers(scales)
+    )  # fmt: skip
+    with np.errstate(over="ignore"):
+        integers = np.clip(np.rint(x / input_scale), -128, 127).astype(np.int64)
+    np.testing.assert_array_equal(rounded[:, :inputs], integers + 128)
+    scaled = (integers @ matrix.astype(np.int64)) * (scales * input_scale).astype(np.float64)
+    expected = scaled + (0 if bias is None else bias)
+    largest = np.abs(scaled) + (0 if bias is None else np.abs(bias))
+    assert (np.abs(y - (tanh_gelu(expected) if gelu else expected)) <= 1e-6 * largest).all()
+
+
+@pytest.mark.parametrize("kind", ["floats", "bfloat16"])
+def test_gelu_of_any_number_is_that_of_float64_by_the_hyperbolic_tangent(parts: Parts, kind: str) -> None:
+    if not getattr(parts.library, f"parts_multiplies_{kind}")():
+        pytest.skip("this processor has no such instructions")
+    numbers = np.concatenate([np.linspace(-12, 12, 100_001), np.geomspace(1e-38, 3e38, 999), [0, np.inf]])
+    bias = np.concatenate([numbers, -numbers[:-1]]).astype(np.float32)
+    count, y, none = len(bias), np.empty(len(bias), np.float32), np.zeros(1, np.float32)
+    rounded = [np.empty(2, np.uint16)] if kind == "bfloat16" else []
+    getattr(parts.library, f"parts_multiply_{kind}")(
+        *sizes(1, count), *pointers(np.zeros(count, np.float32), bias), 1, *pointers(none), *sizes(1, 100),
+        *pointers(*rounded, y)
+    )  # fmt: skip
+    np.testing.assert_allclose(y, tanh_gelu(bias.astype(np.float64)), rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("rest", [0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], ids=hex)
@@ -301,12 +358,12 @@ def test_every_number_is_rounded_to_the_nearest_ties_to_even_and_small_ones_to_z
     rounded, y = np.empty(1 << 16, ml_dtypes.bfloat16), np.empty(1, np.float32)
     column = np.zeros_like(numbers)
     bfloat16.library.parts_multiply_bfloat16(
-        *sizes(1 << 16, 1), *pointers(column, None, numbers), *sizes(1, 1), *pointers(rounded, y)
+        *sizes(1 << 16, 1), *pointers(column, None), 0, *pointers(numbers), *sizes(1, 1), *pointers(rounded, y)
     )
     np.testing.assert_array_equal(rounded.astype(np.float32), expected)
     one, kept, products = np.ones(1, np.float32), np.empty(2, np.uint16), np.empty_like(numbers)
     bfloat16.library.parts_multiply_bfloat16(
-        *sizes(1, 1 << 16), *pointers(numbers, None, one), *sizes(1, 100), *pointers(kept, products)
+        *sizes(1, 1 << 16), *pointers(numbers, None), 0, *pointers(one), *sizes(1, 100), *pointers(kept, products)
     )
     np.testing.assert_array_equal(products, expected)
 
@@ -318,7 +375,7 @@ def test_a_number_that_is_not_finite_stays_so_in_bfloat16(bfloat16: Parts, numbe
     {"x": x, "matrix": matrix}[place][5, 4] = number
     rounded, y = np.empty((9, 6), np.uint16), np.empty((9, 50), np.float32)
     bfloat16.library.parts_multiply_bfloat16(
-        *sizes(6, 50), *pointers(matrix, None, x), *sizes(9, 1), *pointers(rounded, y)
+        *sizes(6, 50), *pointers(matrix, None), 0, *pointers(x), *sizes(9, 1), *pointers(rounded, y)
     )
     hit = np.zeros((9, 50), bool)
     hit[5 if place == "x" else slice(None), 4 if place == "matrix" else slice(None)] = True
@@ -429,13 +486,112 @@ def test_products_of_floats_become_nodes_of_ours_where_they_are_asked_for(
     added = {node.input[0]: node.output[0] for node in backbone.graph.node if node.op_type == "Add"}
     biases = {item.name for item in backbone.graph.initializer if len(item.dims) == 1}
     sums = {node.input[0] for node in backbone.graph.node if node.op_type == "Add" and node.input[1] in biases}
-    assert made == {added[name] if name in sums else name for name in (node.output[0] for node in products)}
+    last = [added[name] if name in sums else name for name in (node.output[0] for node in products)]
+    activated = {node.input[0]: node.output[0] for node in backbone.graph.node if node.op_type == "Gelu"}
+    assert activated and made == {activated.get(name, name) for name in last}
     kept = {item.name for item in derived.graph.initializer}
     assert kept.isdisjoint(node.input[1] for node in products)
     read = {name for node in derived.graph.node for name in node.input}
     assert read <= kept | {name for node in derived.graph.node for name in node.output} | {
         port.name for port in derived.graph.input
     }
+
+
+@pytest.mark.parametrize("change", ["by the error function", "read twice"])
+def test_another_gelu_is_computed_as_before(
+    parts: Parts, tmp_path: Path, backbone: onnx.ModelProto, change: str
+) -> None:
+    gelu = first(backbone, "Gelu")
+    if change == "read twice":
+        read_elsewhere(backbone, gelu.input[0])
+    else:
+        set_attribute(gelu, "approximate", "none")
+    derived = derive(parts, backbone, tmp_path, set(), "floats")
+    assert derived is not None and gelu in derived.graph.node
+    assert operators(derived)["Gelu"] == 1
+
+
+def constant(item: np.ndarray, name: str) -> onnx.TensorProto:
+    return onnx.numpy_helper.from_array(item, name)
+
+
+@pytest.fixture
+def integers() -> onnx.ModelProto:
+    """Two products of one x, of which the first has a bias and a GELU, and one of another x."""
+    rng, make = np.random.default_rng(0), onnx.helper.make_node
+    constants = [
+        constant(np.array(0, np.int8), "zero"),
+        constant(np.array(0.02, np.float32), "scale"),
+        constant(rng.standard_normal(48).astype(np.float32), "bias"),
+    ]
+    nodes = []
+    for name, x in (("first", "x"), ("second", "x"), ("third", "z")):
+        matrix = rng.integers(-127, 128, (32, 48)).astype(np.int8)
+        constants.append(constant(matrix, f"{name}.int8"))
+        constants.append(constant(rng.uniform(1e-3, 1e-2, 48).astype(np.float32), f"{name}.scale"))
+        nodes += [
+            make("QuantizeLinear", [x, "scale", "zero"], [f"{name}.rounded"]),
+            make("DequantizeLinear", [f"{name}.rounded", "scale", "zero"], [f"{name}.x"]),
+            make("DequantizeLinear", [f"{name}.int8", f"{name}.scale"], [f"{name}.matrix"], axis=1),
+            make("MatMul", [f"{name}.x", f"{name}.matrix"], [f"{name}.y"]),
+        ]
+    nodes += [make("Add", ["first.y", "bias"], ["sum"]), make("Gelu", ["sum"], ["activated"], approximate="tanh")]
+    ports = [
+        [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["T", size]) for name in names]
+        for names, size in ((("x", "z"), 32), (("activated", "second.y", "third.y"), 48))
+    ]
+    graph = onnx.helper.make_graph(nodes, "graph", *ports, constants)
+    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 24)], ir_version=11)
+
+
+def test_products_of_integers_become_nodes_of_ours(parts: Parts, tmp_path: Path, integers: onnx.ModelProto) -> None:
+    derived = derive(parts, integers, tmp_path, set(), "integers")
+    assert derived is not None
+    assert [(node.op_type, list(node.input), list(node.output)) for node in derived.graph.node] == [
+        ("IntegerProducts", ["x"], ["activated", "second.y"]),
+        ("IntegerProducts", ["z"], ["third.y"]),
+    ]
+    assert not derived.graph.initializer
+
+
+def replace_constant(model: onnx.ModelProto, name: str, array: np.ndarray) -> None:
+    next(item for item in model.graph.initializer if item.name == name).CopyFrom(constant(array, name))
+
+
+def other_scale(model: onnx.ModelProto) -> None:
+    model.graph.initializer.append(constant(np.array(0.03, np.float32), "other"))
+    first(model, "DequantizeLinear").input[1] = "other"
+
+
+@pytest.mark.parametrize(
+    ("change", "left"),
+    [
+        (lambda model: replace_constant(model, "zero", np.array(3, np.int8)), 3),
+        (lambda model: replace_constant(model, "zero", np.array(0, np.uint8)), 3),
+        (lambda model: replace_constant(model, "scale", np.array([0.02, 0.03], np.float32)), 3),
+        (lambda model: replace_constant(model, "scale", np.array(0, np.float32)), 3),
+        (lambda model: replace_constant(model, "scale", np.array(np.nan, np.float32)), 3),
+        (lambda model: number_by_number(model, "scale"), 3),
+        (lambda model: replace_constant(model, "first.int8", np.zeros((32, 48), np.uint8)), 1),
+        (lambda model: replace_constant(model, "first.scale", np.ones(32, np.float32)), 1),
+        (lambda model: replace_constant(model, "first.int8", np.zeros((2**17, 48), np.int8)), 1),
+        (lambda model: set_attribute(model.graph.node[2], "axis", 0), 1),
+        (lambda model: set_attribute(model.graph.node[2], "block_size", 32), 1),
+        (lambda model: set_attribute(model.graph.node[0], "saturate", 1), 1),
+        (lambda model: read_elsewhere(model, "first.rounded"), 1),
+        (lambda model: read_elsewhere(model, "first.matrix"), 1),
+        (other_scale, 1),
+    ],
+    ids=["a zero point", "unsigned", "two scales", "scale 0", "no scale", "a scale that is not bytes", "an unsigned matrix",
+         "scales of inputs", "too many inputs", "another axis", "blocks", "another attribute", "x read elsewhere",
+         "a matrix read elsewhere", "another scale"],
+)  # fmt: skip
+def test_other_products_of_integers_keep_their_nodes(
+    parts: Parts, tmp_path: Path, integers: onnx.ModelProto, change: Any, left: int
+) -> None:
+    change(integers)
+    derived = derive(parts, integers, tmp_path, set(), "integers")
+    assert operators(integers if derived is None else derived)["MatMul"] == left
 
 
 @pytest.mark.parametrize("change", ["a bias of another shape", "a product that is read twice"])

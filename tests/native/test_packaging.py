@@ -34,7 +34,7 @@ def test_a_wheel_has_the_command_as_a_module_and_no_setup(tmp_path):
     assert (tmp_path / "framestep" / "include" / "framestep.h").is_file()
 
 
-@pytest.mark.parametrize("source", ["own_operators", "attention", "block_products", "float_products"])
+@pytest.mark.parametrize("source", ["own_operators", "attention", "block_products", "grouped_products"])
 def test_clang_takes_what_is_written_for_instruction_sets_and_for_onnx_runtime(source):
     if shutil.which("clang++") is None:
         pytest.skip("needs clang++")

@@ -210,13 +210,16 @@ def test_the_session_describes_itself(native, session):
 
 
 @pytest.mark.parametrize("engine, rings", [("onnxruntime", 3), ("onnxruntime:plain", 0)])
-def test_rings_and_products_are_run_by_operators_of_ours_unless_the_plain_engine_is_asked_for(native, engine, rings):
-    session = native.open(outputs=OUTPUTS, precision="fp32", engine=engine)
+@pytest.mark.parametrize("precision, needed", [("fp32", "avx512f"), ("int8", "avx512_vnni")])
+def test_rings_and_products_are_run_by_operators_of_ours_unless_the_plain_engine_is_asked_for(
+    native, engine, rings, precision, needed
+):
+    session = native.open(outputs=OUTPUTS, precision=precision, engine=engine)
     graph, found = native.library.new("fs_graph_info"), []
     for index in range(3):
         assert native.c.fs_graph_describe(session, index, graph) == 0
         found.append(graph.own_operators)
-    products = [36, 0, 4] if rings and cpu_has("avx512f") else [0, 0, 0]
+    products = [36, 0, 4] if rings and cpu_has(needed) else [0, 0, 0]
     assert found == [rings + products[0], *products[1:]]
     info = native.library.new("fs_session_info")
     assert native.c.fs_session_describe(session, info) == 0

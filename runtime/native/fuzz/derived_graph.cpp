@@ -18,6 +18,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
         replace_ring_attention(graph, rings);
         replace_cached_attention(graph, caches);
         replace_block_products(graph, 0);
+        replace_integer_products(graph, 0);
         replace_float_products(graph, 0, true);
         derived = graph.write();
     } catch (const ProtobufDamaged&) {

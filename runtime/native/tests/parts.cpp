@@ -16,7 +16,7 @@
 #include "engine_files.h"
 #include "error.h"
 #include "file_io.h"
-#include "float_products.h"
+#include "grouped_products.h"
 #include "json.h"
 #include "onnx_files.h"
 #include "own_operator.h"
@@ -70,6 +70,21 @@ std::string hex(const std::vector<uint8_t>& bytes) {
     std::string text;
     for (const uint8_t byte : bytes) text += {"0123456789abcdef"[byte >> 4], "0123456789abcdef"[byte & 15]};
     return text;
+}
+
+template <class Matrix>
+void round_in_parts(const ProductKernels<Matrix>& kernels, const Matrix& matrix, const float* x, int64_t rows,
+                    typename Matrix::Number* rounded) {
+    kernels.round(matrix, x, 0, rows / 2, rounded);
+    kernels.round(matrix, x, rows / 2, rows, rounded);
+}
+
+template <class Matrix>
+void multiply_in_parts(const ProductKernels<Matrix>& kernels, const Matrix& matrix, const typename Matrix::Number* x,
+                       int64_t rows, int64_t part, float* y) {
+    for (int64_t first = 0; first < matrix.groups(); first += part) {
+        kernels.multiply(matrix, x, rows, first, std::min(first + part, matrix.groups()), y);
+    }
 }
 
 }  // namespace
@@ -205,30 +220,35 @@ void parts_multiply(int simd, int bits, int64_t inputs, int64_t outputs, int64_t
 }
 
 int parts_multiplies_floats() { return float_kernels() != nullptr; }
+int parts_multiplies_bfloat16() { return bfloat16_kernels() != nullptr; }
+int parts_multiplies_integers() { return integer_kernels() != nullptr; }
 
-// y = x matrix + bias, in parts of so many groups.
-void parts_multiply_floats(int64_t inputs, int64_t outputs, const float* matrix, const float* bias, const float* x,
+// y = x matrix + bias, and its GELU, in parts of so many groups.
+void parts_multiply_floats(int64_t inputs, int64_t outputs, const float* matrix, const float* bias, int gelu, const float* x,
                            int64_t rows, int64_t part, float* y) {
     const auto bytes = static_cast<size_t>(inputs * outputs) * sizeof(float);
-    const FloatMatrix packed({reinterpret_cast<const char*>(matrix), bytes}, inputs, outputs, bias);
-    for (int64_t first = 0; first < packed.groups(); first += part) {
-        float_kernels()->multiply(packed, x, rows, first, std::min(first + part, packed.groups()), y);
-    }
+    const FloatMatrix packed({reinterpret_cast<const char*>(matrix), bytes}, inputs, outputs, {bias, gelu != 0});
+    multiply_in_parts(*float_kernels(), packed, x, rows, part, y);
 }
 
-int parts_multiplies_bfloat16() { return bfloat16_kernels() != nullptr; }
-
-// y = x matrix + bias, in parts of so many groups; rows are x as it was rounded.
-void parts_multiply_bfloat16(int64_t inputs, int64_t outputs, const float* matrix, const float* bias, const float* x,
-                             int64_t rows, int64_t part, uint16_t* rounded, float* y) {
-    const ProductKernels<Bfloat16Matrix>& kernels = *bfloat16_kernels();
+// The same; `rounded` are x as they were rounded.
+void parts_multiply_bfloat16(int64_t inputs, int64_t outputs, const float* matrix, const float* bias, int gelu,
+                             const float* x, int64_t rows, int64_t part, uint16_t* rounded, float* y) {
     const auto bytes = static_cast<size_t>(inputs * outputs) * sizeof(float);
-    const Bfloat16Matrix packed({reinterpret_cast<const char*>(matrix), bytes}, inputs, outputs, bias);
-    kernels.round(x, inputs, 0, rows / 2, rounded);
-    kernels.round(x, inputs, rows / 2, rows, rounded);
-    for (int64_t first = 0; first < packed.groups(); first += part) {
-        kernels.multiply(packed, rounded, rows, first, std::min(first + part, packed.groups()), y);
-    }
+    const Bfloat16Matrix packed({reinterpret_cast<const char*>(matrix), bytes}, inputs, outputs, {bias, gelu != 0});
+    round_in_parts(*bfloat16_kernels(), packed, x, rows, rounded);
+    multiply_in_parts(*bfloat16_kernels(), packed, rounded, rows, part, y);
+}
+
+// The same of integers with a scale for each output.
+void parts_multiply_integers(int64_t inputs, int64_t outputs, const int8_t* matrix, const float* bias, int gelu,
+                             const float* x, int64_t rows, int64_t part, int8_t* rounded, float* y, float input_scale,
+                             const float* scales) {
+    const auto bytes = static_cast<size_t>(inputs * outputs);
+    const IntegerMatrix packed({reinterpret_cast<const char*>(matrix), bytes}, inputs, outputs, input_scale, scales,
+                               {bias, gelu != 0});
+    round_in_parts(*integer_kernels(), packed, x, rows, rounded);
+    multiply_in_parts(*integer_kernels(), packed, rounded, rows, part, y);
 }
 
 // What a kernel's call gives when a thread of ONNX Runtime's, for which one stands here, gets no memory in it.
@@ -253,8 +273,8 @@ int parts_kernel_without_memory(char** text) {
     });
 }
 
-// Writes the derived graph to `out`; the text is "none" where there is none. `rings`, `caches` and `products` ("floats" or
-// nothing beside those of blocks) are separated by commas.
+// Writes the derived graph to `out`; the text is "none" where there is none. `rings`, `caches` and `products` (those of
+// "integers" and "floats", beside those of blocks) are separated by commas.
 int parts_derived_graph(const char* path, const char* rings, const char* caches, const char* products, const char* out,
                         char** text) {
     const auto names = [](const std::string& all) {
@@ -273,6 +293,7 @@ int parts_derived_graph(const char* path, const char* rings, const char* caches,
             replace_ring_attention(graph, names(rings));
             replace_cached_attention(graph, names(caches));
             replace_block_products(graph, 0);
+            if (names(products).count("integers") != 0) replace_integer_products(graph, 0);
             if (names(products).count("floats") != 0) replace_float_products(graph, 0, true);
             const std::string derived = graph.write();
             if (derived.empty()) return "none";

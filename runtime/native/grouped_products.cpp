@@ -1,0 +1,232 @@
+#include "grouped_products.h"
+
+#include <algorithm>
+#include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace framestep {
+namespace {
+
+inline void put(const char* number, int8_t* to) { std::memcpy(to, number, sizeof *to); }
+inline void put(const char* number, float* to) { std::memcpy(to, number, sizeof *to); }
+
+// As the processor rounds.
+inline void put(const char* number, uint16_t* to) {
+    uint32_t bits;
+    std::memcpy(&bits, number, sizeof bits);
+    const uint32_t size = bits & 0x7FFFFFFFu;
+    if (size > 0x7F800000u) {
+        *to = static_cast<uint16_t>(bits >> 16 | 0x40);  // NaN stays one
+    } else if (size < 0x00800000u) {
+        *to = static_cast<uint16_t>(bits >> 16 & 0x8000);
+    } else {
+        *to = static_cast<uint16_t>((bits + 0x7FFFu + (bits >> 16 & 1)) >> 16);
+    }
+}
+
+}  // namespace
+
+template <class Number, int64_t TOGETHER>
+GroupedMatrix<Number, TOGETHER>::GroupedMatrix(std::string_view matrix, int64_t inputs, int64_t outputs,
+                                               const Epilogue& epilogue)
+    : inputs_(inputs), outputs_(outputs), data_(static_cast<size_t>(groups()) * group_bytes()),
+      bias_(static_cast<size_t>(groups() * GROUP)), gelu_(epilogue.gelu) {
+    // along the rows of the matrix, which lie on disk
+    constexpr size_t SIZE = sizeof(Number) == 1 ? 1 : sizeof(float);  // of its numbers there
+    const size_t step = group_bytes() / sizeof(Number);
+    auto* const all = reinterpret_cast<Number*>(data_.data());
+    for (int64_t input = 0; input < padded(inputs); ++input) {
+        const char* row = matrix.data() + static_cast<size_t>(input * outputs) * SIZE;
+        for (int64_t index = 0; index < groups(); ++index) {
+            Number* to = all + static_cast<size_t>(index) * step + input / TOGETHER * TOGETHER * GROUP + input % TOGETHER;
+            const int64_t count = input < inputs ? std::min(GROUP, outputs - index * GROUP) : 0;
+            for (int64_t one = 0; one < count; ++one) put(row + static_cast<size_t>(index * GROUP + one) * SIZE, to + TOGETHER * one);
+            for (int64_t one = count; one < GROUP; ++one) to[TOGETHER * one] = 0;
+        }
+    }
+    if (epilogue.bias != nullptr) std::copy_n(epilogue.bias, outputs, bias_.begin());
+}
+
+template class GroupedMatrix<float, 1>;
+template class GroupedMatrix<uint16_t, 2>;
+template class GroupedMatrix<int8_t, 4>;
+
+IntegerMatrix::IntegerMatrix(std::string_view matrix, int64_t inputs, int64_t outputs, float input_scale, const float* scales,
+                             const Epilogue& epilogue)
+    : GroupedMatrix(matrix, inputs, outputs, epilogue), input_scale_(input_scale),
+      scales_(static_cast<size_t>(groups() * GROUP)), starts_(scales_.size()) {
+    std::transform(scales, scales + outputs, scales_.begin(), [&](float scale) { return scale * input_scale; });
+    for (int64_t input = 0; input < inputs; ++input) {
+        for (int64_t output = 0; output < outputs; ++output) {
+            const auto number = static_cast<int8_t>(matrix[static_cast<size_t>(input * outputs + output)]);
+            starts_[static_cast<size_t>(output)] -= 128 * number;
+        }
+    }
+}
+
+#if defined(__x86_64__)
+
+// everything in between is compiled for the set, which a processor is asked for before one of its functions is called
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // in GCC's own header: its bug 105593
+#pragma GCC target("avx512f")
+#endif
+namespace {
+namespace in_float32 {
+
+using Matrix = FloatMatrix;
+using Weights = __m512;
+using Sums = __m512;
+constexpr int64_t TOGETHER = 1, LANES = 16;
+
+inline Weights load(const float* at) { return _mm512_load_ps(at); }
+inline Weights spread(const float* one) { return _mm512_set1_ps(*one); }
+inline Sums begin(const Matrix& matrix, int64_t output) { return _mm512_loadu_ps(matrix.bias() + output); }
+inline Sums add(Sums sums, Weights left, Weights right) { return _mm512_fmadd_ps(left, right, sums); }
+inline __m512 end(const Matrix&, int64_t, Sums sums) { return sums; }
+
+#include "grouped_products.inc"
+
+constexpr ProductKernels<Matrix> kernels = {nullptr, multiply};
+
+}  // namespace in_float32
+}  // namespace
+#if defined(__clang__)
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512bf16")
+#endif
+namespace {
+namespace in_bfloat16 {
+
+using Matrix = Bfloat16Matrix;
+using Weights = __m512bh;
+using Sums = __m512;
+constexpr int64_t TOGETHER = 2, LANES = 16;
+
+inline Weights load(const uint16_t* at) { return (Weights)_mm512_load_si512(at); }
+inline Weights spread(const uint16_t* two) {
+    int32_t both;
+    std::memcpy(&both, two, sizeof both);
+    return (Weights)_mm512_set1_epi32(both);
+}
+inline Sums begin(const Matrix& matrix, int64_t output) { return _mm512_loadu_ps(matrix.bias() + output); }
+inline Sums add(Sums sums, Weights left, Weights right) { return _mm512_dpbf16_ps(sums, left, right); }
+inline __m512 end(const Matrix&, int64_t, Sums sums) { return sums; }
+
+#include "grouped_products.inc"
+
+void round(const Matrix& matrix, const float* x, int64_t first, int64_t stop, uint16_t* rows) {
+    const int64_t inputs = matrix.inputs(), size = Matrix::padded(inputs);
+    for (int64_t row = first; row < stop; ++row) {
+        const float* from = x + row * inputs;
+        uint16_t* to = rows + row * size;
+        for (int64_t input = 0; input < size; input += LANES) {
+            const int64_t numbers = inputs - input, kept = size - input;
+            const auto mask = static_cast<__mmask16>(numbers >= LANES ? 0xFFFF : (1 << numbers) - 1);
+            const auto filled = static_cast<__mmask16>(kept >= LANES ? 0xFFFF : (1 << kept) - 1);
+            const __m256bh sixteen = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask, from + input));
+            _mm256_mask_storeu_epi16(to + input, filled, (__m256i)sixteen);
+        }
+    }
+}
+
+constexpr ProductKernels<Matrix> kernels = {round, multiply};
+
+}  // namespace in_bfloat16
+}  // namespace
+#if defined(__clang__)
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni"))), apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512vnni")
+#endif
+namespace {
+namespace in_int8 {
+
+using Matrix = IntegerMatrix;
+using Weights = __m512i;
+using Sums = int32_t __attribute__((vector_size(64)));
+constexpr int64_t TOGETHER = 4, LANES = 16;
+
+inline Weights load(const int8_t* at) { return _mm512_load_si512(at); }
+inline Weights spread(const int8_t* four) {
+    int32_t all;
+    std::memcpy(&all, four, sizeof all);
+    return _mm512_set1_epi32(all);
+}
+inline Sums begin(const Matrix& matrix, int64_t output) { return (Sums)_mm512_loadu_si512(matrix.starts() + output); }
+inline Sums add(Sums sums, Weights rows, Weights weights) { return (Sums)_mm512_dpbusd_epi32((__m512i)sums, rows, weights); }
+inline __m512 end(const Matrix& matrix, int64_t output, Sums sums) {
+    return _mm512_fmadd_ps(_mm512_cvtepi32_ps((__m512i)sums), _mm512_loadu_ps(matrix.scales() + output),
+                           _mm512_loadu_ps(matrix.bias() + output));
+}
+
+#include "grouped_products.inc"
+
+// As QuantizeLinear does, and 128 more.
+void round(const Matrix& matrix, const float* x, int64_t first, int64_t stop, int8_t* rows) {
+    const int64_t inputs = matrix.inputs(), size = Matrix::padded(inputs);
+    const __m512 scale = _mm512_set1_ps(matrix.input_scale());
+    for (int64_t row = first; row < stop; ++row) {
+        const float* from = x + row * inputs;
+        int8_t* to = rows + row * size;
+        for (int64_t input = 0; input < size; input += LANES) {
+            const int64_t numbers = inputs - input, kept = size - input;
+            const auto mask = static_cast<__mmask16>(numbers >= LANES ? 0xFFFF : (1 << numbers) - 1);
+            const auto filled = static_cast<__mmask16>(kept >= LANES ? 0xFFFF : (1 << kept) - 1);
+            __m512 scaled = _mm512_div_ps(_mm512_maskz_loadu_ps(mask, from + input), scale);
+            scaled = _mm512_min_ps(_mm512_max_ps(scaled, _mm512_set1_ps(-128)), _mm512_set1_ps(127));
+            const __m512i whole = _mm512_add_epi32(_mm512_cvtps_epi32(scaled), _mm512_set1_epi32(128));
+            _mm_mask_storeu_epi8(to + input, filled, _mm512_cvtepi32_epi8(whole));
+        }
+    }
+}
+
+constexpr ProductKernels<Matrix> kernels = {round, multiply};
+
+}  // namespace in_int8
+}  // namespace
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+const ProductKernels<FloatMatrix>* float_kernels() {
+    return __builtin_cpu_supports("avx512f") ? &in_float32::kernels : nullptr;
+}
+
+const ProductKernels<Bfloat16Matrix>* bfloat16_kernels() {
+    const bool has = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                     __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16");
+    return has ? &in_bfloat16::kernels : nullptr;
+}
+
+const ProductKernels<IntegerMatrix>* integer_kernels() {
+    const bool has = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                     __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+    return has ? &in_int8::kernels : nullptr;
+}
+
+#else
+
+const ProductKernels<FloatMatrix>* float_kernels() { return nullptr; }
+
+const ProductKernels<Bfloat16Matrix>* bfloat16_kernels() { return nullptr; }
+
+const ProductKernels<IntegerMatrix>* integer_kernels() { return nullptr; }
+
+#endif
+
+}  // namespace framestep
