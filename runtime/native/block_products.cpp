@@ -72,6 +72,7 @@ namespace avx2 {
 
 constexpr int32_t OFFSET_OF_EIGHT_BITS = 0;  // what is added to the integers while they are multiplied
 constexpr int64_t ROWS = 4;                  // multiplied with a part of the matrix while it is in registers
+constexpr int64_t TOGETHER = 1;              // groups of it, likewise
 
 struct Numbers {  // 64 integers
     __m256i low, high;
@@ -156,24 +157,24 @@ namespace {
 namespace avx512_vnni {
 
 constexpr int32_t OFFSET_OF_EIGHT_BITS = 128;
-constexpr int64_t ROWS = 8;
+constexpr int64_t ROWS = 4, TOGETHER = PackedMatrix::TOGETHER;
 
 using Numbers = __m512i;
-using Sums = __m512i;
+using Sums = int32_t __attribute__((vector_size(64)));
 using Floats = __m512;
 
 inline Numbers load(const uint8_t* at) { return _mm512_loadu_si512(at); }
 inline Numbers low_halves(Numbers numbers) { return _mm512_and_si512(numbers, _mm512_set1_epi8(15)); }
 inline Numbers high_halves(Numbers numbers) { return low_halves(_mm512_srli_epi16(numbers, 4)); }
-inline Sums all(int32_t number) { return _mm512_set1_epi32(number); }
-inline Sums plus(Sums a, Sums b) { return _mm512_add_epi32(a, b); }
+inline Sums all(int32_t number) { return (Sums)_mm512_set1_epi32(number); }
+inline Sums plus(Sums a, Sums b) { return a + b; }
 template <int BITS>
 inline Sums add_products(Sums sums, Numbers numbers, int32_t four) {
-    return _mm512_dpbusd_epi32(sums, numbers, _mm512_set1_epi32(four));
+    return (Sums)_mm512_dpbusd_epi32((__m512i)sums, numbers, _mm512_set1_epi32(four));
 }
 inline Floats load_floats(const float* at) { return _mm512_loadu_ps(at); }
 inline Floats add_scaled(Floats totals, Sums sums, Floats scales, float scale) {
-    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums), _mm512_mul_ps(scales, _mm512_set1_ps(scale)), totals);
+    return _mm512_fmadd_ps(_mm512_cvtepi32_ps((__m512i)sums), _mm512_mul_ps(scales, _mm512_set1_ps(scale)), totals);
 }
 // Of the sizes of `count` numbers, a multiple of 16: compared by their bits, among which NaN is the largest.
 inline float largest(const float* at, int64_t count) {

@@ -27,7 +27,7 @@ struct BlockMatrix {
 // the high halves).
 class PackedMatrix {
 public:
-    static constexpr int64_t GROUP = 16;
+    static constexpr int64_t GROUP = 16, TOGETHER = 3;  // groups that may be multiplied together
 
     explicit PackedMatrix(const BlockMatrix& matrix);
 

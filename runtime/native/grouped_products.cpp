@@ -28,8 +28,8 @@ inline void put(const char* number, uint16_t* to) {
 
 }  // namespace
 
-template <class Number, int64_t TOGETHER>
-GroupedMatrix<Number, TOGETHER>::GroupedMatrix(std::string_view matrix, int64_t inputs, int64_t outputs,
+template <class Number, int64_t INPUTS>
+GroupedMatrix<Number, INPUTS>::GroupedMatrix(std::string_view matrix, int64_t inputs, int64_t outputs,
                                                const Epilogue& epilogue)
     : inputs_(inputs), outputs_(outputs), data_(static_cast<size_t>(groups()) * group_bytes()),
       bias_(static_cast<size_t>(groups() * GROUP)), gelu_(epilogue.gelu) {
@@ -40,10 +40,10 @@ GroupedMatrix<Number, TOGETHER>::GroupedMatrix(std::string_view matrix, int64_t 
     for (int64_t input = 0; input < padded(inputs); ++input) {
         const char* row = matrix.data() + static_cast<size_t>(input * outputs) * SIZE;
         for (int64_t index = 0; index < groups(); ++index) {
-            Number* to = all + static_cast<size_t>(index) * step + input / TOGETHER * TOGETHER * GROUP + input % TOGETHER;
+            Number* to = all + static_cast<size_t>(index) * step + input / INPUTS * INPUTS * GROUP + input % INPUTS;
             const int64_t count = input < inputs ? std::min(GROUP, outputs - index * GROUP) : 0;
-            for (int64_t one = 0; one < count; ++one) put(row + static_cast<size_t>(index * GROUP + one) * SIZE, to + TOGETHER * one);
-            for (int64_t one = count; one < GROUP; ++one) to[TOGETHER * one] = 0;
+            for (int64_t one = 0; one < count; ++one) put(row + static_cast<size_t>(index * GROUP + one) * SIZE, to + INPUTS * one);
+            for (int64_t one = count; one < GROUP; ++one) to[INPUTS * one] = 0;
         }
     }
     if (epilogue.bias != nullptr) std::copy_n(epilogue.bias, outputs, bias_.begin());
@@ -82,7 +82,7 @@ namespace in_float32 {
 using Matrix = FloatMatrix;
 using Weights = __m512;
 using Sums = __m512;
-constexpr int64_t TOGETHER = 1, LANES = 16;
+constexpr int64_t INPUTS = 1, LANES = 16;
 
 inline Weights load(const float* at) { return _mm512_load_ps(at); }
 inline Weights spread(const float* one) { return _mm512_set1_ps(*one); }
@@ -108,7 +108,7 @@ namespace in_bfloat16 {
 using Matrix = Bfloat16Matrix;
 using Weights = __m512bh;
 using Sums = __m512;
-constexpr int64_t TOGETHER = 2, LANES = 16;
+constexpr int64_t INPUTS = 2, LANES = 16;
 
 inline Weights load(const uint16_t* at) { return (Weights)_mm512_load_si512(at); }
 inline Weights spread(const uint16_t* two) {
@@ -157,7 +157,7 @@ namespace in_int8 {
 using Matrix = IntegerMatrix;
 using Weights = __m512i;
 using Sums = int32_t __attribute__((vector_size(64)));
-constexpr int64_t TOGETHER = 4, LANES = 16;
+constexpr int64_t INPUTS = 4, LANES = 16;
 
 inline Weights load(const int8_t* at) { return _mm512_load_si512(at); }
 inline Weights spread(const int8_t* four) {

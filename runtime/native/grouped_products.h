@@ -18,13 +18,13 @@ struct Epilogue {
     bool gelu = false;            // by its approximation with the hyperbolic tangent
 };
 
-// A matrix [inputs, outputs] as the kernels read it: a group of 48 outputs after the other; of a group, TOGETHER inputs of
+// A matrix [inputs, outputs] as the kernels read it: a group of 48 outputs after the other; of a group, INPUTS inputs of
 // each output at a time. Filled up with zeros.
-template <class Its, int64_t TOGETHER>
+template <class Its, int64_t INPUTS>
 class GroupedMatrix {
 public:
     using Number = Its;
-    static constexpr int64_t GROUP = 48;
+    static constexpr int64_t GROUP = 48, TOGETHER = 1;  // groups that are multiplied together
 
     // `matrix` are the bytes of INT8 or else float32 [inputs, outputs], wherever they lie.
     GroupedMatrix(std::string_view matrix, int64_t inputs, int64_t outputs, const Epilogue& epilogue);
@@ -40,7 +40,7 @@ public:
     bool gelu() const { return gelu_; }
 
     // How many numbers a row has that is multiplied.
-    static int64_t padded(int64_t inputs) { return (inputs + TOGETHER - 1) / TOGETHER * TOGETHER; }
+    static int64_t padded(int64_t inputs) { return (inputs + INPUTS - 1) / INPUTS * INPUTS; }
 
 private:
     int64_t inputs_, outputs_;

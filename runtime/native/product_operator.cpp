@@ -7,6 +7,7 @@ namespace {
 
 constexpr size_t PART = 64 << 10;       // bytes of a matrix that a thread takes at a time
 constexpr int64_t FEW = 4;              // rows that one thread rounds faster than two
+constexpr int64_t MANY = 4;             // rows from which on a thread takes several groups of a matrix together
 constexpr double LITTLE = 128 << 10;    // multiplications that one thread is done with before another has begun
 constexpr int64_t ROWS_AT_ONCE = 256;  // that are kept rounded
 constexpr int64_t ALL_ROWS = INT64_MAX;
@@ -38,6 +39,8 @@ void compute_products(const KernelCalls& calls, OrtKernelContext* context, const
     }
     int64_t rows = 1;
     for (size_t axis = 0; axis + 1 < shape.rank; ++axis) rows *= shape.sizes[axis];
+    const int64_t unit = rows < MANY ? 1 : Matrix::TOGETHER;  // groups that a thread takes together
+    const auto units = [&](const Matrix& matrix) { return (matrix.groups() + unit - 1) / unit; };
     float* results[MOST_PRODUCTS];
     int64_t parts[MOST_PRODUCTS], total = 0, outputs = 0;
     for (size_t index = 0; index < products.size(); ++index) {
@@ -45,7 +48,7 @@ void compute_products(const KernelCalls& calls, OrtKernelContext* context, const
         shape.sizes[shape.rank - 1] = matrix.outputs();
         results[index] = calls.data<float>(calls.output(context, index, shape));
         const auto bytes = static_cast<size_t>(matrix.groups()) * matrix.group_bytes();
-        parts[index] = std::min(matrix.groups(), static_cast<int64_t>((bytes + PART - 1) / PART));
+        parts[index] = std::min(units(matrix), static_cast<int64_t>((bytes + PART - 1) / PART));
         total += parts[index];
         outputs += matrix.outputs();
     }
@@ -57,8 +60,10 @@ void compute_products(const KernelCalls& calls, OrtKernelContext* context, const
             size_t index = 0;
             for (; part >= parts[index]; ++index) part -= parts[index];
             const Matrix& matrix = *products[index];
-            multiply(matrix, count, part * matrix.groups() / parts[index], (part + 1) * matrix.groups() / parts[index],
-                     results[index] + from * matrix.outputs());
+            const auto border = [&](int64_t of) {
+                return std::min(of * units(matrix) / parts[index] * unit, matrix.groups());
+            };
+            multiply(matrix, count, border(part), border(part + 1), results[index] + from * matrix.outputs());
         };
         if (static_cast<double>(count) * inputs * outputs < LITTLE) {
             for (int64_t part = 0; part < total; ++part) compute(part);
