@@ -192,7 +192,7 @@ def run(
         fourcc=fourcc,
     )
     summary = run_bundle(options, status_for(quiet=as_json))
-    text = json.dumps(summary.as_dict(), ensure_ascii=False) if as_json else summary.as_text()
+    text = _json(summary.as_dict()) if as_json else summary.as_text()
     print(text, file=sys.stderr if piped else sys.stdout)
     if summary.errors:
         raise typer.Exit(2)
@@ -304,7 +304,7 @@ def chat(
         print(f"warning: {line}", file=sys.stderr, flush=True)
 
     summary = talk(options, write, report, standard_input())
-    print(json.dumps(summary.as_dict(), ensure_ascii=False) if as_json else summary.as_text())
+    print(_json(summary.as_dict()) if as_json else summary.as_text())
     if summary.errors:
         raise typer.Exit(2)
 
@@ -588,7 +588,7 @@ def inspect(bundle: BundleArgument, as_json: JsonOption = False) -> None:
     from .inspect import describe, table
 
     opened = Bundle.open(bundle)
-    show(table(opened)) if not as_json else print(json.dumps(describe(opened), ensure_ascii=False))
+    show(table(opened)) if not as_json else print(_json(describe(opened)))
 
 
 @app.command()
@@ -601,7 +601,7 @@ def doctor(as_json: JsonOption = False) -> None:
     from .doctor import examine, table
 
     findings = examine()
-    show(table(findings)) if not as_json else print(json.dumps([asdict(finding) for finding in findings]))
+    show(table(findings)) if not as_json else print(_json([asdict(finding) for finding in findings]))
     if any(finding.status == "problem" for finding in findings):
         raise typer.Exit(1)
 
@@ -717,7 +717,12 @@ def demo(
 
 
 def _print_facts(facts: dict[str, Any], as_json: bool, text: str) -> None:
-    print(json.dumps(facts, ensure_ascii=False) if as_json else text)
+    print(_json(facts) if as_json else text)
+
+
+def _json(facts: Any) -> str:
+    """JSON that standard output's encoding can carry."""
+    return json.dumps(facts, ensure_ascii=(sys.stdout.encoding or "").lower() not in ("utf-8", "utf8"))
 
 
 def main() -> None:

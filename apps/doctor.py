@@ -82,8 +82,8 @@ def table(findings: list[Finding]) -> Table:
     """The findings for a person."""
     rows = Table(show_header=False, box=None, pad_edge=False)
     rows.add_column(no_wrap=True)
-    rows.add_column(style="bold", no_wrap=True)
-    rows.add_column()
+    rows.add_column(style="bold", overflow="fold")
+    rows.add_column(overflow="fold")
     marks = {"ok": Text("ok", "green"), "absent": Text("--", "yellow"), "problem": Text("!!", "red")}
     for finding in findings:
         told = Text(finding.found)  # no markup: pip install 'framestep[cpu]' is to be read whole

@@ -59,8 +59,8 @@ def table(bundle: Bundle) -> Table:
     """The same for a person."""
     facts = describe(bundle)
     rows = Table(show_header=False, box=None, pad_edge=False)
-    rows.add_column(style="bold")
-    rows.add_column()
+    rows.add_column(style="bold", overflow="fold")
+    rows.add_column(overflow="fold")
 
     def add(name: str, told: str) -> None:
         rows.add_row(Text(name), Text(told))  # a label such as [b] is no markup

@@ -22,12 +22,14 @@ import numpy as np
 from ..runtime.bundle import bundle_around
 from ..runtime.counted import counted
 from ..runtime.errors import OutputError
+from ..runtime.sources.opencv import as_opencv_takes
 
 DISK_RESERVE = 64 * 1024 * 1024  # bytes left free, so that a recording can still be finished
 FRAMES_BETWEEN_DISK_CHECKS = 16
 FRAMES_WITHOUT_GROWTH = 3000  # the encoder buffers 256 KiB: 80 annotated frames, 700 of pure black
 FRAMES_TO_MEASURE_RATE = 12
 SECONDS_TO_MEASURE_RATE = 1.0
+NOT_UTF_8 = "backslashreplace"  # bytes of a file's name, which JSON can hold as escapes alone
 ROUNDING = 0.05  # of a frame, in timestamps
 LONGEST_ABSENCE_S = 2.0  # of a live source that a recording keeps
 LONGEST_STILL_S = 60.0  # that a recording of a file shows one picture
@@ -104,7 +106,7 @@ class JsonLines:
     def write(self, record: dict[str, Any]) -> None:
         if self._file is None:
             raise OutputError(f"{self.path}: already closed")
-        line = json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        line = json.dumps(record, ensure_ascii=False, allow_nan=False).encode(errors=NOT_UTF_8) + b"\n"
         try:
             _write_all(self._file, line)
         except OSError as error:
@@ -184,7 +186,7 @@ class VideoRecorder:
         if not self._frames:
             self._partial.unlink(missing_ok=True)
             return
-        readable = cv2.VideoCapture(str(self._partial))
+        readable = cv2.VideoCapture(as_opencv_takes(self._partial))
         frames = int(readable.get(cv2.CAP_PROP_FRAME_COUNT)) if readable.isOpened() else 0
         readable.release()
         if frames != self._frames:
@@ -210,7 +212,7 @@ class VideoRecorder:
             raise OutputError(f"{self.path}: cannot be written: no video can be recorded in {self.path.parent}")
 
     def _encoder(self, fps: float, size: tuple[int, int]) -> cv2.VideoWriter:
-        writer = cv2.VideoWriter(str(self._partial), cv2.VideoWriter.fourcc(*"mp4v"), fps, size)
+        writer = cv2.VideoWriter(as_opencv_takes(self._partial), cv2.VideoWriter.fourcc(*"mp4v"), fps, size)
         if not writer.isOpened():
             picture = f"{size[0]}x{size[1]} at {counted(fps, 'frame')} a second"
             raise OutputError(f"{self.path}: cannot be written: OpenCV's encoder (mp4v) takes no {picture} here")
@@ -331,7 +333,9 @@ class MaskFolder:
             path.mkdir(exist_ok=True)
         except OSError as error:
             raise _unwritable(path, error) from error
-        self._write(path / "labels.json", json.dumps(legend, ensure_ascii=False, indent=1).encode() + b"\n")
+        self._write(
+            path / "labels.json", json.dumps(legend, ensure_ascii=False, indent=1).encode(errors=NOT_UTF_8) + b"\n"
+        )
 
     def write(self, stream: int, index: int, mask: np.ndarray) -> None:
         """Adds the mask of one frame, uint8 [height, width]."""

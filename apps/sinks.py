@@ -267,7 +267,7 @@ class Window:
         self._stop = stop
 
     def write(self, taken: Taken) -> None:
-        title = f"framestep: {taken.source}"
+        title = f"framestep: {taken.source}".encode(errors="replace").decode()
         cv2.imshow(title, taken.picture)
         key = cv2.waitKey(1) & 0xFF
         if key in (27, ord("q")) or cv2.getWindowProperty(title, cv2.WND_PROP_VISIBLE) < 1:

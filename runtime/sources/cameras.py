@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import SourceError
-from .opencv import has_backend, has_gstreamer, require_cv2
+from .opencv import as_opencv_takes, has_backend, has_gstreamer, require_cv2
 from .redaction import redacted
 
 
@@ -56,7 +56,7 @@ class UsbCamera:
         cv2 = require_cv2()
         if sys.platform == "linux":
             backend = cv2.CAP_V4L2 if has_backend(cv2.CAP_V4L2) else cv2.CAP_ANY
-            capture = cv2.VideoCapture(str(self._device_file), backend)
+            capture = cv2.VideoCapture(as_opencv_takes(self._device_file), backend)
         else:
             capture = cv2.VideoCapture(int(self.name) if self.name.isdecimal() else self.name)
         if not capture.isOpened():
@@ -128,9 +128,9 @@ class NetworkCamera:
     def open(self, patience: Patience, on_report: Callable[[str], None]) -> Any:
         cv2 = require_cv2()
         if has_backend(cv2.CAP_FFMPEG):
-            capture = cv2.VideoCapture(self.address, cv2.CAP_FFMPEG, _timeouts(cv2, patience))
+            capture = cv2.VideoCapture(as_opencv_takes(self.address), cv2.CAP_FFMPEG, _timeouts(cv2, patience))
         else:
-            capture = cv2.VideoCapture(self.address)
+            capture = cv2.VideoCapture(as_opencv_takes(self.address))
         if not capture.isOpened():
             capture.release()
             raise SourceError(
@@ -162,7 +162,7 @@ class GStreamerPipeline:
         pipeline = self.spec.removeprefix("gst:").strip()
         if "appsink" not in pipeline:
             pipeline += " ! videoconvert ! video/x-raw,format=BGR ! appsink"
-        capture = cv2.VideoCapture(pipeline, cv2.CAP_GSTREAMER, _timeouts(cv2, patience))
+        capture = cv2.VideoCapture(as_opencv_takes(pipeline), cv2.CAP_GSTREAMER, _timeouts(cv2, patience))
         if not capture.isOpened():
             capture.release()
             raise SourceError(

@@ -188,7 +188,9 @@ class LiveSource(Source):
         finally:
             capture.release()
         if self._started is None and self._is_wanted(reader):
-            raise SourceError(f"source {self.name}: opens but delivers no frame; is another program using it?")
+            raise SourceError(
+                f"source {self.name}: opens but delivers no frame that can be decoded; is another program using it?"
+            )
         if self._lost is not None:
             return "opens but delivers no frame"
         silent = time.perf_counter() - (reader.alive or 0.0)

@@ -34,6 +34,16 @@ def has_gstreamer() -> bool:
     return has_backend(require_cv2().CAP_GSTREAMER)
 
 
+def as_opencv_takes(name: str | os.PathLike[str]) -> str | bytes:
+    """A path or an address for OpenCV, which ends the process over text that is not Unicode and takes such bytes."""
+    text = os.fspath(name)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return os.fsencode(text)
+    return text
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep OpenCV from printing: what goes wrong inside is reported by the caller, in one line."""

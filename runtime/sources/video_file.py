@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import SourceError
 from .frame import Frame, Source
-from .opencv import has_backend, quiet_opening, require_cv2, stated_fps, to_rgb
+from .opencv import as_opencv_takes, has_backend, quiet_opening, require_cv2, stated_fps, to_rgb
 from .sampling import Sampler
 
 ASSUMED_FPS = 25.0  # where a header states none
@@ -137,6 +137,8 @@ class VideoFile(Source):
 def _open(cv2: Any, path: Path) -> Any:
     """An opened cv2.VideoCapture."""
     try:
+        if path.is_fifo() or path.is_socket():
+            raise SourceError(f"video {path}: is a pipe, not a file; name the camera, address or file that feeds it")
         if path.stat().st_size == 0:
             raise SourceError(f"video {path}: the file is empty")
         with path.open("rb"):
@@ -146,7 +148,7 @@ def _open(cv2: Any, path: Path) -> Any:
     backend = cv2.CAP_FFMPEG if has_backend(cv2.CAP_FFMPEG) else cv2.CAP_ANY
     with quiet_opening():
         # Absolute, because FFmpeg takes what stands before a colon for a protocol.
-        capture = cv2.VideoCapture(str(path.absolute()), backend)
+        capture = cv2.VideoCapture(as_opencv_takes(path.absolute()), backend)
     if not capture.isOpened():
         raise SourceError(
             f"video {path}: this is no video, it was cut off before its index was written,"

@@ -1,0 +1,112 @@
+"""The command where standard files are closed, encodings poor, terminals narrow and names of files no text."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from io import StringIO
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from rich.console import Console
+
+from framestep.apps.doctor import Finding
+from framestep.apps.doctor import table as doctor_table
+from framestep.apps.inspect import table as inspect_table
+from framestep.runtime.bundle import Bundle
+from framestep.runtime.errors import SourceError
+from framestep.runtime.sources import open_source
+
+STEPS = Path(__file__).parents[1] / "data" / "steps.bundle"
+SCENE = "synthetic:frames=3,width=32,height=32"
+ODD = b"\xff\xe9"  # no UTF-8
+
+
+def shell(command: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    """Of a shell in which $FRAMESTEP is the command."""
+    settings = {**os.environ, "FRAMESTEP": f"{sys.executable} -m framestep", "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(["sh", "-c", command], capture_output=True, timeout=60, check=False, env=settings)
+
+
+def test_a_run_goes_on_where_standard_error_is_closed():
+    done = shell(f"$FRAMESTEP run {STEPS} --source {SCENE} 2>&-")
+    assert (done.returncode, done.stdout[:12]) == (0, b"3 frames in ")
+
+
+def test_no_result_file_takes_the_place_of_a_closed_standard_file(tmp_path):
+    results = tmp_path / "results.jsonl"
+    code = f"""
+import os, sys
+sys.argv = ["framestep", "run", {str(STEPS)!r}, "--source", {SCENE!r}, "--output", {str(results)!r}]
+from framestep.runtime import session
+close = session.Session.close
+def shout(self):
+    for number in range(3):
+        os.write(number, b"as a library does")
+    close(self)
+session.Session.close = shout
+from framestep.__main__ import main
+main()
+"""
+    settings = {**os.environ, "CODE": code}
+    command = f'{sys.executable} -c "$CODE" <&- >&- 2>&-'
+    assert subprocess.run(["sh", "-c", command], env=settings, timeout=60, check=False).returncode == 0
+    assert [json.loads(line)["position"] for line in results.read_text().splitlines()] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin1", "utf-8:strict"])
+def test_what_an_encoding_lacks_is_escaped(encoding, tmp_path):
+    bundle = os.fsencode(tmp_path) + "/日 ".encode() + ODD
+    shutil.copytree(os.fsencode(STEPS), bundle)
+    told = shell('$FRAMESTEP inspect "$BUNDLE"', BUNDLE=os.fsdecode(bundle), PYTHONIOENCODING=encoding, COLUMNS="400")
+    assert told.returncode == 0, told.stderr
+    assert rb"\udcff\udce9" in told.stdout
+    listed = shell('$FRAMESTEP inspect "$BUNDLE" --json', BUNDLE=os.fsdecode(bundle), PYTHONIOENCODING=encoding)
+    assert json.loads(listed.stdout)["path"] == os.fsdecode(bundle)
+
+
+def test_files_whose_names_are_no_text_are_read_and_written(tmp_path):
+    folder = tmp_path / os.fsdecode(ODD)
+    folder.mkdir()
+    clip, results, video = (str(folder / name) for name in ("clip.mp4", "results.jsonl", "video.mp4"))
+    writer = cv2.VideoWriter(str(tmp_path / "clip.mp4"), cv2.VideoWriter.fourcc(*"mp4v"), 10, (32, 32))
+    for _ in range(3):
+        writer.write(np.zeros((32, 32, 3), np.uint8))
+    writer.release()
+    (tmp_path / "clip.mp4").rename(clip)
+    done = shell(
+        '$FRAMESTEP run "$STEPS" --source "$CLIP" --output "$RESULTS" --record "$VIDEO" --json',
+        STEPS=str(STEPS), CLIP=clip, RESULTS=results, VIDEO=video,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["files"] == {"results": [results], "video": [video]}
+    assert [json.loads(line)["source"] for line in Path(results).read_text().splitlines()] == [clip] * 3
+    assert Path(video).stat().st_size > 0
+
+
+def test_a_named_pipe_is_refused_as_what_it_is(tmp_path):
+    pipe = tmp_path / "pipe.ts"
+    os.mkfifo(pipe)
+    with pytest.raises(SourceError, match=r"pipe\.ts: is a pipe, not a file; name the camera"):
+        open_source(pipe)
+
+
+@pytest.mark.parametrize("width", [20, 80])
+def test_tables_lose_nothing_in_a_narrow_terminal(width):
+    long = "/a/path/that/is/longer/than/any/terminal/" + 20 * "folder/" + "library.so"
+    tables = {
+        "doctor": doctor_table([Finding("native library", "ok", long, "advice")]),
+        "inspect": inspect_table(Bundle.open(STEPS)),
+    }
+    shown = {}
+    for name, table in tables.items():
+        for columns in (width, 4000):
+            console = Console(width=columns, file=StringIO())
+            console.print(table)
+            shown[name, columns] = sorted("".join(console.file.getvalue().split()))
+        assert shown[name, width] == shown[name, 4000]
