@@ -34,7 +34,7 @@ def has_gstreamer() -> bool:
     return has_backend(require_cv2().CAP_GSTREAMER)
 
 
-def as_opencv_takes(name: str | os.PathLike[str]) -> str | bytes:
+def as_opencv_takes(name: str | os.PathLike[str]) -> Any:
     """A path or an address for OpenCV, which ends the process over text that is not Unicode and takes such bytes."""
     text = os.fspath(name)
     try:
