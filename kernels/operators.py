@@ -11,11 +11,10 @@ are multiples of 16 bytes, which they are for head_dim 32, 64, 96 and 128 and bu
 Sizes: S streams, N patches, H heads, W window, d head_dim, T frames or tokens.
 """
 
-# mypy: disable-error-code="untyped-decorator"
-
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +29,28 @@ MOST_WIDTH = 8192
 MOST_ROTATED = 256
 
 
-@torch.library.custom_op("framestep::temporal_attention", mutates_args=("key_ring", "value_ring"))
+def _like_first(first: Tensor, *others: Any) -> Tensor:
+    return first.new_empty(first.shape)
+
+
+def _operator(*mutated: str, fake: Callable[..., Any] = _like_first) -> Callable[[Callable[..., Any]], Any]:
+    """Makes a function an operator `framestep::NAME` that writes its arguments `mutated`.
+
+    What `torch.library.custom_op` makes imports the compiler at its first call, which takes 1.5 s, and three times as
+    long for every call.
+    """
+
+    def made(function: Callable[..., Any]) -> Any:
+        name = f"framestep::{function.__name__}"
+        torch.library.define(name, torch.library.infer_schema(function, mutates_args=mutated))
+        torch.library.impl(name, ("cpu", "cuda"), function)
+        torch.library.register_fake(name, fake)
+        return getattr(torch.ops.framestep, function.__name__).default
+
+    return made
+
+
+@_operator("key_ring", "value_ring")
 def temporal_attention(
     query: Tensor, key: Tensor, value: Tensor, key_ring: Tensor, value_ring: Tensor, position: Tensor, scale: float
 ) -> Tensor:
@@ -61,7 +81,7 @@ def temporal_attention(
     return launch(query, key, value, key_ring, value_ring, position, scale)
 
 
-@torch.library.custom_op("framestep::temporal_attention_int8", mutates_args=("key_ring", "value_ring"))
+@_operator("key_ring", "value_ring")
 def temporal_attention_int8(
     query: Tensor,
     key: Tensor,
@@ -110,7 +130,7 @@ def temporal_attention_int8(
     return launch(query, key, value, key_ring, value_ring, position, scale, (key_scale, value_scale))
 
 
-@torch.library.custom_op("framestep::causal_prefill", mutates_args=("key_ring", "value_ring"))
+@_operator("key_ring", "value_ring")
 def causal_prefill(
     query: Tensor, key: Tensor, value: Tensor, key_ring: Tensor, value_ring: Tensor, position: Tensor, scale: float
 ) -> Tensor:
@@ -146,7 +166,7 @@ def causal_prefill(
     return launch(query, key, value, key_ring, value_ring, position, scale)
 
 
-@torch.library.custom_op("framestep::decode_attention", mutates_args=("key_cache", "value_cache"))
+@_operator("key_cache", "value_cache")
 def decode_attention(
     query: Tensor,
     key: Tensor,
@@ -213,7 +233,7 @@ def decode_attention(
     return launch(query, key, value, key_cache, value_cache, write_index, slot_mask, scale)
 
 
-@torch.library.custom_op("framestep::residual_norm", mutates_args=())
+@_operator(fake=lambda x, update, *others: (torch.empty_like(x), torch.empty_like(update)))
 def residual_norm(
     x: Tensor, update: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float
 ) -> tuple[Tensor, Tensor]:
@@ -254,7 +274,7 @@ def residual_norm(
     return launch(x, update, weight, bias, epsilon)
 
 
-@torch.library.custom_op("framestep::rotary", mutates_args=())
+@_operator()
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding (https://arxiv.org/abs/2104.09864): number i of a head is paired with number i + d / 2.
 
@@ -283,59 +303,6 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     from .rotary import launch
 
     return launch(x, cos, sin)
-
-
-@temporal_attention.register_fake
-def _(
-    query: Tensor, key: Tensor, value: Tensor, key_ring: Tensor, value_ring: Tensor, position: Tensor, scale: float
-) -> Tensor:
-    return query.new_empty(query.shape)
-
-
-@temporal_attention_int8.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_ring: Tensor,
-    value_ring: Tensor,
-    key_scale: Tensor,
-    value_scale: Tensor,
-    position: Tensor,
-    scale: float,
-) -> Tensor:
-    return query.new_empty(query.shape)
-
-
-@causal_prefill.register_fake
-def _(
-    query: Tensor, key: Tensor, value: Tensor, key_ring: Tensor, value_ring: Tensor, position: Tensor, scale: float
-) -> Tensor:
-    return query.new_empty(query.shape)
-
-
-@decode_attention.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    write_index: Tensor,
-    slot_mask: Tensor,
-    scale: float,
-) -> Tensor:
-    return query.new_empty(query.shape)
-
-
-@residual_norm.register_fake
-def _(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(update)
-
-
-@rotary.register_fake
-def _(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    return x.new_empty(x.shape)
 
 
 def _check_temporal(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from attention_inputs import TOLERANCE, error, ring_inputs
@@ -59,6 +62,14 @@ def rotary_case(device, dtype=torch.float16, heads=5, head_dim=32):
 )
 def test_opcheck(device, operator, case):
     torch.library.opcheck(operator, case(device), test_utils=CHECKS)
+
+
+def test_without_compiling_the_compiler_is_not_imported():
+    program = (
+        "import sys, torch; from framestep.kernels import operators;"
+        "operators.residual_norm(*(torch.ones(1, 8),) * 2, torch.ones(8), None, 1e-6); print('torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "False\n"
 
 
 def test_the_ring_is_updated_inside_a_compiled_function(device):
