@@ -109,6 +109,7 @@ class Session:
         choice = choose_engine(bundle.manifest, engine, device, precision)
         self.precision = choose_precision(bundle.manifest, precision, choice.device, choice.name)
         self.bundle = bundle = replace(bundle, manifest=bundle.manifest.at(self.precision))
+        self._state_key = bundle.state_key()  # now: the folder may be replaced while the session goes on
         manifest = bundle.manifest
         self.available_outputs = tuple(_available_outputs(manifest))
         self.labels: tuple[str, ...] = manifest.labels.names if manifest.labels else ()
@@ -368,7 +369,7 @@ class Stream:
             self._check_owner(session)
             tensors = {name: session._engine.read_state(name, self.slot) for name in session._engine.state_names()}
             position = self.position
-        state_file.write_state(path, session.bundle.state_key(), position, tensors)
+        state_file.write_state(path, session._state_key, position, tensors)
 
     def load_state(self, path: str | os.PathLike[str]) -> None:
         """Continue from a file that `save_state` wrote, with the same model.
@@ -385,7 +386,7 @@ class Stream:
                 for state in session.bundle.manifest.states
                 if state.name in used
             }
-            position, tensors = state_file.read_state(path, session.bundle.state_key(), expected)
+            position, tensors = state_file.read_state(path, session._state_key, expected)
             bad = [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]
             if bad:
                 raise StateError(f"{path}: NaN or infinity in '{bad[0]}'")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+import framestep
 from framestep.runtime.engines.onnxruntime import shared_library
 from framestep.runtime.library import LIBRARY
 
@@ -51,3 +54,17 @@ def test_nothing_is_reported_or_left_in_the_users_home(start, tmp_path):
 def test_a_child_that_was_forked_from_a_process_with_onnx_runtime_comes_to_its_end(start, tmp_path):
     done = run_apart(start + FORK, tmp_path)
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+def test_memory_is_saved_and_continued_where_the_bundle_is_gone(tmp_path):
+    bundle = shutil.copytree(STEPS, tmp_path / "steps.bundle")
+    black = np.zeros((8, 8, 3), np.uint8)
+    with framestep.load(bundle, streams=2) as session:
+        stream, other = session.open_stream(), session.open_stream()
+        stream.step(black)
+        shutil.rmtree(bundle)
+        stream.save_state(tmp_path / "stream.state")
+        other.load_state(tmp_path / "stream.state")
+        ours, others = stream.step(black), other.step(black)
+        assert others.position == 1
+        assert all(np.array_equal(ours[name], others[name]) for name in ours)
