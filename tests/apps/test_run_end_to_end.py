@@ -1,4 +1,4 @@
-"""`framestep run` as a user calls it: a real bundle, real sources, a process of its own."""
+"""`framestep run` as a user calls it: a real bundle, real sources, and a process of its own where that makes a difference."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import cv2
 import golden
 import numpy as np
 import pytest
-from command_line import lines_of, video_frames
+from command_line import lines_of, main, video_frames
 
 PATIENCE_S = 120  # with a process that hangs
 LABELS = ("a rocket", "an astronaut", "a control room", "background")
@@ -57,6 +58,20 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]:
+    """Runs in this process, and gives the summary."""
+
+    def run(bundle: Path, *arguments: str) -> dict[str, Any]:
+        assert main(monkeypatch, "run", bundle, *arguments, "--json") == 0
+        told = capfd.readouterr()
+        assert told.err == ""
+        summary: dict[str, Any] = json.loads(told.out)
+        return summary
+
+    return run
+
+
 def files(folder: Path) -> list[str]:
     return ["--output", f"{folder}/out.jsonl", "--events", f"{folder}/events.jsonl", "--record", f"{folder}/out.mp4"]
 
@@ -83,19 +98,21 @@ def test_a_video_file_gives_every_result_and_an_annotated_video(bundle: Path, cl
         assert event["label"] in LABELS[:3] and event["start"] <= event["peak"] <= event["end"]
 
 
-def test_several_sources_of_one_session_each_get_what_they_get_alone(bundle: Path, tmp_path: Path) -> None:
+def test_several_sources_of_one_session_each_get_what_they_get_alone(
+    bundle: Path, tmp_path: Path, here: Callable[..., dict[str, Any]]
+) -> None:
     long, short = shapes(tmp_path / "long.mp4", 24, 1), shapes(tmp_path / "short.mp4", 9, 4)
     sources = {str(long): 24, str(short): 9, "synthetic:frames=15,seed=3,width=160,height=120": 15}
     (tmp_path / "alone").mkdir()
     alone = {}
     for name, count in sources.items():
-        run_here(bundle, tmp_path / "alone", "--source", name)
+        here(bundle, *files(tmp_path / "alone"), "--source", name)
         alone[name] = lines_of(tmp_path / "alone" / "out.jsonl")
         assert len(alone[name]) == count
 
     asked = [argument for name in sources for argument in ("--source", name)]
     saved = ["--save-features", f"{tmp_path}/out.npz", "--save-masks", f"{tmp_path}/masks"]
-    summary = run_here(bundle, tmp_path, *asked, *saved, "--overlay", "all")
+    summary = here(bundle, *files(tmp_path), *asked, *saved, "--overlay", "all")
     assert summary["stopped"] == "every source ended" and summary["frames"] == 48
     assert [(source["source"], source["frames"]) for source in summary["sources"]] == list(sources.items())
     for number, (name, count) in enumerate(sources.items()):
@@ -129,14 +146,12 @@ def test_results_go_to_standard_output_and_the_summary_to_standard_error(bundle:
     assert found.stderr.startswith("framestep: --output -: --json writes to standard output too")
 
 
-def test_the_bundle_is_never_overwritten(bundle: Path, tmp_path: Path) -> None:
+def test_the_bundle_is_never_overwritten(bundle: Path, monkeypatch, capsys) -> None:
     before = (bundle / "manifest.json").read_bytes()
-    found = subprocess.run(
-        [*RUN, bundle, "--source", "synthetic:frames=2", "--output", bundle / "manifest.json"],
-        capture_output=True,
-        text=True,
-    )
-    assert found.returncode == 2 and "lies in the bundle" in found.stderr and found.stderr.count("\n") == 1
+    written = bundle / "manifest.json"
+    assert main(monkeypatch, "run", bundle, "--source", "synthetic:frames=2", "--output", written) == 2
+    told = capsys.readouterr().err
+    assert "lies in the bundle" in told and told.count("\n") == 1
     assert (bundle / "manifest.json").read_bytes() == before
 
 
@@ -252,10 +267,14 @@ def test_a_signal_finishes_the_files_and_exits_0(bundle: Path, tmp_path: Path, n
         (["--source", "synthetic", "--engine", "steam"], "steam"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_2(bundle: Path, tmp_path: Path, arguments: list[str], named: str) -> None:
-    found = subprocess.run([*RUN, bundle, *arguments], capture_output=True, text=True, cwd=tmp_path)
-    assert found.returncode == 2 and found.stdout == ""
-    assert found.stderr.startswith("framestep: ") and named in found.stderr and found.stderr.count("\n") == 1
+def test_bad_input_is_one_line_and_exit_2(
+    bundle: Path, tmp_path: Path, monkeypatch, capfd, arguments: list[str], named: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(monkeypatch, "run", bundle, *arguments) == 2
+    told = capfd.readouterr()
+    assert told.out == ""
+    assert told.err.startswith("framestep: ") and named in told.err and told.err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 
@@ -277,14 +296,6 @@ def shapes(path: Path, frames: int, step: int) -> Path:
         writer.write(picture)
     writer.release()
     return path
-
-
-def run_here(bundle: Path, folder: Path, *arguments: str) -> dict[str, Any]:
-    """The summary of a run whose files go into `folder`."""
-    found = subprocess.run([*RUN, bundle, *files(folder), "--json", *arguments], capture_output=True, text=True)
-    assert (found.returncode, found.stderr) == (0, "")
-    summary: dict[str, Any] = json.loads(found.stdout)
-    return summary
 
 
 def wait_for_lines(path: Path, count: int) -> None:
