@@ -753,6 +753,8 @@ def _exit_status(arguments: list[str]) -> int:
             raise
         return _fail(f"frames are read and drawn with OpenCV ({error}): pip install opencv-python", 2)
     except OSError as error:
+        if error.filename is None and error.errno == errno.ENOENT:  # as getcwd says it
+            return _fail("the folder that this runs in was removed; run it in another", 2)
         if error.filename is None and error.errno != errno.ENOSPC:
             raise
         return _fail(": ".join(str(part) for part in (error.filename, error.strerror) if part), 2)

@@ -237,9 +237,9 @@ class BundleWriter:
 
 def _read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
-    if not folder.exists():
-        raise BundleError(f"{folder}: no such bundle")
     try:
+        if not folder.exists():
+            raise BundleError(f"{folder}: no such bundle")
         values = json.loads(path.read_text("utf-8"))
     except NotADirectoryError:
         raise BundleError(f"{folder}: is a file; give the bundle's folder") from None
@@ -247,7 +247,9 @@ def _read_manifest(folder: Path) -> Manifest:
         raise BundleError(
             f"{folder}: not a bundle, {MANIFEST} is missing ('framestep export' makes a bundle of a checkpoint)"
         ) from None
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise BundleError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
         raise BundleError(f"{path}: cannot be read as JSON: {error}") from None
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise BundleError(f"{path}: not a framestep manifest (format should be '{FORMAT}')")

@@ -59,6 +59,13 @@ main()
     assert [json.loads(line)["position"] for line in results.read_text().splitlines()] == [0, 1, 2]
 
 
+def test_a_folder_that_was_removed_is_told_of(tmp_path):
+    here = tmp_path / "here"
+    done = shell('mkdir "$HERE"; cd "$HERE"; rmdir "$HERE"; $FRAMESTEP export none', HERE=str(here))
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert done.stderr == b"framestep: the folder that this runs in was removed; run it in another\n"
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin1", "utf-8:strict"])
 def test_what_an_encoding_lacks_is_escaped(encoding, tmp_path):
     bundle = os.fsencode(tmp_path) + "/日 ".encode() + ODD

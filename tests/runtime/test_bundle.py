@@ -223,6 +223,11 @@ def test_what_is_no_bundle_is_named(tmp_path):
         framestep.load(tmp_path)
 
 
+def test_a_name_that_the_system_refuses_is_an_error_of_the_bundle():
+    with pytest.raises(BundleError, match="cannot be read: File name too long"):
+        Bundle.open("a" * 300)
+
+
 def test_an_interrupted_writer_leaves_nothing(tmp_path):
     with pytest.raises(KeyboardInterrupt), BundleWriter(tmp_path / "x.bundle") as writer:
         (writer.folder / "backbone.bin").write_bytes(b"half")
