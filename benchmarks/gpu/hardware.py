@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import triton
 
@@ -153,7 +154,19 @@ class Rehearsal:
 
 
 def find_hardware(rehearse: bool) -> Hardware:
+    if rehearse:
+        check_interpreter()
     return Rehearsal() if rehearse else Cuda()
+
+
+def check_interpreter() -> None:
+    """Triton's interpreter before 3.7 takes numbers out of arrays in a way that NumPy 2.4 refuses."""
+    old = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+    if old and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
+        raise SystemExit(
+            f"Triton {triton.__version__} cannot interpret kernels with NumPy {np.__version__};"
+            " take Triton 3.7 or later, or NumPy below 2.4"
+        )
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 
+import numpy as np
 import pytest
 import torch
 from suite_rehearsal import ROOT, SUITE, rehearse, run_suite
@@ -54,6 +55,23 @@ def test_the_best_way_to_cut_is_the_first_line_of_its_table(rehearsal):
     worst = [row["worst_of_best"] for row in rows["tune"]]
     assert worst == sorted(worst, reverse=True) and worst[0] > 0
     assert rows["tune_parts"][0]["1 parts"] and rows["tune_decoder"][0]["planned"]
+
+
+@pytest.mark.parametrize(
+    ("version", "numbers", "refused"), [("3.6.0", "2.4.0", True), ("3.6.0", "2.3.5", False), ("3.10.0", "2.4.0", False)]
+)
+def test_an_interpreter_that_this_numpy_breaks_is_refused_in_one_line(monkeypatch, version, numbers, refused):
+    import triton
+
+    from framestep.benchmarks.gpu.hardware import find_hardware
+
+    monkeypatch.setattr(triton, "__version__", version)
+    monkeypatch.setattr(np, "__version__", numbers)
+    if refused:
+        with pytest.raises(SystemExit, match=r"^Triton 3\.6\.0 cannot interpret kernels with NumPy 2\.4\.0; take .*$"):
+            find_hardware(True)
+    else:
+        assert find_hardware(True).rehearsal
 
 
 def test_a_launch_that_fails_somewhere_is_no_rule():

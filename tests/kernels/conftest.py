@@ -23,6 +23,9 @@ def bfloat16_products() -> Iterator[None]:
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
+    from framestep.benchmarks.gpu.hardware import check_interpreter
+
+    check_interpreter()
     multiply = InterpreterBuilder.create_dot
 
     def widened(handle: TensorHandle) -> TensorHandle:
