@@ -2,7 +2,7 @@
 
 On a CPU it is the readable reference. On CUDA a step is captured once for each range of slots as a CUDA graph, copies
 from and to pinned host memory included: a frame is then one launch and one synchronisation. So is a decoder's step of
-one token, captured for each slot.
+one token, or of a number of tokens that recurs, captured for each slot.
 
 What it computes in is asked for with the engine's name: `torch` computes in the types of the graph, and `torch:fp16`,
 `torch:bf16`, `torch:tf32` and `torch:fp32` in that, whatever the graph has: weights, state and arithmetic of every
@@ -42,8 +42,9 @@ except ImportError as error:
     raise EngineError(f"the torch engine needs PyTorch: pip install 'framestep[torch]' ({error})") from None
 
 Array = npt.NDArray[Any]
+Shapes = tuple[tuple[int, ...], ...]  # of a run's inputs
 PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-MOST_GRAPHS = 64  # captured ranges of slots that are kept
+MOST_GRAPHS = 64  # captured ranges of slots that are kept, and as many runs of graphs by themselves
 WARM_UPS = 3  # runs before a capture: libraries choose their kernels and allocate in the first ones
 PREFILL_FRAMES = 32  # at once; bounds the memory of `prefill`
 # A capture begins with a wait for the whole device, which fails while another one runs; and products have one precision
@@ -128,8 +129,8 @@ class TorchEngine(BufferEngine):
                 f"no memory on {device} for {counted(streams, 'stream')} ({_line(error)}); load fewer"
             ) from None
         self._captured: OrderedDict[tuple[int, int], Any] = OrderedDict()
-        self._own_captured: dict[tuple[int, str], _Launch] = {}
-        self._own_runs: Counter[str] = Counter()  # of one shape, before a capture
+        self._own_captured: OrderedDict[tuple[int, str, Shapes], _Launch] = OrderedDict()
+        self._own_runs: Counter[tuple[str, Shapes]] = Counter()
         self._pool: Any = None
         self._side = torch.cuda.Stream() if device == "cuda" else None
         self._allocate_outputs({})
@@ -154,22 +155,29 @@ class TorchEngine(BufferEngine):
             torch.cuda.current_stream().synchronize()
 
     def run_graph(self, slot: int, name: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """See `BufferEngine.run_graph`. On CUDA, runs with one token or none are captured when there were a few."""
+        """See `BufferEngine.run_graph`. On CUDA a run of the same sizes as a few before is captured."""
         graph = self._own_graphs[name]
         if name not in self._own_programs:  # the session was closed while this run waited for its turn
             raise EngineError("this session is closed")
         with self._guard(f"the graph '{name}'"):
-            one = self._side is not None and _has_one_shape(graph, inputs)
-            if one and (slot, name) in self._own_captured:
-                return _launched(self._own_captured[slot, name], inputs)
+            shapes = tuple(inputs[port.name].shape for port in graph.inputs)
+            launch = self._own_captured.get((slot, name, shapes))
+            if launch is not None:
+                self._own_captured.move_to_end((slot, name, shapes))
+                return _launched(launch, inputs)
             with self._arithmetic():
                 with self._aside():
                     made = self._run_own(slot, name, {key: torch.tensor(array) for key, array in inputs.items()})
                     found = {key: value.to("cpu", copy=True).numpy() for key, value in made.items()}
-                self._own_runs[name] += one
-                if one and self._own_runs[name] >= WARM_UPS:
+                if self._side is None:
+                    return found
+                self._own_runs[name, shapes] += 1
+                if self._own_runs[name, shapes] >= WARM_UPS:
                     # behind a run by this thread: a library that has not begun in a thread cannot in a capture
-                    self._own_captured[slot, name] = self._capture_own(slot, name)
+                    launch = self._capture_own(slot, name, inputs, found)
+                    while len(self._own_captured) >= MOST_GRAPHS:
+                        self._own_captured.popitem(last=False)
+                    self._own_captured[slot, name, shapes] = launch
             return found
 
     def can_prefill(self) -> bool:
@@ -248,9 +256,9 @@ class TorchEngine(BufferEngine):
         self._captured[first, stop] = graph
         return graph
 
-    def _capture_own(self, slot: int, name: str) -> _Launch:
-        ports = self._own_graphs[name]
-        given, made = ({port.name: self._host_one(port) for port in many} for many in (ports.inputs, ports.outputs))
+    def _capture_own(self, slot: int, name: str, inputs: Mapping[str, Array], found: Mapping[str, Array]) -> _Launch:
+        """A run with such inputs, which gave what was found."""
+        given, made = ({key: self._host_like(array) for key, array in many.items()} for many in (inputs, found))
 
         def work() -> None:
             for key, value in self._run_own(slot, name, given).items():
@@ -335,9 +343,8 @@ class TorchEngine(BufferEngine):
         """Zeroed host memory; pinned where a GPU copies from and to it."""
         return torch.zeros(tuple(shape), dtype=dtype, pin_memory=self._device.type == "cuda")
 
-    def _host_one(self, port: Port) -> Tensor:
-        """Host memory for a port, every axis of which that may differ is 1."""
-        return self._host([1 if isinstance(n, str) else n for n in port.shape], getattr(torch, port.dtype))
+    def _host_like(self, array: Array) -> Tensor:
+        return self._host(array.shape, torch.from_numpy(array).dtype)
 
     def _twin(self, host: Tensor) -> Tensor:
         """The same on the device; on a CPU the very same."""
@@ -380,12 +387,6 @@ def _launched(launch: _Launch, inputs: Mapping[str, Array]) -> dict[str, Array]:
     launch.graph.replay()
     torch.cuda.current_stream().synchronize()
     return {key: array.copy() for key, array in launch.outputs.items()}
-
-
-def _has_one_shape(graph: Graph, inputs: Mapping[str, Array]) -> bool:
-    """Whether every axis that may differ from run to run is 1."""
-    extents = (zip(port.shape, inputs[port.name].shape, strict=True) for port in graph.inputs)
-    return all(extent == 1 for pairs in extents for n, extent in pairs if isinstance(n, str))
 
 
 def _step(

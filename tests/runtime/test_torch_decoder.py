@@ -215,6 +215,44 @@ def test_on_cuda_a_token_is_one_launch_and_one_synchronisation_of_each_graph(ses
     assert "replay" not in calls
 
 
+def test_on_cuda_a_number_of_tokens_that_recurs_is_one_launch(sessions) -> None:
+    session, eager, calls = sessions
+    streams = session.open_stream(), eager.open_stream()
+    tokens, at = random_tokens(33), 0
+
+    def both(count: int) -> None:
+        nonlocal at
+        found, expected = (say(stream, tokens[at : at + count], at) for stream in streams)
+        golden.assert_close(found, expected)
+        at += count
+
+    for _ in range(WARM_UPS):
+        both(2)
+        both(4)
+    assert calls.count("capture") == 2 * len(("embed", "decoder"))
+    calls.clear()
+    for count in (4, 2, 2, 4):
+        both(count)
+    assert calls == ["replay", "synchronize"] * 2 * 4
+    calls.clear()
+    both(3)
+    assert "replay" not in calls
+
+
+def test_on_cuda_the_captures_that_are_kept_are_the_latest_used(sessions, monkeypatch) -> None:
+    monkeypatch.setattr("framestep.runtime.engines.torch.MOST_GRAPHS", 2)  # of one number of tokens: two graphs
+    session, eager, calls = sessions
+    streams = session.open_stream(), eager.open_stream()
+    tokens, at = random_tokens(), 0
+    for count in [1] * (WARM_UPS + 1) + [2] * (WARM_UPS + 1) + [1, 1]:
+        found, expected = (say(stream, tokens[at : at + count], at) for stream in streams)
+        golden.assert_close(found, expected)
+        at += count
+        assert len(session._engine._own_captured) <= 2
+    assert calls.count("capture") == 3 * 2
+    assert calls[-2:] == ["replay", "synchronize"]
+
+
 def test_on_cuda_slots_keep_apart_and_positions_change_between_launches(sessions) -> None:
     session, eager, calls = sessions
     tokens, results = random_tokens(), []
@@ -252,7 +290,7 @@ def test_on_cuda_a_capture_that_fails_leaves_everything_usable(sessions, monkeyp
         say(stream, tokens[at : at + 1], at)
     engine, before = session._engine, torch.cuda.current_stream()
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "_host_one", lambda port: torch.zeros(0))
+        patch.setattr(engine, "_host_like", lambda array: torch.zeros(0))
         with pytest.raises(EngineError, match="a capture that cannot end"):
             say(stream, tokens[WARM_UPS - 1 : WARM_UPS], WARM_UPS - 1)
     assert torch.cuda.current_stream() is before
@@ -288,11 +326,12 @@ def test_close_waits_for_the_run_at_work(tmp_path, monkeypatch) -> None:
         session._engine.run(0, "embed", {"tokens": random_tokens()})  # as one that had waited behind `close`
 
 
-def test_no_number_of_a_device_is_needed_on_the_host(tmp_path, golden_bundle) -> None:
+@pytest.mark.parametrize("tokens", ["1", "5"])
+def test_no_number_of_a_device_is_needed_on_the_host(tmp_path, golden_bundle, tokens) -> None:
     decoder_models.save(decoder_models.qwen2_5_vl(), tmp_path / "checkpoint")
     _, bundle = write(tmp_path, frame_size=(56, 84))
     script = Path(__file__).parents[1] / "pretend_device.py"
-    command = [sys.executable, script, "float16", "1", golden_bundle, bundle.path]
+    command = [sys.executable, script, "float16", tokens, golden_bundle, bundle.path]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [*Bundle.open(golden_bundle).manifest.graphs, *bundle.manifest.graphs]
