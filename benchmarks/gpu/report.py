@@ -9,7 +9,7 @@ TITLES = {
     "temporal_attention": "temporal_attention, float16, ring full",
     "temporal_attention_int8": "temporal_attention over an int8 ring",
     "decode_attention": "decode_attention, float16",
-    "decoder": "A decoder of 0.5 billion weights in float16 through the engine, one token, host to host",
+    "decoder": "A decoder of 0.5 billion weights in float16 through the engine, by new tokens and those in the cache",
     "prime": "Priming a stream, float16",
     "step": "The step of the base model through the engine, one stream, host to host",
     "session": "The same through Session.step, float16",
