@@ -155,7 +155,7 @@ def run(
 
     Live sources give their newest frame and count what they drop; files give every frame.
 
-    Ctrl-C and SIGTERM finish all files and exit 0 ("stopped by user").
+    Ctrl-C, SIGTERM and a terminal that closes (SIGHUP) finish all files and exit 0 ("stopped by user").
 
     Exit status 2: an error, or a file or source was lost on the way.
     """
@@ -728,6 +728,8 @@ def _json(facts: Any) -> str:
 def main() -> None:
     """Entry point. An error raised on purpose is one line on standard error and exit status 2."""
     signal.signal(signal.SIGTERM, _terminate)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
+        signal.signal(signal.SIGHUP, _terminate)
     sys.exit(_exit_status(sys.argv[1:]))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -46,7 +47,10 @@ class LaneStatus:
 
 
 class Status(Protocol):
-    """Where a run reports. `lanes` is called only when something is shown."""
+    """Where a run reports. `lanes` is called only when something is shown.
+
+    A terminal or a reader of the log that went away keeps nothing from going on.
+    """
 
     def update(self, lanes: Callable[[], Sequence[LaneStatus]]) -> None: ...
 
@@ -77,7 +81,8 @@ class QuietStatus:
         pass
 
     def _print(self, line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
+        with suppress(OSError):
+            print(line, file=sys.stderr, flush=True)
 
 
 class PlainStatus(QuietStatus):
@@ -108,14 +113,17 @@ class TerminalStatus(QuietStatus):
         if now < self._next:
             return
         self._next = now + TERMINAL_PERIOD_S
-        self._live.start()
-        self._live.update(Text("\n".join(_lines(lanes())), no_wrap=True, overflow="ellipsis"), refresh=True)
+        with suppress(OSError):
+            self._live.start()
+            self._live.update(Text("\n".join(_lines(lanes())), no_wrap=True, overflow="ellipsis"), refresh=True)
 
     def close(self) -> None:
-        self._live.stop()
+        with suppress(OSError):
+            self._live.stop()
 
     def _print(self, line: str) -> None:
-        self._console.print(Text(line), soft_wrap=True)
+        with suppress(OSError):
+            self._console.print(Text(line), soft_wrap=True)
 
 
 def status_for(quiet: bool) -> Status:

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a wish that what goes on comes to an orderly end."""
+"""SIGINT, SIGTERM and SIGHUP as a wish that what goes on comes to an orderly end."""
 
 from __future__ import annotations
 
@@ -31,12 +31,14 @@ class Stopping:
 
 @contextmanager
 def stop_on_signals(then: Callable[[], None] | None = None) -> Iterator[Stopping]:
-    """SIGINT and SIGTERM ask the run to stop; a second one has its usual effect."""
+    """SIGINT, SIGTERM and, where it is not ignored, SIGHUP ask the run to stop; a second one has its usual effect."""
     stopping = Stopping(then)
     if threading.current_thread() is not threading.main_thread():
         yield stopping
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    if before[signal.SIGHUP] == signal.SIG_IGN:  # nohup
+        del before[signal.SIGHUP]
 
     def restore() -> None:
         for number, handler in before.items():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import pty
 import shutil
 import subprocess
 import sys
@@ -13,11 +15,13 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from command_line import video_frames
 from rich.console import Console
 
 from framestep.apps.doctor import Finding
 from framestep.apps.doctor import table as doctor_table
 from framestep.apps.inspect import table as inspect_table
+from framestep.apps.status import PlainStatus, TerminalStatus
 from framestep.runtime.bundle import Bundle
 from framestep.runtime.errors import SourceError
 from framestep.runtime.sources import open_source
@@ -64,6 +68,37 @@ def test_a_folder_that_was_removed_is_told_of(tmp_path):
     done = shell('mkdir "$HERE"; cd "$HERE"; rmdir "$HERE"; $FRAMESTEP export none', HERE=str(here))
     assert (done.returncode, done.stdout) == (2, b"")
     assert done.stderr == b"framestep: the folder that this runs in was removed; run it in another\n"
+
+
+def test_a_terminal_that_closes_finishes_every_file(tmp_path):
+    video, results = tmp_path / "video.mp4", tmp_path / "results.jsonl"
+    process, terminal = pty.fork()
+    if process == 0:
+        source = "synthetic:frames=1000000,width=32,height=32"
+        files = ["--record", str(video), "--output", str(results)]
+        os.execv(sys.executable, [sys.executable, "-m", "framestep", "run", str(STEPS), "--source", source, *files])
+    while b" frames" not in os.read(terminal, 1 << 16):
+        pass
+    os.close(terminal)  # which is SIGHUP, and every word to the terminal an error from then on
+    os.waitpid(process, 0)
+    assert video_frames(video) == len(results.read_text().splitlines()) > 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["results.jsonl", "video.mp4"]
+
+
+class Gone(StringIO):
+    """A terminal that was closed."""
+
+    def write(self, text: str) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def test_a_status_that_nobody_reads_any_more_stops_no_run(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Gone())
+    for status in (PlainStatus(period_s=0), TerminalStatus()):
+        status.update(lambda: [])
+        status.report("a camera was lost")
+        status.error("a file was lost")
+        status.close()
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin1", "utf-8:strict"])
