@@ -26,14 +26,14 @@ STEPS = np.linspace(7, 9, 8, dtype=np.float32)
 PIECE = 1 << 18  # weights quantized at a time, which stay in a processor's cache
 
 
-def quantize_blocks(weight: Array, bits: int, half: bool = False) -> tuple[npt.NDArray[np.int8], Array]:
+def quantize_blocks(weight: torch.Tensor, bits: int, half: bool = False) -> tuple[npt.NDArray[np.int8], Array]:
     """Quantize a matrix [outputs, inputs] along its inputs.
 
     INT8 takes the scale at which the largest weight of a block is 127. INT4 has 16 values, and with them the largest
     weight is often better cut: of eight scales, the one with the smallest squared error is taken.
 
     Args:
-        weight: [outputs, inputs], inputs a multiple of 32.
+        weight: [outputs, inputs], inputs a multiple of 32; of any float type, widened piece by piece.
         bits: 8 or 4.
         half: INT4 as TensorRT takes it: with FP16 scales, which have to be above zero, in blocks of 64 where they fit.
 
@@ -45,7 +45,7 @@ def quantize_blocks(weight: Array, bits: int, half: bool = False) -> tuple[npt.N
     integers = np.empty((outputs, inputs), np.int8)
     scales = np.empty((outputs, inputs // block), np.float16 if half else np.float32)
     for rows in _pieces(outputs, inputs):
-        blocks = np.ascontiguousarray(weight[rows], np.float32).reshape(-1, block)
+        blocks = weight[rows].float().numpy().reshape(-1, block)
         q, scale = _quantize(blocks, bits, half)
         integers[rows] = q.reshape(-1, inputs)
         scales[rows] = scale.reshape(-1, inputs // block)

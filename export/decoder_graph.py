@@ -32,6 +32,7 @@ from .graph import GraphBuilder
 
 Array = npt.NDArray[np.generic]
 PRECISIONS = ("fp32", "fp16", "w8", "w4", "fp16+w4")
+LEAST_BLOCK = 32  # inputs; a layer whose inputs are no multiple keeps its floats
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,16 @@ class Precision:
 
     @property
     def of_eyes(self) -> Precision:
-        """Of graphs that see: their weights are never integers."""
+        """Of graphs that see: beside integers in float32 theirs have 8 bits, beside FP16 they are FP16."""
+        return self.of_pixels if self.bits is None or self.dtype == "float16" else Precision("w8")
+
+    @property
+    def of_pixels(self) -> Precision:
+        """Of what reads a frame: its weights are never integers."""
         return Precision("fp16" if self.dtype == "float16" else "fp32")
 
     def array(self, tensor: Tensor) -> Array:
-        return np.ascontiguousarray(tensor.detach().float().numpy()).astype(self.dtype, copy=False)
+        return np.ascontiguousarray(tensor.detach().to(getattr(torch, self.dtype)).numpy())
 
     def narrow(self, g: GraphBuilder, x: str) -> str:
         """From float32 to what products are computed in."""
@@ -103,9 +109,9 @@ class Precision:
         return g.node("Add", product, added, name=f"{name}.Add")
 
     def _weight(self, g: GraphBuilder, name: str, weight: Tensor, stored: str) -> str:
-        if self.bits is None:
+        if self.bits is None or weight.shape[1] % LEAST_BLOCK:
             return g.weight(f"{name}.weight", np.ascontiguousarray(self.array(weight).T), f"{stored}.weight")
-        integers, scales = quantize_blocks(weight.detach().float().numpy(), self.bits, self.dtype == "float16")
+        integers, scales = quantize_blocks(weight.detach(), self.bits, self.dtype == "float16")
         packed = to_onnx(np.ascontiguousarray(integers.T), self.bits)
         return g.node(
             "DequantizeLinear",
@@ -135,7 +141,7 @@ def write_embed(table: Tensor, precision: Precision, builder: GraphBuilder, extr
     if not precision.integer_table:
         x = precision.widen(g, g.node("Gather", g.weight(f"{name}.weight", precision.array(table)), tokens, axis=0))
     else:
-        integers, scales = quantize_blocks(table.detach().float().numpy(), 8)
+        integers, scales = quantize_blocks(table.detach(), 8)
         rows = g.node("Gather", g.weight(f"{name}.weight", integers), tokens, axis=0)
         scale = g.node("Gather", g.weight(f"{name}.scale", scales), tokens, axis=0)
         # spelled out: a blocked DequantizeLinear wants as many scales as its shape says before it runs

@@ -158,7 +158,7 @@ def test_integer_weights_give_the_logits_of_what_they_stand_for(exported, monkey
             if weight.ndim == 2:
                 table = "embed_tokens" in name
                 scale = decoder.config.head_dim**-0.5 if "q_proj" in name else 1.0
-                found = dequantize_blocks(*quantize_blocks((weight * scale).numpy(), 8 if table else bits))
+                found = dequantize_blocks(*quantize_blocks(weight * scale, 8 if table else bits))
                 weight.copy_(torch.from_numpy(found) / scale)
     expected = torch_logits(decoder)
     integers = run_tokens(DecoderRun(bundle), random_tokens(), [TOKENS])[0]
@@ -238,7 +238,7 @@ def torch_logits(decoder: Decoder) -> np.ndarray:
 def test_a_quantized_weight_is_near_within_its_block(bits, half, bound):
     weight = np.random.default_rng(0).normal(0, 1, (5000, 96)).astype(np.float32)
     weight[7] = 0
-    integers, scales = quantize_blocks(weight, bits, half)
+    integers, scales = quantize_blocks(torch.from_numpy(weight), bits, half)
     error = np.abs(dequantize_blocks(integers, scales) - weight).reshape(5000, 3, 32)
     largest = np.abs(weight).reshape(5000, 3, 32).max(axis=2, keepdims=True)
     assert scales.shape == (5000, 3)
@@ -246,10 +246,17 @@ def test_a_quantized_weight_is_near_within_its_block(bits, half, bound):
     assert (error.mean(axis=2, keepdims=True) <= bound * largest).all()
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_weight_in_bfloat16_is_quantized_as_its_numbers_are(bits):
+    weight = torch.from_numpy(np.random.default_rng(0).normal(0, 1, (5000, 96)).astype(np.float32)).bfloat16()
+    for found, right in zip(quantize_blocks(weight, bits), quantize_blocks(weight.float(), bits), strict=True):
+        assert np.array_equal(found, right)
+
+
 @pytest.mark.parametrize("half", [False, True])
 def test_an_int4_scale_is_nearly_the_best_there_is(half):
     weight = np.random.default_rng(0).normal(0, 0.02, (64, 256)).astype(np.float32)
-    integers, scales = quantize_blocks(weight, 4, half)
+    integers, scales = quantize_blocks(torch.from_numpy(weight), 4, half)
     found = np.square(dequantize_blocks(integers, scales.astype(np.float32)) - weight).sum()
     blocks = weight.reshape(-1, 64 if half else 32)
     largest = np.abs(blocks).max(axis=1, keepdims=True)
@@ -265,14 +272,14 @@ def test_a_weight_is_at_most_one_step_off_whatever_signs_the_largest_have(half):
     weight = np.random.default_rng(0).normal(0, 0.07, (400, 64)).astype(np.float32)
     sizes = np.linspace(-1, 1, 20)
     weight[:, 5], weight[:, 36] = np.repeat(sizes, 20), np.tile(sizes, 20)
-    integers, scales = quantize_blocks(weight, 4, half)
+    integers, scales = quantize_blocks(torch.from_numpy(weight), 4, half)
     assert 0.9 < steps_off(integers, scales.astype(np.float32), torch.from_numpy(weight)) <= 1.001
 
 
 @pytest.mark.parametrize("size", [1, 1e-4, 1e-7, 1e-12])
 def test_scales_in_half_precision_are_above_zero_and_cut_a_weight_by_one_step_at_most(size):
     weight = np.random.default_rng(0).normal(0, size, (100, 128)).astype(np.float32)
-    integers, scales = quantize_blocks(weight, 4, half=True)
+    integers, scales = quantize_blocks(torch.from_numpy(weight), 4, half=True)
     assert scales.shape == (100, 2) and scales.dtype == np.float16 and (scales > 0).all()
     steps = weight.reshape(100, 2, 64) / scales[:, :, None].astype(np.float32)
     assert steps.min() >= -9 and steps.max() <= 8

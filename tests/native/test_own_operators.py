@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import onnx
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from native_parts import ROOT, Parts
@@ -765,7 +766,7 @@ def test_a_number_that_is_not_finite_makes_its_row_so(parts: Parts, simd: str, n
 def test_blocks_are_read_as_the_graph_stores_them(parts: Parts, simd: str) -> None:
     """Odd outputs: of a row of INT4 the last integer shares its byte with the next row's first."""
     weight = np.random.default_rng(0).standard_normal((37, 64)).astype(np.float32)
-    integers, scales = quantize_blocks(weight, 4)
+    integers, scales = quantize_blocks(torch.from_numpy(weight), 4)
     tensor = onnx.numpy_helper.from_array(np.ascontiguousarray(integers.T).astype(ml_dtypes.int4))
     stored, columns = np.frombuffer(tensor.raw_data, np.uint8).copy(), np.ascontiguousarray(scales.T)
     x = np.zeros((64, 64), np.float32)
