@@ -117,7 +117,8 @@ def layer_normalization(node: Node) -> Compute:
         raise Unsupported("outputs besides the norm")
 
     def compute(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return F.layer_norm(x, x.shape[axis:], weight, bias, epsilon)
+        shape = x.shape[axis:]
+        return F.layer_norm(x, shape, weight.expand(shape), None if bias is None else bias.expand(shape), epsilon)
 
     return compute
 
@@ -128,7 +129,7 @@ def rms_normalization(node: Node) -> Compute:
 
     def compute(x: Tensor, weight: Tensor) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
-        return F.rms_norm(x.to(wide), x.shape[axis:], weight.to(wide), epsilon).to(weight.dtype)
+        return F.rms_norm(x.to(wide), x.shape[axis:], weight.to(wide).expand(x.shape[axis:]), epsilon).to(weight.dtype)
 
     return compute
 
@@ -335,6 +336,7 @@ def residual_norm(node: Node) -> Compute:
     def compute(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x, update = torch.broadcast_tensors(x, update)
         x = x.float() if wide else x.to(update.dtype)
+        weight, bias = (None if part is None else part.expand(x.shape[-1:]).contiguous() for part in (weight, bias))
         norm = operators.residual_norm if x.shape[-1] <= operators.MOST_WIDTH else reference.residual_norm
         total, normed = norm(x.contiguous(), update.contiguous(), weight, bias, epsilon)
         return total, normed

@@ -257,7 +257,9 @@ def test_an_unknown_form_of_an_operator_is_named(golden_bundle, tmp_path):
         ("Mod", {"x": [-7, 7], "y": [3, 3]}, {}),
         ("Mod", {"x": (6,), "y": (6,)}, {"fmod": 1}),
         ("LayerNormalization", {"x": (2, 3, 8), "weight": (8,)}, {"axis": -1}),
+        ("LayerNormalization", {"x": (2, 3, 8), "weight": (1,), "bias": (1,)}, {"axis": -2}),
         ("RMSNormalization", {"x": (2, 3, 8), "weight": (8,)}, {"axis": -1, "epsilon": 0.01}),
+        ("RMSNormalization", {"x": (2, 3, 8), "weight": (1,)}, {}),
         ("RotaryEmbedding", {"x": (2, 3, 5, 8), "cos": (2, 5, 4), "sin": (2, 5, 4)}, {}),
         ("RotaryEmbedding", {"x": (2, 5, 24), "cos": (2, 5, 4), "sin": (2, 5, 4)}, {"num_heads": 3}),
         ("Slice", {"x": (6, 7), "starts": [1, -3], "stops": [5, 99], "axes": [0, 1]}, {}),
@@ -321,9 +323,16 @@ def test_operators_agree_with_onnx_runtime(op, inputs, attributes, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("op", "width"), [("LayerNormalization", 40), ("RMSNormalization", 40), ("RMSNormalization", 8200)]
+    ("op", "width", "weights"),
+    [
+        ("LayerNormalization", 40, 40),
+        ("LayerNormalization", 40, 1),
+        ("RMSNormalization", 40, 40),
+        ("RMSNormalization", 40, 1),
+        ("RMSNormalization", 8200, 8200),
+    ],
 )
-def test_a_sum_and_its_norm_of_any_width_agree_with_onnx_runtime(op, width, tmp_path):
+def test_a_sum_and_its_norm_of_any_width_agree_with_onnx_runtime(op, width, weights, tmp_path):
     import onnxruntime
 
     generator = np.random.default_rng(0)
@@ -335,7 +344,7 @@ def test_a_sum_and_its_norm_of_any_width_agree_with_onnx_runtime(op, width, tmp_
         "norm",
         [make(name, kind, value.shape) for name, value in given.items()],
         [make(name, kind, None) for name in ("sum", "normed")],
-        [onnx.numpy_helper.from_array(generator.normal(size=width).astype(np.float32), name) for name in held],
+        [onnx.numpy_helper.from_array(generator.normal(size=weights).astype(np.float32), name) for name in held],
     )
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 24)])
     model.ir_version = 11
