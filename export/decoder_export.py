@@ -26,6 +26,8 @@ from .vision_graph import VISUAL, write_vision
 AGREEMENT = {"fp32": 2e-4, "fp16": 3e-2, "w8": 0.3, "w4": 0.9, "fp16+w4": 0.9}
 # the same, against PyTorch with the weights that integers stand for
 STORED_AGREEMENT = {"w8": 1e-3, "w4": 1e-3, "fp16+w4": AGREEMENT["fp16"]}
+# what is seen against PyTorch with the checkpoint's weights, by products in float32
+SEEING_AGREEMENT = {"w8": 0.1, "w4": 0.1, "fp16+w4": AGREEMENT["fp16"]}
 # how far an integer weight may be from the checkpoint's, in steps: half of one, but that INT4 reaches -8 and only 7
 ROUNDING = {"w8": 0.51, "w4": 1.01, "fp16+w4": 1.01}
 TOKENIZER = "tokenizer.json"
@@ -38,8 +40,8 @@ class CacheOptions:
     """How a decoder and its cache become part of a bundle.
 
     Attributes:
-        precision: one of `PRECISIONS`, of the decoder; what sees is float32, the vision tower FP16 with "fp16" and
-            "fp16+w4".
+        precision: one of `PRECISIONS`, of the decoder. A Qwen2.5-VL's vision tower has INT8 weights with "w8" and "w4",
+            and is FP16 with "fp16" and "fp16+w4"; what else sees is float32, StreamChat's tower FP16 with the latter.
         capacity: tokens that the cache holds; None for 4,096, or all positions where there are fewer.
         chunk: tokens that one step should take at most.
         positions: position ids go from 0 to `positions` - 1; never beyond the trained range.
@@ -152,6 +154,8 @@ def check_replay(path: Path, found: Replay, precision: str) -> None:
             (found.difference, "PyTorch with the weights that its integers stand for", STORED_AGREEMENT[precision]),
             (found.quantization, "PyTorch with the checkpoint's weights", AGREEMENT[precision]),
         ]
+    if found.seeing is not None:
+        checks.append((found.seeing, "PyTorch in what it sees", SEEING_AGREEMENT[precision]))
     for error, against, limit in checks:
         if not error <= limit:
             raise FramestepError(

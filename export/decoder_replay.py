@@ -129,6 +129,8 @@ class Replay:
         difference: between the bundle and PyTorch in float32 with the same weights: the checkpoint's, or those that the
             bundle's integers stand for, whose products are then in float32 too.
         tokens: how many were taken.
+        seeing: of integer weights, between what the bundle sees by products in float32 and PyTorch with the
+            checkpoint's; else part of `difference`.
         quantization: of integer weights, between the bundle as a runtime runs it and PyTorch with the checkpoint's.
         rounding: of integer weights, how far one is from the checkpoint's at most, in steps of its block.
     """
@@ -137,6 +139,7 @@ class Replay:
     tokens: int
     quantization: float | None = None
     rounding: float | None = None
+    seeing: float | None = None
 
 
 def replay(checkpoint: DecoderCheckpoint, bundle: Bundle) -> Replay:
@@ -146,17 +149,17 @@ def replay(checkpoint: DecoderCheckpoint, bundle: Bundle) -> Replay:
     old ones: only distances count.
     """
     tokens = sum(STEPS) + 1
-    as_run = _replay(checkpoint, DecoderRun(bundle), bundle)
+    as_run = max(_replay(checkpoint, DecoderRun(bundle), bundle))
     if Precision(bundle.manifest.precision).bits is None:
         return Replay(as_run, tokens)
     stored = StoredWeights(checkpoint.decoder, bundle)
     with stored.in_use():
-        exact = _replay(checkpoint, DecoderRun(bundle, EXACT_LEVEL), bundle)
-    return Replay(exact, tokens, as_run, stored.rounding())
+        exact, seeing = _replay(checkpoint, DecoderRun(bundle, EXACT_LEVEL), bundle)
+    return Replay(exact, tokens, as_run, stored.rounding(), seeing)
 
 
-def _replay(checkpoint: DecoderCheckpoint, run: DecoderRun, bundle: Bundle) -> float:
-    """The largest relative error of the logits of a step, or of some embeddings.
+def _replay(checkpoint: DecoderCheckpoint, run: DecoderRun, bundle: Bundle) -> tuple[float, float]:
+    """The largest relative error of the logits of a step or of some tokens' embeddings, and that of what is seen.
 
     The bundle takes steps. PyTorch takes all tokens at once, and the last one by itself: it widens its weights, or
     dequantizes those of the bundle, each time.
@@ -171,7 +174,8 @@ def _replay(checkpoint: DecoderCheckpoint, run: DecoderRun, bundle: Bundle) -> f
     taken: list[Array] = []
     logits: list[Array] = []
     with torch.inference_mode():
-        visual = _see(checkpoint, bundle, run, generator, pairs)
+        seen = _see(checkpoint, bundle, run, generator)
+        visual = None if seen is None else seen[0]
         for length in (*STEPS, 1):
             stop = at + length
             embeddings = run.embed(tokens[:, at:stop])
@@ -193,7 +197,7 @@ def _replay(checkpoint: DecoderCheckpoint, run: DecoderRun, bundle: Bundle) -> f
         second, _ = decoder(inputs[:, last:], places[:, :, last:], cache, torch.from_numpy(mask[None, :last]))
         expected = torch.cat([first, second], dim=1)[0]
         pairs += zip(logits, expected[np.cumsum((*STEPS, 1)) - 1], strict=True)
-    return largest_error(pairs)
+    return largest_error(pairs), largest_error([] if seen is None else [seen])
 
 
 def largest_error(pairs: Iterable[tuple[Array, Tensor]]) -> float:
@@ -210,9 +214,8 @@ def _see(
     bundle: Bundle,
     run: DecoderRun,
     generator: np.random.Generator,
-    pairs: list[tuple[Array, Tensor]],
-) -> Array | None:
-    """What the bundle makes of a random frame, [1, tokens, D], and beside it in `pairs` what PyTorch does."""
+) -> tuple[Array, Tensor] | None:
+    """What the bundle makes of a random frame, [1, tokens, D], and what PyTorch does."""
     if checkpoint.vision is None and checkpoint.projector is None:
         return None
     manifest = bundle.manifest
@@ -227,5 +230,4 @@ def _see(
         assert manifest.grid is not None
         features, _, _ = checkpoint.tower.model(pixels[None], None, 1, 0)
         expected = checkpoint.projector(features[0], checkpoint.tower.model.config.grid)
-    pairs.append((visual, expected))
-    return visual
+    return visual, expected

@@ -74,7 +74,7 @@ def write_frame(
         uses.append(StateUse(name, f"{name}.past", f"{name}.present"))
         g.output(present, f"{name}.present", dtype, shape)
 
-    seeing = precision.of_eyes
+    seeing = precision.of_pixels  # never of integers: what text reads could not be compared with PyTorch so closely
     x = seeing.narrow(g, write_siglip(model.vision_model, frame, seeing, g))
     g.scope("adapter")
     x = seeing.linear(g, x, "adapter.fc1", model.adapter.fc1.weight, model.adapter.fc1.bias)

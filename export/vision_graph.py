@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from ..runtime.manifest import STREAMS, Graph, Port
+from .block_quantize import BLOCKS
+from .decoder import MLP
 from .decoder_graph import Precision, write_norm
 from .graph import GraphBuilder
 from .vision import Attention, FrameLayout, VisionTower
@@ -39,7 +42,7 @@ def write_vision(tower: VisionTower, frame_size: tuple[int, int], precision: Pre
         x = g.node("Transpose", x, perm=[0, 1, 4, 2, 5, 3, 6, 7])  # [S, rows, columns, m, m, p, p, 3]
         x = g.node("Reshape", x, g.constant([-1, N, p * p * 3]))
         weight = scaled.permute(0, 2, 3, 1).flatten(1)  # [D, p * p * 3]
-        x = precision.widen(g, precision.linear(g, x, "patch_embedding", weight, bias))
+        x = precision.widen(g, precision.of_pixels.linear(g, x, "patch_embedding", weight, bias))
 
         angles = layout.angles(config.head_dim)
         streams = g.node("Slice", g.node("Shape", frame), g.constant([0]), g.constant([1]))
@@ -55,11 +58,7 @@ def write_vision(tower: VisionTower, frame_size: tuple[int, int], precision: Pre
             windows = None if index in config.fullatt_block_indexes else layout.windows
             x = g.node("Add", x, precision.widen(g, _attention(g, h, name, block.attn, turn, windows, precision)))
             h = precision.narrow(g, write_norm(g, x, f"{name}.norm2", block.norm2))
-            gate = precision.linear(g, h, f"{name}.gate", block.mlp.gate_proj.weight, block.mlp.gate_proj.bias)
-            up = precision.linear(g, h, f"{name}.up", block.mlp.up_proj.weight, block.mlp.up_proj.bias)
-            h = g.node("Mul", g.activation(gate, config.hidden_act), up)
-            down = precision.linear(g, h, f"{name}.down", block.mlp.down_proj.weight, block.mlp.down_proj.bias)
-            x = g.node("Add", x, precision.widen(g, down))
+            x = g.node("Add", x, precision.widen(g, _mlp(g, h, name, block.mlp, config.hidden_act, precision)))
 
         g.scope("merger")
         x = precision.narrow(g, write_norm(g, x, "merger.norm", tower.merger.ln_q))
@@ -70,6 +69,17 @@ def write_vision(tower: VisionTower, frame_size: tuple[int, int], precision: Pre
         output = Port(VISUAL, "output", "float32", (STREAMS, rows * columns, config.out_hidden_size))
         g.output(precision.widen(g, x), output.name, output.dtype, output.shape)
     return Graph(g.file, (Port("frame", "frame", "uint8", (STREAMS, height, width, 3)),), (output,))
+
+
+def _mlp(g: GraphBuilder, x: str, name: str, mlp: MLP, activation: str, precision: Precision) -> str:
+    """Beside integers the inner layer is filled up with zeros to whole blocks: Qwen's 3,420 are 3,456 then."""
+    more = 0 if precision.bits is None else -mlp.gate_proj.out_features % BLOCKS[precision.bits][0]
+    gate, up = (
+        precision.linear(g, x, f"{name}.{part}", F.pad(linear.weight, (0, 0, 0, more)), F.pad(linear.bias, (0, more)))
+        for part, linear in (("gate", mlp.gate_proj), ("up", mlp.up_proj))
+    )
+    inner = g.node("Mul", g.activation(gate, activation), up)
+    return precision.linear(g, inner, f"{name}.down", F.pad(mlp.down_proj.weight, (0, more)), mlp.down_proj.bias)
 
 
 def _attention(

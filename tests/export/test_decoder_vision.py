@@ -14,19 +14,22 @@ from transformers import Qwen2VLImageProcessor
 
 from framestep.export.decoder_checkpoint import read_decoder_checkpoint
 from framestep.export.decoder_export import DecoderOptions, export_decoder
-from framestep.export.decoder_replay import DecoderRun
+from framestep.export.decoder_graph import Precision
+from framestep.export.decoder_replay import EXACT_LEVEL, DecoderRun
 from framestep.runtime.bundle import Bundle
+from framestep.runtime.errors import FramestepError
 from framestep.runtime.session import Session
 
 SIZE = (84, 112)
 
 
-def export(model: object, folder: Path, size: tuple[int, int] | None) -> Bundle:
+def export(model: object, folder: Path, size: tuple[int, int] | None, precision: str = "fp32") -> Bundle:
     if not (folder / "checkpoint").exists():
         decoder_models.save(model, folder / "checkpoint")
     checkpoint = read_decoder_checkpoint(str(folder / "checkpoint"))
     path = folder / f"{size}.bundle"
-    return Bundle.open(export_decoder(checkpoint, path, DecoderOptions(capacity=64, frame_size=size)).path)
+    options = DecoderOptions(precision, capacity=64, frame_size=size)
+    return Bundle.open(export_decoder(checkpoint, path, options).path)
 
 
 def processed(frames: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -65,6 +68,46 @@ def test_what_is_seen_is_that_of_transformers(model, folder, size):
         results = session.step(dict(zip(streams, frames, strict=True)))
     found = np.concatenate([results[stream]["visual"] for stream in streams])
     golden.assert_close(found, expected)
+
+
+def rounded(weight: torch.Tensor) -> torch.Tensor:
+    """Each 32, 64 or 128 inputs of an output, as many as divide its inputs, in 127 steps to their largest one."""
+    outputs, inputs = weight.shape
+    block = next((size for size in (128, 64, 32) if inputs % size == 0), inputs)
+    blocks = weight.reshape(outputs, -1, block)
+    step = blocks.abs().amax(2, keepdim=True) / 127
+    return (torch.round(blocks / step) * step).reshape(outputs, inputs)
+
+
+@pytest.mark.parametrize("precision", ["w8", "w4"])
+def test_beside_integer_weights_the_tower_has_eight_bits(tmp_path, precision):
+    model = decoder_models.qwen2_5_vl()
+    tower = model.model.visual
+    with torch.no_grad():
+        for block in tower.blocks:
+            block.attn.qkv.bias[-32:] = 0  # it goes through the output's weights before these are rounded
+    bundle = export(model, tmp_path, SIZE, precision)
+    linears = [part for part in tower.modules() if isinstance(part, torch.nn.Linear)]
+    assert len(linears) == 3 * 5 + 2
+    with torch.no_grad():
+        for linear in linears:
+            linear.weight.copy_(rounded(linear.weight))
+        (frame,) = random_frames(1, SIZE)
+        expected = tower(*processed([frame])).pooler_output.numpy()
+    golden.assert_close(DecoderRun(bundle, EXACT_LEVEL).see(frame)[0], expected)
+    with Session(bundle, outputs=("visual",)) as session, session.open_stream() as stream:
+        found = stream.step(frame)["visual"]
+    assert np.linalg.norm(found - expected) < 0.03 * np.linalg.norm(expected)
+
+
+def test_a_tower_that_sees_something_else_is_not_kept(tmp_path, monkeypatch):
+    def write(self, g, name, weight, *stored):
+        return original(self, g, name, weight * 2 if name == "merger.fc1" else weight, *stored)
+
+    original = Precision._weight
+    monkeypatch.setattr(Precision, "_weight", write)
+    with pytest.raises(FramestepError, match=r"not kept, .* against PyTorch in what it sees .* in w8"):
+        export(decoder_models.qwen2_5_vl(), tmp_path, SIZE, "w8")
 
 
 @pytest.mark.parametrize("chunk", [100, 9, 1])
