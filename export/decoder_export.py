@@ -155,7 +155,7 @@ def check_replay(path: Path, found: Replay, precision: str) -> None:
             (found.quantization, "PyTorch with the checkpoint's weights", AGREEMENT[precision]),
         ]
     if found.seeing is not None:
-        checks.append((found.seeing, "PyTorch in what it sees", SEEING_AGREEMENT[precision]))
+        checks.insert(0, (found.seeing, "PyTorch in what it sees", SEEING_AGREEMENT[precision]))
     for error, against, limit in checks:
         if not error <= limit:
             raise FramestepError(
