@@ -51,15 +51,7 @@ def array(lines: list[dict[str, Any]], name: str, *shape: int) -> np.ndarray:
     return np.array(rows, np.float32).reshape(len(lines), *shape)
 
 
-@pytest.mark.parametrize(
-    ("engine", "precision", "tolerance"),
-    [
-        ("onnxruntime:plain", "fp32", SAME),
-        ("onnxruntime:plain", "int8", SAME),
-        ("onnxruntime", "fp32", 2e-5),  # another order of summation
-        ("onnxruntime", "int8", 0.1),  # and then some numbers round to the next integer
-    ],
-)
+@pytest.mark.parametrize(("engine", "precision", "tolerance"), golden.RECORDED_STEPS)
 def test_a_pipe_gives_what_was_recorded(reader, examples, tmp_path, engine, precision, tolerance):
     """Three streams alone and together, as they were recorded; how many run in one step shows in the last digits."""
     program = str(tmp_path / "steps_from_pipe")

@@ -12,6 +12,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import golden
 import numpy as np
 import pytest
 from native_parts import cpu_has
@@ -123,16 +124,7 @@ def recorded() -> dict[str, np.ndarray]:
         return {name: arrays[name] for name in arrays.files}
 
 
-# what was recorded came from ONNX Runtime's own operators
-engines_recorded = pytest.mark.parametrize(
-    ("engine", "precision", "tolerance"),
-    [
-        ("onnxruntime:plain", "fp32", TOLERANCE),
-        ("onnxruntime:plain", "int8", TOLERANCE),
-        ("onnxruntime", "fp32", 2e-5),  # another order of summation
-        ("onnxruntime", "int8", 0.1),  # and then some numbers round to the next integer
-    ],
-)
+engines_recorded = pytest.mark.parametrize(("engine", "precision", "tolerance"), golden.RECORDED_STEPS)
 
 
 def assert_recorded(
