@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <set>
 
 #include "protobuf.h"
 
@@ -14,7 +13,7 @@ namespace {
 using Text = std::string_view;
 
 constexpr uint64_t GRAPH = 7, OPERATOR_SETS = 8;                          // of ModelProto
-constexpr uint64_t NODE = 1, INITIALIZER = 5, GRAPH_OUTPUT = 12;          // of GraphProto
+constexpr uint64_t NODE = 1, INITIALIZER = 5, INPUT = 11, OUTPUT = 12;    // of GraphProto
 constexpr size_t FEW = 64;                                                // integers in a constant
 constexpr int INT_ATTRIBUTE = 2;
 
@@ -130,7 +129,8 @@ OnnxGraph::OnnxGraph(Text model) : model_(model) {
         if (!field.is_message) continue;
         if (field.number == NODE) nodes_.push_back(read_node(field.content));
         if (field.number == INITIALIZER) constants_[name_in(field.content, 8)] = field.content;
-        if (field.number == GRAPH_OUTPUT) ++outputs_[name_in(field.content, 1)];
+        if (field.number == INPUT) inputs_.insert(name_in(field.content, 1));
+        if (field.number == OUTPUT) outputs_.insert(name_in(field.content, 1));
     }
     if (std::any_of(nodes_.begin(), nodes_.end(), has_graphs)) nodes_.clear();
     for (size_t index = 0; index < nodes_.size(); ++index) {
@@ -187,7 +187,8 @@ std::vector<int64_t> OnnxGraph::constant_integers(Text name) const {
 
 std::string OnnxGraph::write() const {
     if (replaced_.empty()) return "";
-    std::set<Text> kept;
+    std::set<Text> kept = inputs_;  // a constant may be one as well: without its numbers they would have to be given
+    kept.insert(outputs_.begin(), outputs_.end());
     for (size_t index = 0; index < nodes_.size(); ++index) {
         if (replaced_.count(index) == 0) kept.insert(nodes_[index].inputs.begin(), nodes_[index].inputs.end());
     }

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <map>
 #include <optional>
+#include <set>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -63,15 +64,15 @@ public:
     // Another NodeProto in the place of a node; "" for none.
     void replace(const OnnxNode& node, std::string by) { replaced_[number(node)] = std::move(by); }
 
-    // The model with its replaced nodes, without the constants that only those read, with `OWN_DOMAIN`; "" where nothing
-    // was replaced.
+    // The model with its replaced nodes, with `OWN_DOMAIN`, without the constants that only those read; but for the graph's
+    // inputs and outputs. "" where nothing was replaced.
     std::string write() const;
 
 private:
     std::string_view model_, graph_;
     std::vector<OnnxNode> nodes_;
     std::map<std::string_view, size_t> producers_, readers_;
-    std::map<std::string_view, size_t> outputs_;
+    std::set<std::string_view> inputs_, outputs_;
     std::map<std::string_view, std::string_view> constants_;  // TensorProto
     std::map<size_t, std::string> replaced_;
 };

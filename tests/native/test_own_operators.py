@@ -555,6 +555,17 @@ def test_products_of_integers_become_nodes_of_ours(parts: Parts, tmp_path: Path,
     assert not derived.graph.initializer
 
 
+def test_a_constant_that_is_an_input_or_an_output_of_the_graph_as_well_keeps_its_numbers(
+    parts: Parts, tmp_path: Path, integers: onnx.ModelProto
+) -> None:
+    """As an input, which older models make of each, it would have to be given otherwise."""
+    integers.graph.input.append(onnx.helper.make_tensor_value_info("first.int8", onnx.TensorProto.INT8, [32, 48]))
+    integers.graph.output.append(onnx.helper.make_tensor_value_info("bias", onnx.TensorProto.FLOAT, [48]))
+    derived = derive(parts, integers, tmp_path, set(), "integers")
+    assert derived is not None and operators(derived) == {"IntegerProducts": 2}
+    assert {item.name for item in derived.graph.initializer} == {"first.int8", "bias"}
+
+
 def replace_constant(model: onnx.ModelProto, name: str, array: np.ndarray) -> None:
     next(item for item in model.graph.initializer if item.name == name).CopyFrom(constant(array, name))
 
