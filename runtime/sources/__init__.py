@@ -131,6 +131,8 @@ def _open_path(path: Path, rate: float | None, images_fps: float | None, report:
                 f"source {redacted(str(path))}: no such file or folder"
                 " (a camera is 0, /dev/video0 or rtsp://…; moving shapes are `synthetic`)"
             )
+        if path.is_fifo() or path.is_socket():
+            raise SourceError(f"source {path}: is a pipe, not a file; name the camera, address or file that feeds it")
         if path.is_dir() or path.suffix.lower() in IMAGE_SUFFIXES:
             return ImageFolder(path, fps=images_fps, rate=rate, on_report=report)
     except OSError as error:

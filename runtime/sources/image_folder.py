@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import SourceError
+from ..manifest import MAX_SIDE
 from .frame import Frame, RgbImage, Source
 from .opencv import quiet, require_cv2, to_rgb
 from .sampling import Sampler
@@ -23,7 +24,8 @@ class ImageFolder(Source):
 
     The images may differ in size: each frame has its own. Images carry no times. `fps` says how many a
     second they were taken at; without it they are taken to be at `rate` already, and every one is delivered.
-    An image that cannot be decoded is skipped, counted in `bad_frames` and keeps its place in the index.
+    An image that cannot be decoded, or is larger than any model takes, is skipped, counted in `bad_frames` and keeps
+    its place in the index.
     """
 
     live = False
@@ -55,12 +57,13 @@ class ImageFolder(Source):
             if not self._sampler.due(timestamp):
                 continue
             rgb = _decode(self._images[index])
-            if rgb is not None:
+            if rgb is not None and max(rgb.shape) <= MAX_SIDE:
                 self._delivered += 1
                 return Frame(rgb, index, timestamp, time.perf_counter())
             self.bad_frames += 1
             self._sampler.restart()
-            self._report(f"{self._images[index].name} cannot be decoded; skipped")
+            why = "cannot be decoded" if rgb is None else f"has more than {MAX_SIDE} pixels a side"
+            self._report(f"{self._images[index].name} {why}; skipped")
         return None
 
     def close(self) -> None:

@@ -137,8 +137,6 @@ class VideoFile(Source):
 def _open(cv2: Any, path: Path) -> Any:
     """An opened cv2.VideoCapture."""
     try:
-        if path.is_fifo() or path.is_socket():
-            raise SourceError(f"video {path}: is a pipe, not a file; name the camera, address or file that feeds it")
         if path.stat().st_size == 0:
             raise SourceError(f"video {path}: the file is empty")
         with path.open("rb"):

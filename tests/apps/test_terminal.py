@@ -131,10 +131,11 @@ def test_files_whose_names_are_no_text_are_read_and_written(tmp_path):
     assert Path(video).stat().st_size > 0
 
 
-def test_a_named_pipe_is_refused_as_what_it_is(tmp_path):
-    pipe = tmp_path / "pipe.ts"
+@pytest.mark.parametrize("name", ["pipe.ts", "pipe.jpg"])
+def test_a_named_pipe_is_refused_as_what_it_is(name, tmp_path):
+    pipe = tmp_path / name
     os.mkfifo(pipe)
-    with pytest.raises(SourceError, match=r"pipe\.ts: is a pipe, not a file; name the camera"):
+    with pytest.raises(SourceError, match=r"pipe\.[a-z]+: is a pipe, not a file; name the camera"):
         open_source(pipe)
 
 

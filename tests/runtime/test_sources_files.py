@@ -329,6 +329,17 @@ def test_images_may_differ_in_size_depth_and_channels(tmp_path: Path) -> None:
     assert {frame.rgb.dtype for frame in frames} == {np.dtype(np.uint8)}
 
 
+def test_image_that_is_larger_than_any_frame_is_skipped_and_counted(tmp_path: Path, reports: list[str]) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name, height in (("0.png", 16384), ("1.png", 16385)):
+        cv2.imwrite(str(folder / name), np.zeros((height, 1, 3), np.uint8))
+    with open_source(folder, on_report=reports.append) as source:
+        assert [frame.rgb.shape for frame in source] == [(16384, 1, 3)]
+    assert source.bad_frames == 1
+    assert reports == [f"{folder}: 1.png has more than 16384 pixels a side; skipped"]
+
+
 def test_image_that_cannot_be_decoded_is_skipped_and_counted(tmp_path: Path, reports: list[str]) -> None:
     folder = write_images(tmp_path / "images", ["0.png", "1.png", "2.png"])
     (folder / "1.png").write_bytes(b"no picture")
