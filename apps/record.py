@@ -146,7 +146,8 @@ class VideoRecorder:
     def __init__(self, path: Path, fps: float | None) -> None:
         self.path = path
         self.finished = False
-        self._partial = path.with_name(f".{path.stem}.partial-{secrets.token_hex(4)}.mp4")
+        self._place = Path(os.path.realpath(path))  # where a link leads, it goes on leading
+        self._partial = self._place.with_name(f".{path.stem}.partial-{secrets.token_hex(4)}.mp4")
         self._fps = fps
         self._longest_s = LONGEST_ABSENCE_S if fps is None else LONGEST_STILL_S
         self._early: list[tuple[np.ndarray, float]] = []
@@ -196,7 +197,7 @@ class VideoRecorder:
                 f"be read back) and was removed; is the disk full?"
             )
         try:
-            self._partial.replace(self.path)
+            self._partial.replace(self._place)
         except OSError as error:
             raise _unwritable(self.path, error) from error
         self.finished = True
@@ -253,7 +254,7 @@ class VideoRecorder:
 
     def _check_disk(self) -> None:
         # OpenCV's writer swallows the error of a full disk: look before it comes to that.
-        free = shutil.disk_usage(self.path.parent).free
+        free = shutil.disk_usage(self._place.parent).free
         if free < DISK_RESERVE:
             raise _disk_full(self.path, free, f"recording stopped after {counted(self._frames, 'frame')}")
         size = self._partial.stat().st_size if self._partial.exists() else 0
@@ -272,6 +273,7 @@ class ArrayRecorder:
 
     def __init__(self, path: Path, constants: dict[str, np.ndarray]) -> None:
         self.path = path
+        self._place = Path(os.path.realpath(path))
         self.finished = False
         self.frames = 0
         self._closed = False
@@ -284,7 +286,7 @@ class ArrayRecorder:
             self._check_disk()
         try:
             if not self._columns:
-                self._columns = {name: _Column(array, self.path.parent) for name, array in arrays.items()}
+                self._columns = {name: _Column(array, self._place.parent) for name, array in arrays.items()}
             for name, column in self._columns.items():
                 column.append(arrays[name])
         except OSError as error:
@@ -299,7 +301,7 @@ class ArrayRecorder:
         if not self.frames:
             return
         columns, self._columns = self._columns, {}
-        partial = self.path.with_name(f".{self.path.name}.partial-{secrets.token_hex(4)}")
+        partial = self._place.with_name(f".{self.path.name}.partial-{secrets.token_hex(4)}")
         try:
             with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
                 for name, constant in self._constants.items():
@@ -308,7 +310,7 @@ class ArrayRecorder:
                 for name, column in sorted(columns.items(), key=lambda item: -item[1].row_bytes):
                     with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                         column.move_to(member, self.frames)
-            partial.replace(self.path)
+            partial.replace(self._place)
             self.finished = True
         except OSError as error:
             raise _unwritable(self.path, error) from error
@@ -319,7 +321,7 @@ class ArrayRecorder:
 
     def _check_disk(self) -> None:
         packing = max((column.row_bytes * self.frames for column in self._columns.values()), default=0)
-        free = shutil.disk_usage(self.path.parent).free
+        free = shutil.disk_usage(self._place.parent).free
         if free - packing < DISK_RESERVE:
             raise _disk_full(self.path, free, f"saving features stopped after {counted(self.frames, 'frame')}")
 

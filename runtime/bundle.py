@@ -22,6 +22,7 @@ from .onnx_files import external_files
 from .schema import SchemaError, from_json, to_json
 
 MANIFEST = "manifest.json"
+LONGEST_MARKED = 200  # bytes of a name, whose limit is 255 with what marks a temporary one
 ENGINES = "engines"  # folder of what was compiled from the graphs
 
 
@@ -290,19 +291,23 @@ def _write_json(path: Path, manifest: Manifest) -> None:
 
 
 def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
-    """Write a file in one step: a reader sees the whole file or the one before.
+    """Write a file in one step: a reader sees the whole file or the one before. A link goes on leading to it.
 
     Raises:
         OutputError: it cannot be written.
     """
     temporary = None
     try:
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        place = Path(os.path.realpath(path))
+        if place.exists() and not (place.is_file() or place.is_dir()):
+            raise OutputError(f"{path}: cannot be written: is a device or a pipe; name a file")
+        marked = os.fsdecode(os.fsencode(place.name)[:LONGEST_MARKED])
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{marked}.", dir=place.parent)
         with os.fdopen(descriptor, "wb") as file:
             for piece in pieces:
                 file.write(piece)
         Path(temporary).chmod(0o666 & ~UMASK)
-        Path(temporary).replace(path)
+        Path(temporary).replace(place)
     except BaseException as error:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)

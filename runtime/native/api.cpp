@@ -20,7 +20,7 @@
 namespace framestep {
 namespace {
 
-thread_local char last_error[1024] = "";
+thread_local char last_error[5120] = "";  // with the longest path
 
 fs_status fail(fs_status status, const char* message) noexcept {
     std::snprintf(last_error, sizeof last_error, "%s", message);

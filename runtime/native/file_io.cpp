@@ -15,13 +15,24 @@ namespace {
 
 std::string reason(int number) { return std::generic_category().message(number); }
 
+constexpr size_t LONGEST_MARKED = 200;  // bytes of a name, whose limit is 255 with the mark
+
 // The temporary sibling that takes the file's place once it is complete; removed if it never does.
 class Sibling {
 public:
-    explicit Sibling(const std::filesystem::path& path) : path_(path) {
+    explicit Sibling(const std::filesystem::path& path) : path_(path), place_(path) {
+        std::error_code error;
+        const auto status = std::filesystem::status(path, error);
+        if (std::filesystem::exists(status)) {
+            // a device or a pipe must not be replaced, nor a link to a file
+            if (!std::filesystem::is_regular_file(status)) fail(std::filesystem::is_directory(status) ? EISDIR : EEXIST);
+            const auto behind_links = std::filesystem::canonical(path, error);
+            if (!error) place_ = behind_links;
+        }
+        const std::string name = place_.filename().string().substr(0, LONGEST_MARKED);
         std::random_device random;
         do {  // not mkstemp, which ignores the umask
-            name_ = path.parent_path() / ("." + path.filename().string() + "." + std::to_string(random()));
+            name_ = place_.parent_path() / ("." + name + "." + std::to_string(random()));
             descriptor_ = open(name_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
         } while (descriptor_ < 0 && errno == EEXIST);
         if (descriptor_ < 0) fail(errno);
@@ -44,16 +55,17 @@ public:
     void put_in_place() {
         const int descriptor = std::exchange(descriptor_, -1);
         if (close(descriptor) != 0) fail(errno);
-        if (rename(name_.c_str(), path_.c_str()) != 0) fail(errno);
+        if (rename(name_.c_str(), place_.c_str()) != 0) fail(errno);
         name_.clear();
     }
 
 private:
     [[noreturn]] void fail(int number) {
-        throw Error(FS_ERROR_OUTPUT, path_.string() + ": cannot be written: " + reason(number));
+        const std::string why = number == EEXIST ? "is a device or a pipe; name a file" : reason(number);
+        throw Error(FS_ERROR_OUTPUT, path_.string() + ": cannot be written: " + why);
     }
 
-    std::filesystem::path path_, name_;
+    std::filesystem::path path_, place_, name_;  // as it was given, behind links, and until it is complete
     int descriptor_ = -1;
 };
 

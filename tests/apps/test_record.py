@@ -361,3 +361,18 @@ def test_a_mask_that_does_not_fit_leaves_no_half_picture(tmp_path: Path, monkeyp
     with pytest.raises(OutputError, match=r"0\.000002\.png: cannot be written: No space left on device"):
         folder.write(0, 2, np.zeros((4, 4), np.uint8))
     assert sorted(path.name for path in (tmp_path / "masks").iterdir()) == ["0.000001.png", "labels.json"]
+
+
+def test_a_recording_goes_where_a_link_leads(tmp_path: Path) -> None:
+    disk, here = tmp_path / "disk", tmp_path / "here"
+    disk.mkdir()
+    here.mkdir()
+    for name in ("video.mp4", "arrays.npz"):
+        (here / name).symlink_to(disk / name)
+    video, arrays = VideoRecorder(here / "video.mp4", 10.0), ArrayRecorder(here / "arrays.npz", {})
+    video.write(np.zeros((32, 32, 3), np.uint8), 0.0)
+    arrays.write({"pooled": np.zeros(3, np.float32)})
+    for recorder in (video, arrays):
+        recorder.close()
+    assert all(link.is_symlink() for link in here.iterdir())
+    assert sorted(path.name for path in disk.iterdir()) == ["arrays.npz", "video.mp4"]

@@ -1,4 +1,4 @@
-"""What a session does to the process that it is in, and to what surrounds it."""
+"""What a session does to the process that it is in, and to the files around it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 
 import framestep
 from framestep.runtime.engines.onnxruntime import shared_library
+from framestep.runtime.errors import OutputError
 from framestep.runtime.library import LIBRARY
 
 STEPS = Path(__file__).parents[1] / "data" / "steps.bundle"
@@ -68,3 +70,53 @@ def test_memory_is_saved_and_continued_where_the_bundle_is_gone(tmp_path):
         ours, others = stream.step(black), other.step(black)
         assert others.position == 1
         assert all(np.array_equal(ours[name], others[name]) for name in ours)
+
+
+def save_natively(session: framestep.Session, path: Path) -> None:
+    """As a program in C does."""
+    engine = session._engine
+    engine._library.check(engine._library.functions.fs_state_save(engine._streams[0], os.fsencode(path)))
+
+
+@pytest.fixture(scope="module")
+def session() -> Iterator[framestep.Session]:
+    with framestep.load(STEPS) as opened:
+        yield opened
+
+
+@pytest.fixture(params=["Python", "C"])
+def save(request, session):
+    """Saves a stream's memory at a path, in both ways that there are."""
+    with session.open_stream() as stream:
+        yield stream.save_state if request.param == "Python" else lambda path: save_natively(session, path)
+
+
+def test_a_saved_state_never_takes_the_place_of_a_device_or_a_pipe(save, tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(OutputError, match=r"pipe: cannot be written: is a device or a pipe; name a file"):
+        save(pipe)
+    assert pipe.is_fifo()
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+
+
+def test_a_saved_state_goes_where_a_link_leads(save, tmp_path):
+    (tmp_path / "disk").mkdir()
+    place, link = tmp_path / "disk" / "a.state", tmp_path / "link.state"
+    place.write_bytes(b"before")
+    link.symlink_to(place)
+    save(link)
+    assert link.is_symlink()
+    assert place.stat().st_size > 1000
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["a.state"]
+
+
+def test_a_state_may_have_the_longest_name_that_there_is(save, tmp_path):
+    place = tmp_path / ("n" * 255)
+    save(place)
+    assert [path.name for path in tmp_path.iterdir()] == [place.name]
+
+
+def test_the_reason_stands_behind_the_longest_path(save):
+    with pytest.raises(OutputError, match=r"cannot be written: No such file or directory$"):
+        save(Path("/nowhere" + 15 * ("/" + 200 * "n")))
