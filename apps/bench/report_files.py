@@ -59,8 +59,7 @@ def _latency_table(report: Report) -> list[str]:
         f"p50 / p95 / p99 / max. The p50 is the median of the medians of {counted(report.asked.processes, 'process')},"
         " each fresh and alone; the others are of all samples together, and – where there are too few.",
         "",
-        "| path | " + " | ".join(f"frame {position:,}" for position in positions) + " |",
-        "| --- |" + " ---: |" * len(positions),
+        *_positions_header(positions),
     ]
     for path in report.paths:
         cells = []
@@ -131,8 +130,7 @@ def _memory_table(report: Report) -> list[str]:
         "",
         "Resident / peak" + (" / on the GPU" if on_device else "") + ", weights and libraries included.",
         "",
-        "| path | " + " | ".join(f"frame {position:,}" for position in positions) + " |",
-        "| --- |" + " ---: |" * len(positions),
+        *_positions_header(positions),
     ]
     for path in report.paths:
         cells = []
@@ -230,6 +228,11 @@ def _is_vector(flag: str) -> bool:
 
 def _plot(plots: Sequence[str], name: str, caption: str) -> list[str]:
     return [f"![{caption}]({name})", ""] if name in plots else []
+
+
+def _positions_header(positions: Sequence[int]) -> list[str]:
+    columns = " | ".join(f"frame {position:,}" for position in positions)
+    return [f"| path | {columns} |", "| --- |" + " ---: |" * len(positions)]
 
 
 def _distribution(latency: Latency) -> str:
