@@ -8,7 +8,9 @@ find_path(TENSORRT_INCLUDE_DIR NvInferRuntime.h HINTS ENV TENSORRT_INCLUDE_DIR)
 find_path(CUDA_INCLUDE_DIR cuda.h HINTS ENV CUDA_INCLUDE_DIR PATHS /usr/local/cuda/include)
 
 set(FRAMESTEP_TENSORRT_FOUND OFF)
-if(NOT FRAMESTEP_TENSORRT STREQUAL "OFF" AND TENSORRT_INCLUDE_DIR AND CUDA_INCLUDE_DIR)
+# TensorRT's headers include the runtime's, which may lie in a package of its own
+if(NOT FRAMESTEP_TENSORRT STREQUAL "OFF" AND TENSORRT_INCLUDE_DIR AND EXISTS ${CUDA_INCLUDE_DIR}/cuda.h
+    AND EXISTS ${CUDA_INCLUDE_DIR}/cuda_runtime_api.h)
   file(STRINGS ${TENSORRT_INCLUDE_DIR}/NvInferVersion.h lines
     REGEX "define (NV_TENSORRT|TRT)_(MAJOR|MINOR)(_ENTERPRISE)? +[0-9]+")
   string(REGEX REPLACE ".*_MAJOR[A-Z_]* +([0-9]+).*_MINOR[A-Z_]* +([0-9]+).*" "\\1.\\2" tensorrt_version "${lines}")
@@ -24,6 +26,6 @@ if(FRAMESTEP_TENSORRT_FOUND)
   target_compile_definitions(framestep_core PRIVATE FRAMESTEP_TENSORRT)
 elseif(FRAMESTEP_TENSORRT STREQUAL "ON")
   message(FATAL_ERROR "FRAMESTEP_TENSORRT=ON needs the headers of TensorRT 10.15 or later (found: "
-    "${TENSORRT_INCLUDE_DIR} ${tensorrt_version}) and of CUDA (found: ${CUDA_INCLUDE_DIR}); give TENSORRT_INCLUDE_DIR and"
+    "${TENSORRT_INCLUDE_DIR} ${tensorrt_version}) and of CUDA, cuda.h and cuda_runtime_api.h (found: ${CUDA_INCLUDE_DIR}); give TENSORRT_INCLUDE_DIR and"
     " CUDA_INCLUDE_DIR")
 endif()

@@ -75,3 +75,27 @@ def test_the_pkg_config_file_finds_its_prefix(build, tmp_path, libraries):
         said = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
         places.append(Path(said).resolve())
     assert places == [prefix, prefix / libraries, prefix / "include"]
+
+
+@pytest.mark.parametrize(
+    "version, headers, found", [("10.15", ["cuda.h"], False), ("10.14", None, False), ("10.15", None, True)]
+)
+def test_the_tensorrt_engine_is_built_where_all_headers_are(build, tmp_path, version, headers, found):
+    """A system may have some of CUDA's headers alone; then the library is built without the engine."""
+    if shutil.which("cmake") is None:
+        pytest.skip("needs cmake")
+    major, minor = version.split(".")
+    (tmp_path / "NvInferRuntime.h").touch()
+    (tmp_path / "NvInferVersion.h").write_text(
+        f"#define NV_TENSORRT_MAJOR {major}\n#define NV_TENSORRT_MINOR {minor}\n"
+    )
+    for header in headers or ["cuda.h", "cuda_runtime_api.h"]:
+        (tmp_path / header).touch()
+    folders = [f"-D{name}_INCLUDE_DIR={tmp_path}" for name in ("TENSORRT", "CUDA")]
+    said = []
+    for wanted in ("AUTO", "ON"):
+        configure = ["cmake", "-S", NATIVE, "-B", build, *folders, f"-DFRAMESTEP_TENSORRT={wanted}"]
+        said.append(subprocess.run(configure, capture_output=True, text=True, check=False))
+    assert [done.returncode == 0 for done in said] == [True, found]
+    assert ("with the TensorRT engine" in said[0].stdout) == found
+    assert found or "FRAMESTEP_TENSORRT=ON needs the headers of TensorRT 10.15 or later" in said[1].stderr
