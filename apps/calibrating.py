@@ -102,7 +102,7 @@ def as_text(facts: dict[str, Any]) -> str:
         lines.append(f"{'in float':>9}  {', '.join(facts['kept'])}")
     for item in facts["integer_products"]:
         if item["in_float"]:
-            lines.append(f"{'warning':>9}  ONNX Runtime runs these in float: {', '.join(item['in_float'])}")
+            lines.append(f"{'warning':>9}  onnxruntime:plain runs these in float: {', '.join(item['in_float'])}")
     lines.append(f"{'report':>9}  {Path(facts['bundle']) / 'report.md'}")
     return "\n".join(lines)
 

@@ -189,14 +189,15 @@ def markdown(report: Report, plots: list[str]) -> str:
         )
     lines += [
         "",
-        "Latencies are of ONNX Runtime's CPU provider, both precisions stepped in turn. It emulates FP16, which is not"
-        " timed, and does not run INT8 memory (kv8), whose accuracy is that of the torch engine.",
+        "Latencies are of the engine `onnxruntime` on the CPU, both precisions stepped in turn. It emulates FP16, which"
+        " is not timed, and does not run INT8 memory (kv8), whose accuracy is that of the torch engine.",
         "",
     ]
     for products in report.integer_products:
         lines.append(
             f"Graph `{products.graph}`: {counted(products.integer, 'integer product')} for"
             f" {counted(products.quantized, 'quantized layer')} in ONNX Runtime's optimised graph"
+            " (`onnxruntime:plain`)"
             + (f"; in float: {', '.join(products.in_float)}" if products.in_float else "")
             + "."
         )
