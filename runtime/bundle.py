@@ -72,13 +72,16 @@ class Bundle:
     def state_key(self) -> str:
         """Identifies what a saved state fits: state schema, every file that a graph with states reads, precision.
 
-        The SHA-256 of a JSON object with sorted keys and no spaces; `docs/design.md` spells it out.
+        "" where the manifest does not list such a file, as before a bundle is finished. Otherwise the SHA-256 of a JSON
+        object with sorted keys and no spaces; `docs/design.md` spells it out.
         """
         manifest = self.manifest
         used: set[str] = set()
         for graph in manifest.graphs.values():
             if graph.states:
                 used |= self.graph_files(graph)
+        if not used <= manifest.files.keys():
+            return ""
         parts = {
             "states": to_json(manifest.states),
             "files": {name: manifest.files[name].sha256 for name in used},

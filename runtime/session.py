@@ -279,6 +279,11 @@ class Session:
             raise NonFiniteOutputError(concerned, tuple(names), results)
         return results
 
+    def _known_state_key(self) -> str:
+        if not self._state_key:
+            raise StateError(f"{self.bundle.path}: its manifest does not list its files")
+        return self._state_key
+
     def _check_open(self) -> None:
         if self._closed:
             raise EngineError("this session is closed")
@@ -369,7 +374,7 @@ class Stream:
             self._check_owner(session)
             tensors = {name: session._engine.read_state(name, self.slot) for name in session._engine.state_names()}
             position = self.position
-        state_file.write_state(path, session._state_key, position, tensors)
+        state_file.write_state(path, session._known_state_key(), position, tensors)
 
     def load_state(self, path: str | os.PathLike[str]) -> None:
         """Continue from a file that `save_state` wrote, with the same model.
@@ -386,7 +391,7 @@ class Stream:
                 for state in session.bundle.manifest.states
                 if state.name in used
             }
-            position, tensors = state_file.read_state(path, session._state_key, expected)
+            position, tensors = state_file.read_state(path, session._known_state_key(), expected)
             bad = [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]
             if bad:
                 raise StateError(f"{path}: NaN or infinity in '{bad[0]}'")
