@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import golden
@@ -12,8 +13,10 @@ import pytest
 
 import framestep
 from framestep.runtime import library
+from framestep.runtime.bundle import Bundle
 from framestep.runtime.engines import onnxruntime
 from framestep.runtime.errors import EngineError, FrameError, OutputError, StateError
+from framestep.runtime.session import Session
 
 
 def follow(stream, frames, outputs=("features", "pooled")) -> dict[str, np.ndarray]:
@@ -346,3 +349,12 @@ def test_golden_data_is_what_the_shared_folder_holds():
     if not shared.exists():
         pytest.skip("the shared folder is not beside this checkout")
     assert shared.read_bytes() == (golden.CHECKPOINT / "golden.npz").read_bytes()
+
+
+def test_a_bundle_that_is_not_finished_is_stepped_and_its_states_are_not_kept(tmp_path):
+    whole = Bundle.open(Path(__file__).parents[1] / "data" / "steps.bundle")
+    bundle = replace(whole, manifest=replace(whole.manifest.at("fp32"), files={}))
+    with Session(bundle) as session, session.open_stream() as stream:
+        assert np.isfinite(stream.step(np.zeros((64, 64, 3), np.uint8))["pooled"]).all()
+        with pytest.raises(StateError, match="its manifest does not list its files"):
+            stream.save_state(tmp_path / "a.state")
