@@ -7,15 +7,20 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 from ..errors import SourceError
 from .opencv import as_opencv_takes, has_backend, has_gstreamer, require_cv2
 from .redaction import redacted
+
+TCP_PORTS = {"rtsp": 554, "rtsps": 322, "rtmp": 1935, "http": 80, "https": 443, "tcp": None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,17 +132,43 @@ class NetworkCamera:
 
     def open(self, patience: Patience, on_report: Callable[[str], None]) -> Any:
         cv2 = require_cv2()
+        begun = time.perf_counter()
         if has_backend(cv2.CAP_FFMPEG):
             capture = cv2.VideoCapture(as_opencv_takes(self.address), cv2.CAP_FFMPEG, _timeouts(cv2, patience))
         else:
             capture = cv2.VideoCapture(as_opencv_takes(self.address))
         if not capture.isOpened():
             capture.release()
-            raise SourceError(
-                f"network camera {self.name}: nothing answers there within {patience.opening:g} s,"
-                " or it is no video stream; check the address, the user and the password"
-            )
+            raise SourceError(f"network camera {self.name}: {self._why_not(time.perf_counter() - begun, patience)}")
         return capture
+
+    def _why_not(self, waited: float, patience: Patience) -> str:
+        """What OpenCV does not say. Nothing of the address: part of a password may stand where the host should."""
+        if waited > 0.5 * patience.opening:  # no time for an attempt of our own
+            return (
+                f"nothing answers there within {patience.opening:g} s, or it is no video stream;"
+                " check the address, the user and the password"
+            )
+        unknown = "no video stream can be opened there; check the address, the user and the password"
+        try:
+            parts = urlsplit(self.address)  # takes it apart as FFmpeg does
+            port = parts.port or TCP_PORTS.get(parts.scheme)
+        except ValueError:
+            return unknown
+        through_proxy = parts.scheme in ("http", "https") and "http_proxy" in os.environ
+        if parts.scheme not in TCP_PORTS or port is None or not parts.hostname or through_proxy:
+            return unknown
+        try:
+            socket.create_connection((parts.hostname, port), min(1.0, 0.2 * patience.opening)).close()
+        except ConnectionRefusedError:
+            return "the connection is refused: no server at this port; check the address, and whether the camera is on"
+        except (socket.gaierror, UnicodeError):
+            return "no such host; check the address"
+        except TimeoutError:
+            return "nothing answers there; check the address, and whether the camera is on"
+        except OSError as error:
+            return f"cannot be reached: {error.strerror or error}"
+        return "answers, but with no video stream; check the path, the user and the password"
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 from framestep.runtime.errors import SourceError
 from framestep.runtime.sources import LiveTiming, open_source
 
+PATIENT = LiveTiming(opening=30.0)  # what would be waited for makes a test too long
 QUICK = LiveTiming(opening=5.0, stall=0.5, first_retry=0.05, longest_retry=0.2)
 
 
@@ -76,15 +79,52 @@ def test_reading_with_a_timeout_does_not_wait_longer(mjpeg_camera: Any) -> None:
         assert not source.ended
 
 
-def test_camera_that_does_not_answer_at_first_is_an_error_without_the_password(mjpeg_camera: Any) -> None:
-    address = mjpeg_camera.address
+@pytest.mark.parametrize("scheme", ["http", "rtsp", "RTSP", "tcp"])
+def test_a_refused_connection_is_told_at_once_without_the_password(mjpeg_camera: Any, scheme: str) -> None:
+    address = mjpeg_camera.address.replace("http", scheme)
     mjpeg_camera.stop()
     with pytest.raises(SourceError) as caught:
-        open_source(address.replace("//", "//me:secret@"), timing=QUICK)
+        open_source(address.replace("//", "//me:secret@"), timing=PATIENT)
     message = str(caught.value)
-    assert address.replace("//", "//***@") in message
+    assert message.startswith(f"network camera {address.replace('//', '//***@')}: the connection is refused: ")
     assert "secret" not in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("address", "why"),
+    [
+        ("rtsp://me:secret@no-such-host.invalid/live", "no such host"),
+        ("rtsp://me:secret@" + 64 * "h" + ".invalid/live", "no such host"),  # longer than a name may be
+        ("rtsp://me:12/secret@host/live", "no such host"),  # FFmpeg takes `me` for the host
+        ("http://me:se/cret@host/live", "no video stream can be opened there"),
+        ("http://127.0.0.1:99999/live", "no video stream can be opened there"),
+    ],
+)
+def test_an_address_that_leads_nowhere_is_told_at_once_without_the_password(address: str, why: str) -> None:
+    with pytest.raises(SourceError, match=rf"^network camera .*: {why}") as caught:
+        open_source(address, timing=PATIENT)
+    told = str(caught.value)
+    assert not any(part in told for part in ("me:", "12/", "cret@"))
+
+
+def test_a_server_without_video_is_told_from_one_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Nothing(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(401)
+
+        def log_message(self, format: str, *arguments: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Nothing) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/live"
+        with pytest.raises(SourceError, match=r": answers, but with no video stream; check the path, the user and"):
+            open_source(address, timing=PATIENT)
+        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{server.server_port}")  # which FFmpeg asks instead
+        with pytest.raises(SourceError, match=r": no video stream can be opened there"):
+            open_source("http://no-such-host.invalid/live", timing=PATIENT)
+        server.shutdown()
 
 
 def test_camera_that_is_mute_at_first_is_an_error(mjpeg_camera: Any) -> None:
