@@ -347,8 +347,8 @@ fs_status fs_seek(fs_stream stream, int64_t position);
 fs_status fs_state_read(fs_stream stream, size_t index, void *data, size_t bytes);
 fs_status fs_state_write(fs_stream stream, size_t index, const void *data, size_t bytes);
 
-/* Writes the stream's memory and clock to a safetensors file; whoever reads the file meanwhile sees the old or the new
-   one. FS_ERROR_OUTPUT: it cannot be written. */
+/* Writes the stream's memory and clock to a safetensors file, which is on the disk when this returns; whoever reads the
+   file meanwhile, or after a power cut, sees the old or the new one. FS_ERROR_OUTPUT: it cannot be written. */
 fs_status fs_state_save(fs_stream stream, const char *path);
 
 /* Continues from a file that fs_state_save, or framestep in Python, wrote with the same model.

@@ -12,6 +12,7 @@ import tempfile
 import weakref
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from types import TracebackType
@@ -54,10 +55,16 @@ class Bundle:
             BundleError: not a bundle, of another version, a file missing or changed, or a path that leaves the bundle.
         """
         folder = Path(path)
-        manifest = _read_manifest(folder)
-        bundle = cls(folder, manifest)
-        bundle._check(verify)
-        return bundle
+        bundle = cls(folder, _read_manifest(folder))
+        while True:
+            try:
+                bundle._check(verify)
+                return bundle
+            except BundleError:
+                again = cls(folder, _read_manifest(folder))
+                if again == bundle:
+                    raise
+                bundle = again  # labelled anew meanwhile, which takes files away
 
     def file(self, name: str) -> Path:
         return self.path / name
@@ -91,7 +98,13 @@ class Bundle:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def rewrite_manifest(self, manifest: Manifest) -> Bundle:
-        """Replace the manifest in one step; a reader sees the old one or the new one."""
+        """Replace the manifest in one step; a reader sees the old one or the new one. New files are there already."""
+        for name in manifest.files.keys() - self.manifest.files.keys():
+            file = self.path / name
+            try:
+                sync(file)
+            except OSError as error:
+                raise OutputError(f"{file}: cannot be written: {error.strerror}") from None
         _write_json(self.path / MANIFEST, manifest)
         return replace(self, manifest=manifest)
 
@@ -224,6 +237,14 @@ class BundleWriter:
             raise OutputError(f"{self.path}: cannot be written: {failure.strerror or failure}") from None
 
     def _put_in_place(self) -> None:
+        for file in self.folder.iterdir():
+            sync(file)
+        sync(self.folder)
+        self._rename()
+        with suppress(OSError):
+            sync(self.path.parent)
+
+    def _rename(self) -> None:
         if not self.path.exists():
             self.folder.rename(self.path)
             return
@@ -293,8 +314,18 @@ def _write_json(path: Path, manifest: Manifest) -> None:
     write_file(path, [text.encode()])
 
 
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's names, are on the disk. Raises OSError where the disk refuses."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
-    """Write a file in one step: a reader sees the whole file or the one before. A link goes on leading to it.
+    """Write a file in one step: a reader sees the whole file or the one before, also after a power cut. It is on the
+    disk when this returns. A link goes on leading to it.
 
     Raises:
         OutputError: it cannot be written.
@@ -309,6 +340,8 @@ def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
         with os.fdopen(descriptor, "wb") as file:
             for piece in pieces:
                 file.write(piece)
+            file.flush()
+            os.fsync(descriptor)
         Path(temporary).chmod(0o666 & ~UMASK)
         Path(temporary).replace(place)
     except BaseException as error:
@@ -317,3 +350,5 @@ def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
         if isinstance(error, OSError):
             raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from None
         raise
+    with suppress(OSError):  # the file is whole either way; not every folder can be read, nor every file system asked
+        sync(place.parent)

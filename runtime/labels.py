@@ -23,9 +23,14 @@ def read_label_embeddings(path: Path, labels: int) -> tuple[Array, Array]:
     """The embeddings for frames and for patches, each float32 [labels, hidden].
 
     Raises:
-        BundleError: damaged, or not one row a label.
+        BundleError: missing or damaged, or not one row a label.
     """
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise BundleError(f"{path}: missing; if the bundle was labelled anew meanwhile, open it again") from None
+    except OSError as error:
+        raise BundleError(f"{path}: cannot be read: {error.strerror}") from None
     try:
         length = int.from_bytes(content[:8], "little")
         header = json.loads(content[8 : 8 + length])

@@ -364,7 +364,9 @@ class Stream:
             self._session._engine.seek(self.slot, 0)
 
     def save_state(self, path: str | os.PathLike[str]) -> None:
-        """Write this stream's memory and clock to a file.
+        """Write this stream's memory and clock to a file, and wait until the disk has it.
+
+        Steps of other threads go on meanwhile. A power cut leaves the file as it was before, or whole.
 
         Raises:
             OutputError: the file cannot be written.

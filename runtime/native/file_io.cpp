@@ -53,10 +53,17 @@ public:
     }
 
     void put_in_place() {
+        // before the rename: else a power cut may leave the new name and nothing in it
+        if (fsync(descriptor_) != 0) fail(errno);
         const int descriptor = std::exchange(descriptor_, -1);
         if (close(descriptor) != 0) fail(errno);
         if (rename(name_.c_str(), place_.c_str()) != 0) fail(errno);
         name_.clear();
+        const auto parent = place_.parent_path();
+        const int folder = open(parent.empty() ? "." : parent.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+        if (folder < 0) return;  // the file is whole either way
+        fsync(folder);
+        close(folder);
     }
 
 private:

@@ -48,7 +48,8 @@ private:
     size_t size_ = 0;
 };
 
-// Writes a file in one step: a reader sees the whole file or the one before. Throws Error (FS_ERROR_OUTPUT).
+// Writes a file in one step: a reader sees the whole file or the one before, also after a power cut. It is on the disk
+// when this returns. Throws Error (FS_ERROR_OUTPUT).
 void write_file(const std::filesystem::path& path, const std::vector<std::string_view>& pieces);
 
 }  // namespace framestep

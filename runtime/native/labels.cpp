@@ -35,6 +35,11 @@ LabelInputs read_labels(const std::filesystem::path& path, size_t count, const S
         labels.text_embeddings = rows_of(tensors, "text_embeddings", count, labels.text_hidden);
         labels.patch_text_embeddings = rows_of(tensors, "patch_text_embeddings", count, labels.patch_text_hidden);
     } catch (const Error&) {
+        std::error_code unknown;
+        if (!std::filesystem::exists(path, unknown) && !unknown) {
+            throw Error(FS_ERROR_BUNDLE,
+                        path.string() + ": missing; if the bundle was labelled anew meanwhile, open it again");
+        }
         throw Error(FS_ERROR_BUNDLE, path.string() + ": damaged; label the bundle again with 'framestep label'");
     }
     return labels;

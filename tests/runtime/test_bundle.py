@@ -10,11 +10,15 @@ from pathlib import Path
 import pytest
 
 import framestep
+from framestep.runtime import bundle as bundle_module
 from framestep.runtime.bundle import Bundle, BundleWriter
 from framestep.runtime.errors import BundleError, OutputError
 from framestep.runtime.manifest import Manifest, graphs_for
 from framestep.runtime.onnx_files import external_files
 from framestep.runtime.schema import from_json, to_json
+from framestep.runtime.session import Session
+
+STEPS = Path(__file__).parents[1] / "data" / "steps.bundle"
 
 
 @pytest.fixture
@@ -39,6 +43,48 @@ def relist(bundle: Path, name: str) -> None:
 def test_a_manifest_survives_a_round_trip(golden_bundle):
     manifest = Bundle.open(golden_bundle).manifest
     assert from_json(Manifest, json.loads(json.dumps(to_json(manifest)))) == manifest
+
+
+def label_anew(bundle: Path, mark: str) -> None:
+    """What `framestep label` leaves: a new file of embeddings, named by the manifest, and the old one gone."""
+    old = json.loads((bundle / "manifest.json").read_text())["labels"]["file"]
+    new = f"labels-{mark}.safetensors"
+    shutil.copy(bundle / old, bundle / new)
+
+    def rename(manifest: dict) -> None:
+        manifest["labels"]["file"] = new
+        manifest["files"][new] = manifest["files"].pop(old)
+
+    change(bundle, rename)
+    (bundle / old).unlink()
+
+
+def test_a_bundle_that_is_labelled_while_it_is_opened_is_read_again(tmp_path, monkeypatch):
+    bundle = Path(shutil.copytree(STEPS, tmp_path / "steps.bundle"))
+    marks = iter(["one", "two"])
+    read = bundle_module._read_manifest
+
+    def read_and_label(folder: Path) -> Manifest:
+        manifest = read(folder)
+        for mark in marks:
+            label_anew(bundle, mark)
+            break
+        return manifest
+
+    monkeypatch.setattr(bundle_module, "_read_manifest", read_and_label)
+    assert Bundle.open(bundle).manifest.labels.file == "labels-two.safetensors"
+    (bundle / "labels-two.safetensors").unlink()
+    with pytest.raises(BundleError, match=r"labels-two.safetensors: missing"):
+        Bundle.open(bundle)
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "torch"])
+def test_a_bundle_that_is_labelled_while_it_is_loaded_is_not_called_damaged(tmp_path, engine):
+    bundle = Path(shutil.copytree(STEPS, tmp_path / "steps.bundle"))
+    opened = Bundle.open(bundle)
+    label_anew(bundle, "new")
+    with pytest.raises(BundleError, match=r"safetensors: missing; if the bundle was labelled anew meanwhile, open it"):
+        Session(opened, engine=engine)
 
 
 @pytest.mark.parametrize("name", ["backbone.bin", "backbone.onnx", "label.onnx"])

@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -120,3 +120,77 @@ def test_a_state_may_have_the_longest_name_that_there_is(save, tmp_path):
 def test_the_reason_stands_behind_the_longest_path(save):
     with pytest.raises(OutputError, match=r"cannot be written: No such file or directory$"):
         save(Path("/nowhere" + 15 * ("/" + 200 * "n")))
+
+
+# With a stream of a session, and `path`, where its memory or a bundle goes.
+SAVES = {
+    "Python": "stream.save_state(path)",
+    "C": "native = session._engine._library\n"
+    "native.check(native.functions.fs_state_save(session._engine._streams[0], path.encode()))",
+    "manifest": "Path(path).write_text((STEPS / 'manifest.json').read_text())\n"
+    "bundle = Bundle.open(STEPS)\n"
+    "Bundle(Path(path).parent, bundle.manifest).rewrite_manifest(bundle.manifest)",
+}
+
+
+@pytest.fixture(scope="module")
+def order_of_writes(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Path], list[list[str]]]:
+    """Runs code that writes the file `path`, and gives what it synced and renamed."""
+    if shutil.which("gcc") is None:
+        pytest.skip("gcc is not installed")
+    library = tmp_path_factory.mktemp("durable") / "durable.so"
+    source = Path(__file__).parent / "durable.c"
+    subprocess.run(["gcc", "-shared", "-fPIC", source, "-o", library, "-ldl"], check=True)
+
+    def run(code: str, path: Path) -> list[list[str]]:
+        script = f"""
+import framestep
+from pathlib import Path
+from framestep.runtime.bundle import Bundle, BundleWriter
+STEPS, path = Path({str(STEPS)!r}), {str(path)!r}
+{code}
+"""
+        environment = {**os.environ, "LD_PRELOAD": str(library)}
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        return [line.split() for line in done.stderr.splitlines()]
+
+    return run
+
+
+@pytest.mark.parametrize("save", SAVES)
+def test_a_file_is_on_the_disk_before_it_has_its_name(order_of_writes, save, tmp_path):
+    path = tmp_path / ("manifest.json" if save == "manifest" else "a.state")
+    found = order_of_writes(f"session = framestep.load(STEPS)\nstream = session.open_stream()\n{SAVES[save]}", path)
+    (first, temporary), renamed, last = found
+    assert first == "sync" and Path(temporary).parent == tmp_path
+    assert renamed == ["rename", temporary, "to", str(path)]
+    assert last == ["sync", str(tmp_path)]  # else the name may be gone after a power cut
+
+
+def test_a_bundle_is_on_the_disk_before_it_has_its_name(order_of_writes, tmp_path):
+    code = """
+with BundleWriter(path) as writer:
+    (writer.folder / "weights.bin").write_bytes(b"weights")
+    writer.finish(Bundle.open(STEPS).manifest)
+"""
+    found = order_of_writes(code, tmp_path / "new.bundle")
+    at = next(at for at, line in enumerate(found) if line[0] == "rename" and line[3] == str(tmp_path / "new.bundle"))
+    folder = found[at][1]
+    assert {f"{folder}/weights.bin", f"{folder}/manifest.json", folder} <= {line[1] for line in found[:at]}
+    assert found[at + 1 :] == [["sync", str(tmp_path)]]
+
+
+def test_labels_are_on_the_disk_before_a_manifest_names_them(order_of_writes, tmp_path):
+    bundle = shutil.copytree(STEPS, tmp_path / "steps.bundle")
+    code = """
+from dataclasses import replace
+from framestep.runtime.bundle import file_entry
+(Path(path) / "new.safetensors").write_bytes(b"labels")
+bundle = Bundle.open(path)
+files = {**bundle.manifest.files, "new.safetensors": file_entry(Path(path) / "new.safetensors")}
+bundle.rewrite_manifest(replace(bundle.manifest, files=files))
+"""
+    first, *rest = order_of_writes(code, bundle)
+    assert first == ["sync", str(bundle / "new.safetensors")]
+    assert [line[0] for line in rest] == ["sync", "rename", "sync"]
