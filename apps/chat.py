@@ -27,7 +27,8 @@ from ..runtime.following import Following
 from ..runtime.session import Session
 from ..runtime.sources import open_source
 from .latency import Latencies, Percentiles
-from .record import JsonLines, check_outside_bundles, check_writable, identity
+from .output_places import check_outside_bundles, check_writable, identity
+from .record import JsonLines
 from .stopping import Stopping, stop_on_signals
 
 Report = Callable[[str], None]

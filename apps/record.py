@@ -1,4 +1,4 @@
-"""The files that a run writes: JSON lines, an annotated video, arrays, masks.
+"""The files that a run writes beside its video: JSON lines, arrays, masks.
 
 Each writer fails before the first frame if its file cannot be written, and with an OutputError that names the
 file if the disk refuses later. `close()` after a failure still finishes the file with what was written until
@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import shutil
 import tempfile
 import zipfile
 from pathlib import Path
@@ -19,76 +18,12 @@ from typing import IO, Any
 import cv2
 import numpy as np
 
-from ..runtime.bundle import bundle_around
 from ..runtime.counted import counted
 from ..runtime.errors import OutputError
-from ..runtime.sources.opencv import as_opencv_takes
+from .output_places import check_room, unwritable
 
-DISK_RESERVE = 64 * 1024 * 1024  # bytes left free, so that a recording can still be finished
 FRAMES_BETWEEN_DISK_CHECKS = 16
-FRAMES_WITHOUT_GROWTH = 3000  # the encoder buffers 256 KiB: 80 annotated frames, 700 of pure black
-FRAMES_TO_MEASURE_RATE = 12
-SECONDS_TO_MEASURE_RATE = 1.0
 NOT_UTF_8 = "backslashreplace"  # bytes of a file's name, which JSON can hold as escapes alone
-ROUNDING = 0.05  # of a frame, in timestamps
-LONGEST_ABSENCE_S = 2.0  # of a live source that a recording keeps
-LONGEST_STILL_S = 60.0  # that a recording of a file shows one picture
-
-
-def check_writable(path: Path, option: str) -> None:
-    """Raises OutputError, naming `option` and `path`, unless a file can be written at `path`. Changes
-    nothing.
-    """
-    folder = path.parent
-    if path.is_dir():
-        raise OutputError(f"{option} {path}: is a folder; name a file")
-    if not folder.is_dir():
-        what = "is not a folder" if folder.exists() else "does not exist"
-        raise OutputError(f"{option} {path}: cannot be written: folder {folder} {what}")
-    if path.exists():
-        if not os.access(path, os.W_OK):
-            raise OutputError(f"{option} {path}: cannot be written: no permission to write this file")
-        return
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OutputError(f"{option} {path}: cannot be written: {_reason(error)}") from error
-
-
-def check_outside_bundles(path: Path, option: str) -> None:
-    """Raises OutputError, naming `option` and `path`, where `path` is a bundle or lies in one."""
-    if (bundle := bundle_around(path)) is not None:
-        raise OutputError(f"{option} {path}: lies in the bundle {bundle}; name another place")
-
-
-def identity(path: Path) -> object:
-    """Equal for two names of one file."""
-    try:
-        found = path.stat()
-    except OSError:
-        return path.resolve()
-    return found.st_dev, found.st_ino
-
-
-def check_new_folder(path: Path, option: str) -> None:
-    """Raises OutputError, naming `option` and `path`, unless `path` is an empty folder or can become one. Changes
-    nothing.
-    """
-    if not path.is_dir():
-        if path.exists():
-            raise OutputError(f"{option} {path}: is a file; name a folder")
-        check_writable(path, option)
-        return
-    try:
-        if any(path.iterdir()):
-            raise OutputError(
-                f"{option} {path}: is not empty; name a new folder, so that no older masks mix with these"
-            )
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        raise OutputError(f"{option} {path}: cannot be written: {_reason(error)}") from error
 
 
 class JsonLines:
@@ -101,7 +36,7 @@ class JsonLines:
         try:
             self._file: IO[bytes] | None = path.open("wb", buffering=0)
         except OSError as error:
-            raise _unwritable(path, error) from error
+            raise unwritable(path, error) from error
 
     def write(self, record: dict[str, Any]) -> None:
         if self._file is None:
@@ -112,7 +47,7 @@ class JsonLines:
         except OSError as error:
             self._failed = True
             self._cut_unfinished_line()
-            raise _unwritable(self.path, error) from error
+            raise unwritable(self.path, error) from error
         self._line_start += len(line)
 
     def files(self) -> list[Path]:
@@ -126,142 +61,11 @@ class JsonLines:
         try:
             file.close()
         except OSError as error:
-            raise _unwritable(self.path, error) from error
+            raise unwritable(self.path, error) from error
 
     def _cut_unfinished_line(self) -> None:
         if self._file is not None and self.path.is_file():
             self._file.truncate(self._line_start)
-
-
-class VideoRecorder:
-    """An mp4 (MPEG-4 part 2). It appears under its name when it is complete; until then it is
-    `.NAME.partial-MARK.mp4`.
-
-    It keeps the pace of the frames' timestamps to within one frame of its own: a picture is repeated until the next is
-    due, and one that comes a whole frame too early is skipped. Frames that come at `fps` are each written once.
-    Without `fps`, for live sources, the rate is measured on the first frames, and an absence is cut to 2 s; a picture
-    of a file may stand for 60 s. The first frame sets the size; frames of another size are fitted into it.
-    """
-
-    def __init__(self, path: Path, fps: float | None) -> None:
-        self.path = path
-        self.finished = False
-        self._place = Path(os.path.realpath(path))  # where a link leads, it goes on leading
-        self._partial = self._place.with_name(f".{path.stem}.partial-{secrets.token_hex(4)}.mp4")
-        self._fps = fps
-        self._longest_s = LONGEST_ABSENCE_S if fps is None else LONGEST_STILL_S
-        self._early: list[tuple[np.ndarray, float]] = []
-        self._writer: cv2.VideoWriter | None = None
-        self._size = (0, 0)
-        self._latest = np.zeros((0, 0, 3), np.uint8)
-        self._first_timestamp = 0.0
-        self._frames = 0
-        self._appended = 0
-        self._grown_bytes = 0
-        self._grown_at = 0
-        self._try_encoder()
-
-    def write(self, bgr: np.ndarray, timestamp: float) -> None:
-        """Appends `bgr`, uint8 [height, width, 3], shown at `timestamp` seconds."""
-        if self._fps is None:
-            self._early.append((bgr, timestamp))
-            elapsed = timestamp - self._early[0][1]
-            if len(self._early) < 2 or (
-                len(self._early) < FRAMES_TO_MEASURE_RATE and elapsed < SECONDS_TO_MEASURE_RATE
-            ):
-                return
-            self._flush_early()
-        else:
-            self._append(bgr, timestamp)
-
-    def close(self) -> None:
-        """Finishes the file. Without any frame there is no file. Raises OutputError if it cannot be read
-        back.
-        """
-        if self._early:
-            self._flush_early()
-        if self._writer is None:
-            return
-        self._writer.release()
-        self._writer = None
-        if not self._frames:
-            self._partial.unlink(missing_ok=True)
-            return
-        readable = cv2.VideoCapture(as_opencv_takes(self._partial))
-        frames = int(readable.get(cv2.CAP_PROP_FRAME_COUNT)) if readable.isOpened() else 0
-        readable.release()
-        if frames != self._frames:
-            self._partial.unlink(missing_ok=True)
-            raise OutputError(
-                f"{self.path}: the recording could not be finished ({frames} of {counted(self._frames, 'frame')} can "
-                f"be read back) and was removed; is the disk full?"
-            )
-        try:
-            self._partial.replace(self._place)
-        except OSError as error:
-            raise _unwritable(self.path, error) from error
-        self.finished = True
-
-    def _try_encoder(self) -> None:
-        """Fails now rather than at the first frame."""
-        writer = self._encoder(30.0, (64, 64))
-        writer.write(np.zeros((64, 64, 3), np.uint8))
-        writer.release()
-        size = self._partial.stat().st_size if self._partial.exists() else 0
-        self._partial.unlink(missing_ok=True)
-        if not size:
-            raise OutputError(f"{self.path}: cannot be written: no video can be recorded in {self.path.parent}")
-
-    def _encoder(self, fps: float, size: tuple[int, int]) -> cv2.VideoWriter:
-        writer = cv2.VideoWriter(as_opencv_takes(self._partial), cv2.VideoWriter.fourcc(*"mp4v"), fps, size)
-        if not writer.isOpened():
-            picture = f"{size[0]}x{size[1]} at {counted(fps, 'frame')} a second"
-            raise OutputError(f"{self.path}: cannot be written: OpenCV's encoder (mp4v) takes no {picture} here")
-        return writer
-
-    def _flush_early(self) -> None:
-        early, self._early = self._early, []
-        elapsed = early[-1][1] - early[0][1]
-        self._fps = min(max((len(early) - 1) / elapsed, 0.1), 240.0) if elapsed > 0 else 30.0
-        for bgr, timestamp in early:
-            self._append(bgr, timestamp)
-
-    def _append(self, bgr: np.ndarray, timestamp: float) -> None:
-        assert self._fps is not None
-        if self._writer is None:
-            self._size = (bgr.shape[1], bgr.shape[0])
-            self._first_timestamp = timestamp
-            self._writer = self._encoder(self._fps, self._size)
-        fitted = _fitted(bgr, self._size)
-        ahead = self._ahead(timestamp)
-        if ahead > ROUNDING - 1:
-            if self._appended % FRAMES_BETWEEN_DISK_CHECKS == 0:
-                self._check_disk()
-            self._appended += 1
-            for picture in (*[self._latest] * int(ahead + ROUNDING), fitted):
-                self._writer.write(picture)
-                self._frames += 1
-        self._latest = fitted
-
-    def _ahead(self, timestamp: float) -> float:
-        """By how many frames a picture is due after the next one of the file, whose time is `_frames` / fps."""
-        assert self._fps is not None
-        ahead = (timestamp - self._first_timestamp) * self._fps - self._frames
-        longest = self._longest_s * self._fps
-        if ahead > longest:  # do not fill the disk with a still picture
-            self._first_timestamp += (ahead - longest) / self._fps
-        return min(ahead, longest)
-
-    def _check_disk(self) -> None:
-        # OpenCV's writer swallows the error of a full disk: look before it comes to that.
-        free = shutil.disk_usage(self._place.parent).free
-        if free < DISK_RESERVE:
-            raise _disk_full(self.path, free, f"recording stopped after {counted(self._frames, 'frame')}")
-        size = self._partial.stat().st_size if self._partial.exists() else 0
-        if size > self._grown_bytes:
-            self._grown_bytes, self._grown_at = size, self._appended  # repeats cost next to nothing
-        elif self._appended - self._grown_at > FRAMES_WITHOUT_GROWTH:
-            raise OutputError(f"{self.path}: the recording no longer grows; is the disk full, or a quota reached?")
 
 
 class ArrayRecorder:
@@ -290,7 +94,7 @@ class ArrayRecorder:
             for name, column in self._columns.items():
                 column.append(arrays[name])
         except OSError as error:
-            raise _unwritable(self.path, error) from error
+            raise unwritable(self.path, error) from error
         self.frames += 1
 
     def close(self) -> None:
@@ -313,7 +117,7 @@ class ArrayRecorder:
             partial.replace(self._place)
             self.finished = True
         except OSError as error:
-            raise _unwritable(self.path, error) from error
+            raise unwritable(self.path, error) from error
         finally:
             partial.unlink(missing_ok=True)
             for column in columns.values():
@@ -321,9 +125,7 @@ class ArrayRecorder:
 
     def _check_disk(self) -> None:
         packing = max((column.row_bytes * self.frames for column in self._columns.values()), default=0)
-        free = shutil.disk_usage(self._place.parent).free
-        if free - packing < DISK_RESERVE:
-            raise _disk_full(self.path, free, f"saving features stopped after {counted(self.frames, 'frame')}")
+        check_room(self.path, packing, f"saving features stopped after {counted(self.frames, 'frame')}")
 
 
 class MaskFolder:
@@ -334,7 +136,7 @@ class MaskFolder:
         try:
             path.mkdir(exist_ok=True)
         except OSError as error:
-            raise _unwritable(path, error) from error
+            raise unwritable(path, error) from error
         self._write(
             path / "labels.json", json.dumps(legend, ensure_ascii=False, indent=1).encode(errors=NOT_UTF_8) + b"\n"
         )
@@ -348,7 +150,7 @@ class MaskFolder:
             file.write_bytes(data)
         except OSError as error:
             file.unlink(missing_ok=True)  # no half picture
-            raise _unwritable(file, error) from error
+            raise unwritable(file, error) from error
 
 
 class _Column:
@@ -392,31 +194,3 @@ def _write_all(file: IO[bytes], data: bytes) -> None:
     view = memoryview(data)
     while view:
         view = view[file.write(view) :]
-
-
-def _fitted(bgr: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """`bgr` scaled into `size` (width, height), with black bars where the aspect differs."""
-    width, height = size
-    if bgr.shape[:2] == (height, width):
-        return bgr
-    scale = min(width / bgr.shape[1], height / bgr.shape[0])
-    inner = (max(1, round(bgr.shape[1] * scale)), max(1, round(bgr.shape[0] * scale)))
-    canvas = np.zeros((height, width, 3), np.uint8)
-    left, top = (width - inner[0]) // 2, (height - inner[1]) // 2
-    canvas[top : top + inner[1], left : left + inner[0]] = cv2.resize(bgr, inner, interpolation=cv2.INTER_AREA)
-    return canvas
-
-
-def _reason(error: OSError) -> str:
-    return error.strerror or str(error)
-
-
-def _unwritable(path: Path, error: OSError) -> OutputError:
-    return OutputError(f"{path}: cannot be written: {_reason(error)}")
-
-
-def _disk_full(path: Path, free: int, consequence: str) -> OutputError:
-    return OutputError(
-        f"{path}: disk nearly full ({free >> 20} MiB left, {DISK_RESERVE >> 20} MiB are kept free): "
-        f"{consequence}; make room or write elsewhere"
-    )

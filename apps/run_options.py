@@ -14,7 +14,7 @@ from ..runtime.errors import FramestepError, OutputError
 from ..runtime.manifest import LABEL_ROLES, STREAM_ROLES, Manifest
 from .annotate import check_overlay
 from .events import EventDetector
-from .record import check_new_folder, check_outside_bundles, check_writable, identity
+from .output_places import check_new_folder, check_outside_bundles, check_writable, identity
 
 LARGEST_LISTED = 4096  # values of one output that fit into a line of JSON
 DEFAULT_ON = 0.5

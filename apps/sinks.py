@@ -18,8 +18,9 @@ from ..runtime.session import Result
 from ..runtime.sources import Frame, Source
 from .annotate import Annotator, Shown
 from .events import Event, EventDetector
-from .record import ArrayRecorder, JsonLines, MaskFolder, VideoRecorder
+from .record import ArrayRecorder, JsonLines, MaskFolder
 from .run_options import Plan, paths_for
+from .video_recorder import VideoRecorder
 
 DEFAULT_RECORD_FPS = 30.0
 MAX_RECORD_FPS = 240.0

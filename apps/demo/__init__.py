@@ -17,10 +17,11 @@ from ...runtime.errors import OutputError
 from ...runtime.sources import open_source
 from ..calibrating import CalibrateArguments, calibrate
 from ..exporting import ExportArguments, LabelArguments, export
-from ..record import VideoRecorder, check_outside_bundles
+from ..output_places import check_outside_bundles
 from ..run import Summary, run
 from ..run_options import RunOptions
 from ..status import status_for
+from ..video_recorder import VideoRecorder
 from .scenes import FPS, LABELS, draw_scene
 
 MODEL = Path(__file__).parent / "model"

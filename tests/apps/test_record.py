@@ -12,8 +12,10 @@ import cv2
 import numpy as np
 import pytest
 
-from framestep.apps import record
-from framestep.apps.record import ArrayRecorder, JsonLines, VideoRecorder, check_writable
+from framestep.apps import record, video_recorder
+from framestep.apps.output_places import DISK_RESERVE, check_writable
+from framestep.apps.record import ArrayRecorder, JsonLines
+from framestep.apps.video_recorder import VideoRecorder
 from framestep.runtime.errors import OutputError
 
 Usage = namedtuple("Usage", "total used free")
@@ -210,7 +212,7 @@ def test_a_disk_filling_up_stops_the_recording_and_keeps_it_playable(
     recorder = VideoRecorder(tmp_path / "out.mp4", 10)
     for i in range(20):
         recorder.write(picture(), i / 10)
-    free[0] = record.DISK_RESERVE - 1
+    free[0] = DISK_RESERVE - 1
     with pytest.raises(OutputError, match=r"out.mp4: disk nearly full .*stopped after 32 frames"):
         for i in range(20, 60):
             recorder.write(picture(), i / 10)
@@ -221,7 +223,7 @@ def test_a_disk_filling_up_stops_the_recording_and_keeps_it_playable(
 def test_a_disk_that_is_full_before_the_first_frame_leaves_no_video(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(1 << 40, 0, record.DISK_RESERVE - 1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(1 << 40, 0, DISK_RESERVE - 1))
     recorder = VideoRecorder(tmp_path / "out.mp4", 10)
     with pytest.raises(OutputError, match="recording stopped after 0 frames"):
         recorder.write(picture(), 0.0)
@@ -230,7 +232,7 @@ def test_a_disk_that_is_full_before_the_first_frame_leaves_no_video(
 
 
 def test_a_still_black_scene_is_not_taken_for_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(record, "FRAMES_WITHOUT_GROWTH", record.FRAMES_WITHOUT_GROWTH // 3)
+    monkeypatch.setattr(video_recorder, "FRAMES_WITHOUT_GROWTH", video_recorder.FRAMES_WITHOUT_GROWTH // 3)
     recorder = VideoRecorder(tmp_path / "out.mp4", 25)
     for i in range(1100):
         recorder.write(picture(0, 414, 640), i / 25)
@@ -244,11 +246,11 @@ def test_a_recording_that_could_not_be_written_is_an_output_error(tmp_path: Path
 import resource
 import numpy as np
 from pathlib import Path
-from framestep.apps import record
+from framestep.apps import video_recorder
 from framestep.runtime.errors import OutputError
-record.FRAMES_WITHOUT_GROWTH = 40
+video_recorder.FRAMES_WITHOUT_GROWTH = 40
 noise = np.random.default_rng(0).integers(0, 256, (8, 240, 320, 3), np.uint8)
-recorder = record.VideoRecorder(Path({str(tmp_path / "out.mp4")!r}), 10)
+recorder = video_recorder.VideoRecorder(Path({str(tmp_path / "out.mp4")!r}), 10)
 resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 try:
     for i in range(2000):
@@ -303,7 +305,7 @@ def test_arrays_do_not_pile_up_in_memory(tmp_path: Path) -> None:
 
 def test_a_disk_filling_up_leaves_room_to_pack_the_arrays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     row = np.zeros(1 << 20, np.uint8)
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(1 << 40, 0, record.DISK_RESERVE + (20 << 20)))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(1 << 40, 0, DISK_RESERVE + (20 << 20)))
     recorder = ArrayRecorder(tmp_path / "out.npz", {})
     with pytest.raises(OutputError, match=r"out.npz: disk nearly full .*after 32 frames"):
         for _ in range(100):

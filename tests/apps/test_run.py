@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -15,7 +16,6 @@ import numpy as np
 import pytest
 from command_line import lines_of, video_frames
 
-from framestep.apps import record
 from framestep.apps import run as run_module
 from framestep.apps.run import Summary, run
 from framestep.apps.run_options import RunOptions
@@ -505,7 +505,7 @@ def test_a_recording_without_room_is_given_up_and_the_rest_goes_on(
 ) -> None:
     usage = namedtuple("Usage", "total used free")
     free = iter([1 << 40, 1 << 40])
-    monkeypatch.setattr(record.shutil, "disk_usage", lambda folder: usage(0, 0, next(free, 0)))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(0, 0, next(free, 0)))
     summary = stage.run(
         StandInFile("clip.mp4", [DARK] * 50), output=tmp_path / "out.jsonl", record=tmp_path / "out.mp4"
     )

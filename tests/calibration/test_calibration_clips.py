@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 
-from framestep.apps.record import VideoRecorder
+from framestep.apps.video_recorder import VideoRecorder
 from framestep.calibration.clips import Clip, read_clips, there_and_back
 from framestep.calibration.compare import long_clip
 from framestep.calibration.errors import CalibrationError
