@@ -22,6 +22,7 @@ from ...runtime.errors import FramestepError, OutputError
 from . import results
 from .baselines import BASELINES, BFLOAT16_PRODUCTS, GROUPS
 from .figures import make_folder
+from .fixed_work import ONE_THREAD_EACH
 from .machine import examine_machine
 from .measure import BLOCK, GUARANTEED, Job
 from .paths import FRAMESTEP, PathSpec, window_of
@@ -31,6 +32,7 @@ from .report import LEAST_SAMPLES, VERSION, Asked, PathReport, Report, Verificat
 from .report_files import write_report
 
 MOST_ROUNDS = 10  # of interleaved turns
+MOST_TURNS = 200  # of frames and fixed work
 MOST = 10**9  # of positions, and of streams
 NO_PLOTS = "plots: they need matplotlib: pip install 'framestep[bench]'"
 START_S = 4.0  # guess of what it takes to start a process and load a model
@@ -191,6 +193,7 @@ class _Run:
         streams = [results.streams(*found) for found in self._results("streams", answers)]
         steady = [results.steady(found, self.options.frames) for _, found in self._results("steady", answers)]
         split = [results.split(found) for _, found in self._results("split", answers)]
+        jitter = [results.jitter(found) for _, found in self._results("jitter", answers)]
         return Report(
             version=VERSION,
             framestep=__version__,
@@ -205,6 +208,7 @@ class _Run:
             streams=tuple(streams),
             steady=steady[0] if steady else None,
             split=split[0] if split else None,
+            jitter=jitter[0] if jitter else None,
             problems=tuple(self.problems),
         )
 
@@ -287,6 +291,10 @@ class _Run:
         if steady:
             job = self._job("steady", FRAMESTEP, samples=steady)
             tasks.append(Task(f"steady run of {counted(steady, 'frame')}", job, {}, START_S + steady * self.step_s))
+        if steady and self.device == "cpu":
+            job = self._job("jitter", FRAMESTEP, samples=min(steady, MOST_TURNS))
+            expected = START_S + (2 * job.samples + window) * self.step_s
+            tasks.append(Task("the machine's own jitter", job, ONE_THREAD_EACH, expected))
         job = self._job("split", FRAMESTEP, samples=max(BLOCK, options.samples // 2))
         tasks.append(Task("split of a frame's time", job, {}, START_S + job.samples * self.step_s))
         return tasks

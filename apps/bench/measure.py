@@ -23,6 +23,7 @@ from ...runtime.counted import counted
 from ...runtime.errors import FramestepError
 from ...runtime.schema import from_json, to_json
 from .baselines import make_path
+from .fixed_work import FixedWork
 from .machine import gpu_memory_used, memory_available, reset_peak, resident
 from .paths import (
     FRAMESTEP,
@@ -369,6 +370,21 @@ def measure_steady(job: Job, emit: Emit) -> dict[str, Any]:
     return {"latencies_ms": latencies.tolist(), "memory": memory}
 
 
+def measure_jitter(job: Job, emit: Emit) -> dict[str, Any]:
+    """Frames in turns with arithmetic that lasts as long as a frame on as many cores."""
+    path = FramestepPath(job.path)
+    rgb = frame_at(path.manifest, 10_000)
+    warm_up(path, rgb)
+    work = FixedWork(job.path.threads, float(np.median([_timed(path, rgb) for _ in range(BLOCK)])))
+    frames: list[float] = []
+    fixed: list[float] = []
+    while len(frames) < job.samples:
+        frames.append(_timed(path, rgb))
+        fixed.append(work.run())
+        emit({"progress": len(frames) / job.samples})
+    return {"frame_ms": frames, "fixed_ms": fixed}
+
+
 def measure_split(job: Job, emit: Emit) -> dict[str, Any]:
     """Where the time of a camera-sized frame goes."""
     path = FramestepPath(job.path)
@@ -399,5 +415,6 @@ JOBS: dict[str, Callable[[Job, Emit], dict[str, Any]]] = {
     "interleaved": measure_interleaved,
     "streams": measure_streams,
     "steady": measure_steady,
+    "jitter": measure_jitter,
     "split": measure_split,
 }

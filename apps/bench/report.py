@@ -188,6 +188,19 @@ class SteadyReport:
 
 
 @dataclass(frozen=True)
+class JitterReport:
+    """How much of the spread is the machine's: frames in turns with arithmetic that is always the same.
+
+    Attributes:
+        frame_ms: of frames.
+        fixed_ms: of float32 products of small matrices on as many threads, as many of them as last about a frame.
+    """
+
+    frame_ms: Latency
+    fixed_ms: Latency
+
+
+@dataclass(frozen=True)
 class SplitReport:
     """Where the time of a frame goes; medians in milliseconds.
 
@@ -263,6 +276,7 @@ class Report:
     streams: tuple[StreamsReport, ...] = ()
     steady: SteadyReport | None = None
     split: SplitReport | None = None
+    jitter: JitterReport | None = None
     problems: tuple[str, ...] = field(default_factory=tuple)
 
     def path(self, name: str) -> PathReport | None:

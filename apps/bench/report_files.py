@@ -42,6 +42,7 @@ def markdown(report: Report, plots: Sequence[str]) -> str:
     lines += _memory_table(report)
     lines += _streams_table(report)
     lines += _steady_section(report, plots)
+    lines += _jitter_table(report)
     lines += _split_table(report)
     lines += _machine_section(machine)
     if report.problems:
@@ -183,6 +184,26 @@ def _steady_section(report: Report, plots: Sequence[str]) -> list[str]:
         around = ", ".join(f"{entry.position:,}: {_ms(entry.p50_ms)}" for entry in steady.around)
         lines += [f"Medians around positions, ms: {around}.", ""]
     return lines + _plot(plots, "histogram.png", "Latency histogram of the steady run")
+
+
+def _jitter_table(report: Report) -> list[str]:
+    jitter = report.jitter
+    if jitter is None:
+        return []
+    lines = [
+        "## The machine's own jitter",
+        "",
+        f"{counted(jitter.frame_ms.samples, 'frame')} in turns with fixed arithmetic on as many cores: products of"
+        " matrices that stay in the cache, as many as last a frame. What it is late by is the machine's doing: other"
+        " programs, other guests of a host, clocks.",
+        "",
+        "| ms | p50 / p95 / p99 / max | p95 / p50 | p99 / p50 |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for name, latency in (("frame", jitter.frame_ms), ("fixed arithmetic", jitter.fixed_ms)):
+        over = ("–" if value is None else f"{value / latency.p50:.2f}" for value in (latency.p95, latency.p99))
+        lines.append(f"| {name} | {_distribution(latency)} | {' | '.join(over)} |")
+    return [*lines, ""]
 
 
 def _split_table(report: Report) -> list[str]:

@@ -16,6 +16,7 @@ from .report import (
     Around,
     BundleFacts,
     Interleaved,
+    JitterReport,
     Latency,
     PositionReport,
     SplitReport,
@@ -53,6 +54,10 @@ def streams(job: Job, result: Mapping[str, Any]) -> StreamsReport:
         alone_ratio=round(alone.p50 / single.p50, 4),
         peak_bytes=int(result["peak_bytes"]),
     )
+
+
+def jitter(result: Mapping[str, Any]) -> JitterReport:
+    return JitterReport(Latency.of([result["frame_ms"]]), Latency.of([result["fixed_ms"]]))
 
 
 def split(result: Mapping[str, Any]) -> SplitReport:

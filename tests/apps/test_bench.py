@@ -7,6 +7,8 @@ import json
 import re
 import shutil
 import sys
+import threading
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ import framestep
 from framestep.apps.bench import BenchOptions, bench
 from framestep.apps.bench.baselines import BASELINES, GROUPS
 from framestep.apps.bench.bench import expand_compare, parse_numbers
+from framestep.apps.bench.fixed_work import FixedWork
 from framestep.apps.bench.measure import JOBS, PositionSamples
 from framestep.apps.bench.process import Answer, Task, run_process
 from framestep.apps.bench.progress import BenchProgress, bench_status_for
@@ -165,6 +168,32 @@ def test_streams_steady_run_and_split_are_in_the_report(whole: tuple[Report, Pat
     assert report.split.total_ms >= report.split.engine_ms
 
 
+def test_machines_own_jitter_stands_beside_that_of_frames(whole: tuple[Report, Path, Lines]) -> None:
+    report, folder, _ = whole
+    assert report.jitter is not None
+    assert report.jitter.frame_ms.samples == report.jitter.fixed_ms.samples == 20
+    page = (folder / "report.md").read_text("utf-8")
+    for row in ("frame", "fixed arithmetic"):
+        assert re.search(rf"^\| {row} \| [0-9.]+ / [0-9.]+ / – / [0-9.]+ \| [0-9.]+ \| – \|$", page, re.MULTILINE)
+
+
+def test_fixed_work_is_as_much_on_each_thread_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[tuple[int, int]] = []
+    multiply = np.dot
+
+    def counting(left: np.ndarray, right: np.ndarray, out: np.ndarray) -> np.ndarray:
+        done.append((threading.get_ident(), id(out)))
+        return multiply(left, right, out=out)
+
+    work = FixedWork(2, 3.0)
+    monkeypatch.setattr("framestep.apps.bench.fixed_work.np.dot", counting)
+    for _ in range(2):
+        done.clear()
+        work.run()
+        assert sorted(Counter(done).values()) == [work.products, work.products]
+        assert len({thread for thread, _ in done}) == 2
+
+
 def test_report_reads_back_as_it_was(whole: tuple[Report, Path, Lines]) -> None:
     report, folder, _ = whole
     assert read_report(folder / "report.json") == report
@@ -236,6 +265,7 @@ def test_schema_page_names_every_key() -> None:
         module.SteadyReport,
         module.Around,
         module.SplitReport,
+        module.JitterReport,
         Latency,
     ):
         assert keys(kind) <= named, kind
