@@ -1,6 +1,7 @@
 #include "grouped_products.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -88,7 +89,7 @@ inline Weights load(const float* at) { return _mm512_load_ps(at); }
 inline Weights spread(const float* one) { return _mm512_set1_ps(*one); }
 inline Sums begin(const Matrix& matrix, int64_t output) { return _mm512_loadu_ps(matrix.bias() + output); }
 inline Sums add(Sums sums, Weights left, Weights right) { return _mm512_fmadd_ps(left, right, sums); }
-inline __m512 end(const Matrix&, int64_t, Sums sums) { return sums; }
+inline __m512 end(const Matrix&, int64_t, Sums sums, const Matrix::Number*) { return sums; }
 
 #include "grouped_products.inc"
 
@@ -118,7 +119,7 @@ inline Weights spread(const uint16_t* two) {
 }
 inline Sums begin(const Matrix& matrix, int64_t output) { return _mm512_loadu_ps(matrix.bias() + output); }
 inline Sums add(Sums sums, Weights left, Weights right) { return _mm512_dpbf16_ps(sums, left, right); }
-inline __m512 end(const Matrix&, int64_t, Sums sums) { return sums; }
+inline __m512 end(const Matrix&, int64_t, Sums sums, const Matrix::Number*) { return sums; }
 
 #include "grouped_products.inc"
 
@@ -167,29 +168,35 @@ inline Weights spread(const int8_t* four) {
 }
 inline Sums begin(const Matrix& matrix, int64_t output) { return (Sums)_mm512_loadu_si512(matrix.starts() + output); }
 inline Sums add(Sums sums, Weights rows, Weights weights) { return (Sums)_mm512_dpbusd_epi32((__m512i)sums, rows, weights); }
-inline __m512 end(const Matrix& matrix, int64_t output, Sums sums) {
+inline __m512 end(const Matrix& matrix, int64_t output, Sums sums, const int8_t* behind_row) {
+    float added;
+    std::memcpy(&added, behind_row, sizeof added);
     return _mm512_fmadd_ps(_mm512_cvtepi32_ps((__m512i)sums), _mm512_loadu_ps(matrix.scales() + output),
-                           _mm512_loadu_ps(matrix.bias() + output));
+                           _mm512_add_ps(_mm512_loadu_ps(matrix.bias() + output), _mm512_set1_ps(added)));
 }
 
 #include "grouped_products.inc"
 
-// As QuantizeLinear does, and 128 more.
+// As QuantizeLinear does, and 128 more; but for NaN.
 void round(const Matrix& matrix, const float* x, int64_t first, int64_t stop, int8_t* rows) {
     const int64_t inputs = matrix.inputs(), size = Matrix::padded(inputs);
     const __m512 scale = _mm512_set1_ps(matrix.input_scale());
     for (int64_t row = first; row < stop; ++row) {
         const float* from = x + row * inputs;
-        int8_t* to = rows + row * size;
+        int8_t* to = rows + row * Matrix::row_size(inputs);
+        __mmask16 nan = 0;
         for (int64_t input = 0; input < size; input += LANES) {
             const int64_t numbers = inputs - input, kept = size - input;
             const auto mask = static_cast<__mmask16>(numbers >= LANES ? 0xFFFF : (1 << numbers) - 1);
             const auto filled = static_cast<__mmask16>(kept >= LANES ? 0xFFFF : (1 << kept) - 1);
             __m512 scaled = _mm512_div_ps(_mm512_maskz_loadu_ps(mask, from + input), scale);
+            nan |= _mm512_cmp_ps_mask(scaled, scaled, _CMP_UNORD_Q);
             scaled = _mm512_min_ps(_mm512_max_ps(scaled, _mm512_set1_ps(-128)), _mm512_set1_ps(127));
             const __m512i whole = _mm512_add_epi32(_mm512_cvtps_epi32(scaled), _mm512_set1_epi32(128));
             _mm_mask_storeu_epi8(to + input, filled, _mm512_cvtepi32_epi8(whole));
         }
+        const float added = nan == 0 ? 0.0f : NAN;
+        std::memcpy(to + size, &added, sizeof added);
     }
 }
 

@@ -1,6 +1,7 @@
 // Products of float32 with a constant matrix, whose outputs are taken in groups: in float32; in bfloat16, to which both are
 // rounded then (to the nearest, ties to even; what is below the smallest normal number becomes 0); or in INT8, of which the
-// matrix is, with a scale for each output, and to which x is rounded with one scale. Sums are float32, those of INT8 exact.
+// matrix is, with a scale for each output, and to which x is rounded with one scale: what is too large, infinity too, becomes
+// the largest of them, and NaN in a row makes its products NaN. Sums are float32, those of INT8 exact.
 #pragma once
 
 #include <cstddef>
@@ -39,8 +40,9 @@ public:
     const float* bias() const { return bias_.data(); }  // padded to whole groups
     bool gelu() const { return gelu_; }
 
-    // How many numbers a row has that is multiplied.
     static int64_t padded(int64_t inputs) { return (inputs + INPUTS - 1) / INPUTS * INPUTS; }
+    // How many numbers a row of x takes that was made ready.
+    static int64_t row_size(int64_t inputs) { return padded(inputs); }
 
 private:
     int64_t inputs_, outputs_;
@@ -60,6 +62,10 @@ public:
     IntegerMatrix(std::string_view matrix, int64_t inputs, int64_t outputs, float input_scale, const float* scales,
                   const Epilogue& epilogue);
 
+    // Behind the integers of a row stands a float that is added to all its products, for integers cannot say it: 0, or NaN
+    // where the row had one.
+    static int64_t row_size(int64_t inputs) { return padded(inputs) + static_cast<int64_t>(sizeof(float)); }
+
     float input_scale() const { return input_scale_; }
     const float* scales() const { return scales_.data(); }    // both; padded to whole groups, as the next is
     const int32_t* starts() const { return starts_.data(); }  // of the sums, for rows have 128 added to their integers
@@ -72,7 +78,7 @@ private:
 
 template <class Matrix>
 struct ProductKernels {
-    // Rows first..stop of x [rows, inputs] into those of rows [rows, padded(inputs)]; null where x is multiplied as it is.
+    // Rows first..stop of x [rows, inputs] into those of rows [rows, row_size(inputs)]; null where x is multiplied as it is.
     void (*round)(const Matrix& matrix, const float* x, int64_t first, int64_t stop, typename Matrix::Number* rows);
     // Groups first..stop of y [count, outputs].
     void (*multiply)(const Matrix& matrix, const typename Matrix::Number* rows, int64_t count, int64_t first, int64_t stop,

@@ -132,7 +132,7 @@ void RoundedProductsKernel<Matrix>::compute(OrtKernelContext* context) const {
     compute_products(
         calls, context, this->products_, ROWS_AT_ONCE,
         [&](const float* x, int64_t count) {
-            rows = room_for(room, count * Matrix::padded(any.inputs()));
+            rows = room_for(room, count * Matrix::row_size(any.inputs()));
             round_rows(calls, context, count, [&](int64_t first, int64_t stop) { kernels.round(any, x, first, stop, rows); });
         },
         [&](const Matrix& matrix, int64_t count, int64_t first, int64_t stop, float* y) {

@@ -298,6 +298,33 @@ def test_products_are_those_of_float64_with_both_operands_rounded(
     assert (np.abs(y - (tanh_gelu(expected) if gelu else expected)) <= 2e-6 * largest).all()
 
 
+@pytest.fixture
+def integer_parts(parts: Parts) -> Parts:
+    if not parts.library.parts_multiplies_integers():
+        pytest.skip("this processor has no such instructions")
+    return parts
+
+
+def multiply_integers(
+    parts: Parts,
+    x: np.ndarray,
+    matrix: np.ndarray,
+    input_scale: np.float32,
+    scales: np.ndarray,
+    bias: np.ndarray | None = None,
+    gelu: bool = False,
+    part: int = 1,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The products, and x as it was rounded, 128 added."""
+    (rows, inputs), outputs = x.shape, matrix.shape[1]
+    y, rounded = np.full((rows, outputs), 99, np.float32), np.full((rows, (inputs + 3) // 4 * 4 + 4), 99, np.uint8)
+    parts.library.parts_multiply_integers(
+        *sizes(inputs, outputs), *pointers(matrix, bias), int(gelu), *pointers(x), *sizes(rows, part),
+        *pointers(rounded, y), ctypes.c_float(input_scale), *pointers(scales)
+    )  # fmt: skip
+    return y, rounded
+
+
 @given(
     seed=st.integers(0, 2**32 - 1),
     inputs=st.integers(1, 300),
@@ -309,10 +336,8 @@ def test_products_are_those_of_float64_with_both_operands_rounded(
 )
 @hypothesis_settings
 def test_products_of_integers_are_exact_and_then_scaled(
-    parts: Parts, seed: int, inputs: int, outputs: int, rows: int, part: int, biased: bool, gelu: bool
+    integer_parts: Parts, seed: int, inputs: int, outputs: int, rows: int, part: int, biased: bool, gelu: bool
 ) -> None:
-    if not parts.library.parts_multiplies_integers():
-        pytest.skip("this processor has no such instructions")
     rng = np.random.default_rng(seed)
     matrix = rng.choice([-128, -127, 0, 127, rng.integers(-128, 128)], (inputs, outputs)).astype(np.int8)
     input_scale = np.float32(rng.uniform(1e-4, 10))
@@ -320,11 +345,7 @@ def test_products_of_integers_are_exact_and_then_scaled(
     x = (input_scale * rng.uniform(-160, 160, (rows, inputs))).astype(np.float32)
     x.flat[:4] = np.array([np.inf, -np.inf, 3e38, 2.5 * input_scale])[: x.size]  # too large, and a tie
     bias = rng.standard_normal(outputs).astype(np.float32) if biased else None
-    y, rounded = np.full((rows, outputs), np.nan, np.float32), np.full((rows, (inputs + 3) // 4 * 4), 99, np.uint8)
-    parts.library.parts_multiply_integers(
-        *sizes(inputs, outputs), *pointers(matrix, bias), int(gelu), *pointers(x), *sizes(rows, part),
-        *pointers(rounded, y), ctypes.c_float(input_scale), *pointers(scales)
-    )  # fmt: skip
+    y, rounded = multiply_integers(integer_parts, x, matrix, input_scale, scales, bias, gelu, part)
     with np.errstate(over="ignore"):
         integers = np.clip(np.rint(x / input_scale), -128, 127).astype(np.int64)
     np.testing.assert_array_equal(rounded[:, :inputs], integers + 128)
@@ -332,6 +353,28 @@ def test_products_of_integers_are_exact_and_then_scaled(
     expected = scaled + (0 if bias is None else bias)
     largest = np.abs(scaled) + (0 if bias is None else np.abs(bias))
     assert (np.abs(y - (tanh_gelu(expected) if gelu else expected)) <= 1e-6 * largest).all()
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("number", [np.nan, -np.nan])
+@pytest.mark.parametrize("inputs", [1, 16, 37])
+def test_nan_in_a_row_makes_its_products_of_integers_nan_and_no_others(
+    integer_parts: Parts, inputs: int, number: float, gelu: bool
+) -> None:
+    """In each place of a row, also where no integer follows that fills it up; infinity is rounded like what is too large."""
+    rng = np.random.default_rng(0)
+    matrix, scales = rng.integers(-128, 128, (inputs, 50)).astype(np.int8), np.full(50, 0.01, np.float32)
+    clean = rng.standard_normal((13, inputs)).astype(np.float32)
+    clean[4, 0], clean[5, -1] = np.inf, -np.inf
+    expected, _ = multiply_integers(integer_parts, clean, matrix, np.float32(0.02), scales, gelu=gelu)
+    assert np.isfinite(expected).all()
+    for place in range(inputs):
+        x = clean.copy()
+        x[[2, 12], place] = number
+        y, _ = multiply_integers(integer_parts, x, matrix, np.float32(0.02), scales, gelu=gelu)
+        hit = np.isin(np.arange(13), [2, 12])
+        assert np.isnan(y[hit]).all()
+        np.testing.assert_array_equal(y[~hit], expected[~hit])
 
 
 @pytest.mark.parametrize("kind", ["floats", "bfloat16"])

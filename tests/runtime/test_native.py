@@ -459,7 +459,11 @@ def test_the_memory_stays_where_it_is(native, session, golden_frames):
     assert addresses() == before
 
 
-def test_nan_zeroes_that_stream_and_keeps_the_others(native, session, golden_frames):
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_nan_zeroes_that_stream_and_keeps_the_others(native, precision, golden_frames):
+    if precision == "int8" and not cpu_has("avx512_vnni"):
+        pytest.skip("ONNX Runtime's products of integers make a number of NaN")
+    session = native.open(streams=3, outputs=OUTPUTS, precision=precision)
     sick, well = native.stream(session), native.stream(session)
     assert native.step(session, (sick, golden_frames[0]), (well, golden_frames[0])) == "FS_OK"
     expected = native.output(well, 1).copy()
@@ -482,6 +486,7 @@ def test_nan_zeroes_that_stream_and_keeps_the_others(native, session, golden_fra
     stats = native.library.new("fs_stats")
     assert native.c.fs_stats_read(sick, stats) == 0
     assert (stats.frames, stats.nonfinite) == (3, 1)
+    native.c.fs_session_close(session)
 
 
 def test_a_stream_belongs_to_one_thread_at_a_time(native, session, golden_frames):
