@@ -13,9 +13,10 @@ from ..runtime.errors import CheckpointError, FramestepError
 from ..runtime.manifest import FORMAT, VERSION, FrameSpec, Graph, Language, Manifest, Origin, State
 from .decoder import DecoderConfig
 from .decoder_checkpoint import DecoderCheckpoint
-from .decoder_graph import PRECISIONS, Precision, write_decoder, write_embed, write_rebase
+from .decoder_graph import write_decoder, write_embed, write_rebase
 from .decoder_replay import STEPS, Replay, replay
 from .graph import GraphBuilder, WeightFile
+from .precision import PRECISIONS, Precision
 from .projector import write_projector
 from .streamformer_graph import write_backbone
 from .vision import FrameLayout
@@ -40,8 +41,8 @@ class CacheOptions:
     """How a decoder and its cache become part of a bundle.
 
     Attributes:
-        precision: one of `PRECISIONS`, of the decoder. A Qwen2.5-VL's vision tower has INT8 weights with "w8" and "w4",
-            and is FP16 with "fp16" and "fp16+w4"; what else sees is float32, StreamChat's tower FP16 with the latter.
+        precision: one of `PRECISIONS`, of the decoder. What sees has INT8 weights with "w8" and "w4", and is FP16 with
+            "fp16" and "fp16+w4", but for VideoQA's StreamFormer and projector, which are float32 then.
         capacity: tokens that the cache holds; None for 4,096, or all positions where there are fewer.
         chunk: tokens that one step should take at most.
         positions: position ids go from 0 to `positions` - 1; never beyond the trained range.
@@ -219,14 +220,14 @@ def _write_eyes(
 ) -> tuple[FrameSpec, tuple[int, int] | None, dict[str, Graph], list[State]]:
     """Write the graphs from frames to embeddings: what a frame is, the grid of its tokens, graphs and their states."""
     graphs: dict[str, Graph] = {}
-    weights = WeightFile(folder / "vision.bin")
+    weights, eyes = WeightFile(folder / "vision.bin"), Precision(options.precision).of_eyes
     states: list[State] = []
     frame, grid = NO_FRAME, None
     if checkpoint.vision is not None:
         size = options.frame_size or checkpoint.vision.config.default_frame()
         frame, grid = FrameSpec(*size, "letterbox"), FrameLayout.of(checkpoint.vision.config, *size).grid
         builder = GraphBuilder("vision", weights)
-        graphs["vision"] = write_vision(checkpoint.vision, size, Precision(options.precision).of_eyes, builder)
+        graphs["vision"] = write_vision(checkpoint.vision, size, eyes, builder)
         builder.save(folder / builder.file)
     if checkpoint.projector is not None:
         assert checkpoint.tower is not None
@@ -234,11 +235,12 @@ def _write_eyes(
         size, grid = model.config.image_size, model.config.grid
         frame = FrameSpec(*size, "stretch")  # as the reference's image processor does
         window = options.window or model.config.num_frames
+        eyes = eyes if eyes.dtype == "float32" else Precision("fp32")  # there is no StreamFormer in FP16 beside them
         builder = GraphBuilder("backbone", weights)
-        graphs["backbone"], states = write_backbone(model, window, size, builder)
+        graphs["backbone"], states = write_backbone(model, window, size, eyes, builder)
         builder.save(folder / builder.file)
         builder = GraphBuilder("projector", weights)
-        graphs["projector"] = write_projector(checkpoint.projector, grid, Precision("fp32"), builder)
+        graphs["projector"] = write_projector(checkpoint.projector, grid, eyes, builder)
         builder.save(folder / builder.file)
     weights.close()
     return frame, grid, graphs, states

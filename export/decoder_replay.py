@@ -15,7 +15,7 @@ from torch import Tensor
 from ..runtime.bundle import Bundle
 from ..runtime.manifest import STREAMS, TOKENS, Graph, graphs_for
 from .decoder_checkpoint import DecoderCheckpoint
-from .decoder_graph import Precision
+from .precision import Precision
 from .stored_weights import StoredWeights
 from .vision_graph import VISUAL
 
@@ -23,6 +23,7 @@ Array = npt.NDArray[Any]
 STEPS = (7, 1, 4, 1)  # new tokens of each step; after them some are forgotten, the keys re-based, and one more taken
 FORGOTTEN = slice(3, 6)
 SHIFT = 5  # positions
+FRAMES = 3  # that a StreamFormer is shown; it remembers
 RUNTIME_LEVEL, EXACT_LEVEL = 4, 1  # integers by integers, as a runtime multiplies them, and in float32
 
 
@@ -95,9 +96,9 @@ class DecoderRun(GraphRun):
         self._eyes = graphs_for(manifest, [language.visual] if language.visual else [])
         super().__init__(bundle, (*self._eyes, *self._roles.values()), level)
 
-    def see(self, frame: Array) -> Array:
-        """Embeddings [1, tokens, D] of the first frame of a stream, uint8 [height, width, 3]."""
-        values: dict[str, Array] = {"frame": frame[None], "position": np.zeros(1, np.int64)}
+    def see(self, frame: Array, position: int = 0) -> Array:
+        """Embeddings [1, tokens, D] of the frame of a stream at that position, uint8 [height, width, 3]."""
+        values: dict[str, Array] = {"frame": frame[None], "position": np.array([position])}
         for name in self._eyes:
             values |= self.run(name, {port.name: values[port.name] for port in self._graphs[name][0].inputs})
         return values[VISUAL]
@@ -143,7 +144,7 @@ class Replay:
 
 
 def replay(checkpoint: DecoderCheckpoint, bundle: Bundle) -> Replay:
-    """Take random tokens, and what the model sees in a random frame, through PyTorch and through the bundle.
+    """Take random tokens, and what the model sees in random frames, through PyTorch and through the bundle.
 
     Before the last token some are forgotten and all keys of the bundle turned to other positions. PyTorch stays at the
     old ones: only distances count.
@@ -218,16 +219,16 @@ def _see(
     """What the bundle makes of a random frame, [1, tokens, D], and what PyTorch does."""
     if checkpoint.vision is None and checkpoint.projector is None:
         return None
-    manifest = bundle.manifest
-    frame = generator.integers(0, 256, (manifest.frame.height, manifest.frame.width, 3), np.uint8)
-    visual = run.see(frame)
-    pixels = torch.from_numpy(frame)[None]
+    size = (bundle.manifest.frame.height, bundle.manifest.frame.width, 3)
+    count = 1 if checkpoint.vision is not None else FRAMES
+    frames = generator.integers(0, 256, (count, *size), np.uint8)
+    visual = [run.see(frame, position) for position, frame in enumerate(frames)][-1]
+    pixels = torch.from_numpy(frames)
     if checkpoint.vision is not None:
-        expected = checkpoint.vision(pixels)
-    else:
-        assert checkpoint.projector is not None
-        assert checkpoint.tower is not None
-        assert manifest.grid is not None
-        features, _, _ = checkpoint.tower.model(pixels[None], None, 1, 0)
-        expected = checkpoint.projector(features[0], checkpoint.tower.model.config.grid)
-    return visual, expected
+        return visual, checkpoint.vision(pixels)
+    assert checkpoint.projector is not None
+    assert checkpoint.tower is not None
+    model = checkpoint.tower.model
+    window = next(state.capacity for state in bundle.manifest.states if state.kind == "ring")
+    features, _, _ = model(pixels[None], None, window, 0)
+    return visual, checkpoint.projector(features[0, -1:], model.config.grid)

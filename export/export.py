@@ -19,6 +19,7 @@ from ..runtime.manifest import FORMAT, MAX_STATE_BYTES, VERSION, FrameSpec, Mani
 from .checkpoint import Checkpoint, TaskHead
 from .graph import ACTIVATIONS, GraphBuilder, WeightFile
 from .labelling import LabelOptions, write_labels
+from .precision import Precision
 from .streamformer import PatchProjections, StreamFormer
 from .streamformer_graph import (
     interpolate_positions,
@@ -27,7 +28,9 @@ from .streamformer_graph import (
     write_patch_label_graph,
 )
 
-AGREEMENT = 2e-4  # largest difference between PyTorch and the bundle that is accepted
+PRECISIONS = ("fp32", "w8")
+# what is accepted between PyTorch and the bundle: the largest difference in fp32, the relative error in w8
+AGREEMENT = {"fp32": 2e-4, "w8": 0.1}
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class ExportOptions:
         rate: frames a second that the model is to see; None for every frame.
         resize: how frames of another size are brought to it: "crop", "stretch" or "letterbox".
         head: task head whose scale, bias and projections the scores take.
+        precision: one of `PRECISIONS`.
     """
 
     window: int | None = None
@@ -47,6 +51,7 @@ class ExportOptions:
     rate: float | None = None
     resize: str = "crop"
     head: str | None = None
+    precision: str = "fp32"
 
 
 @dataclass(frozen=True)
@@ -54,13 +59,16 @@ class ExportReport:
     """What an export gave.
 
     Attributes:
-        difference: largest absolute difference between PyTorch and the bundle over the replayed frames.
+        difference: between PyTorch and the bundle over the replayed frames: the largest absolute one in fp32; in w8,
+            whose integers change more than rounding does, the largest relative error of an output, root mean square.
         frames: frames replayed.
+        precision: of the bundle.
     """
 
     path: Path
     difference: float
     frames: int
+    precision: str
 
 
 def export_streamformer(
@@ -90,12 +98,13 @@ def export_streamformer(
         write_streamformer(checkpoint, writer, options, labels)
         progress("comparing the bundle with PyTorch")
         difference, frames = replay(checkpoint, Bundle.open(writer.folder, verify=False), head)
-        if not difference <= AGREEMENT:
+        limit, precision = AGREEMENT[options.precision], options.precision
+        if not difference <= limit:
             raise FramestepError(
                 f"{path}: not kept, the bundle differs from PyTorch by {difference:.2e} over {frames} frames"
-                f" (at most {AGREEMENT:.0e} is accepted)"
+                f" (at most {limit:.0e} is accepted in {precision})"
             )
-    return ExportReport(path, difference, frames)
+    return ExportReport(path, difference, frames, precision)
 
 
 def write_streamformer(
@@ -103,7 +112,7 @@ def write_streamformer(
 ) -> None:
     """Write a bundle and compare it with nothing: `export_streamformer` is what users want."""
     _check_options(checkpoint, options)
-    model, folder = checkpoint.model, writer.folder
+    model, folder, precision = checkpoint.model, writer.folder, Precision(options.precision)
     config = model.config
     window = config.num_frames if options.window is None else options.window
     image_size = options.image_size or config.image_size
@@ -115,13 +124,13 @@ def write_streamformer(
     head = checkpoint.heads[options.head] if options.head else None
     backbone_weights, label_weights = WeightFile(folder / "backbone.bin"), WeightFile(folder / "label.bin")
     builder = GraphBuilder("backbone", backbone_weights)
-    backbone, states = write_backbone(model, window, image_size, builder)
+    backbone, states = write_backbone(model, window, image_size, precision, builder)
     builder.save(folder / builder.file)
     builder = GraphBuilder("label", label_weights)
     label = write_label_graph(config, builder)
     builder.save(folder / builder.file)
     builder = GraphBuilder("patch_label", label_weights, shared=[backbone_weights])
-    patch_label = write_patch_label_graph(model, head, grid, builder)
+    patch_label = write_patch_label_graph(model, head, grid, precision, builder)
     builder.save(folder / builder.file)
     backbone_weights.close()
     label_weights.close()
@@ -129,7 +138,7 @@ def write_streamformer(
         format=FORMAT,
         version=VERSION,
         family="streamformer",
-        precision="fp32",
+        precision=options.precision,
         frame=FrameSpec(*image_size, options.resize),
         graphs={"backbone": backbone, "label": label, "patch_label": patch_label},
         states=tuple(states),
@@ -150,7 +159,8 @@ def replay(checkpoint: Checkpoint, bundle: Bundle, head: TaskHead | None = None)
     too.
 
     Returns:
-        The largest absolute difference of any output, and the number of frames.
+        The largest difference of any output, as an `ExportReport` has it (of scores, which are from 0 to 1, always the
+        absolute one), and the number of frames.
     """
     from ..runtime.session import Session
 
@@ -172,7 +182,13 @@ def replay(checkpoint: Checkpoint, bundle: Bundle, head: TaskHead | None = None)
             if labelled:
                 expected |= _scores(checkpoint, head, bundle, features[0, 0], pooled[0, 0])
             for name, value in expected.items():
-                largest = max(largest, float(np.abs(result[name] - value.numpy()).max()))
+                wanted = value.numpy()
+                off = result[name] - wanted
+                if manifest.precision == "fp32" or name in labelled:
+                    found = float(np.abs(off).max())
+                else:
+                    found = float(np.linalg.norm(off) / np.linalg.norm(wanted))
+                largest = max(largest, found) if np.isfinite(found) else np.inf
     return largest, frames
 
 
@@ -215,6 +231,11 @@ def _check_options(checkpoint: Checkpoint, options: ExportOptions) -> None:
     patch = checkpoint.model.config.patch_size
     kind = checkpoint.model.config.hidden_act
     image_size = options.image_size or checkpoint.model.config.image_size
+    if options.precision not in PRECISIONS:
+        raise CheckpointError(
+            f"--precision: expected {' or '.join(PRECISIONS)} of a StreamFormer, found '{options.precision}'; fp16 is"
+            " derived by 'framestep build', int8 by 'framestep calibrate'"
+        )
     if kind not in ACTIVATIONS:
         raise CheckpointError(
             f"{checkpoint.origin}: hidden_act '{kind}' has no ONNX form here; supported are {', '.join(ACTIVATIONS)}"

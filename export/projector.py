@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from ..runtime.errors import CheckpointError
 from ..runtime.manifest import STREAMS, Graph, Port
 from .decoder import Linear
-from .decoder_graph import Precision
 from .graph import GraphBuilder
+from .precision import Precision
 from .vision_graph import VISUAL
 
 POOLINGS = ("average", "max", "bilinear")

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from ..runtime.errors import CheckpointError
 from .decoder import Linear
-from .decoder_graph import Precision
 from .graph import ACTIVATIONS, GraphBuilder
+from .precision import Precision
 from .streamformer import activation
 
 
@@ -109,6 +109,7 @@ class Attention(nn.Module):
     def __init__(self, config: SiglipConfig) -> None:
         super().__init__()
         self.heads, D = config.num_attention_heads, config.hidden_size
+        self.head_dim = D // self.heads
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (Linear(D, D) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -177,7 +178,7 @@ def write_siglip(tower: Siglip, frame: str, precision: Precision, g: GraphBuilde
         x = g.node("Transpose", x, perm=[0, 1, 3, 2, 4, 5])
         x = g.node("Reshape", x, g.constant([-1, N, p * p * 3]))
         scaled = (weight * (2 / 255)).permute(0, 2, 3, 1).flatten(1)  # [D, p * p * 3]
-        x = precision.widen(g, precision.linear(g, x, "siglip.patch_embedding", scaled))
+        x = precision.widen(g, precision.of_pixels.linear(g, x, "siglip.patch_embedding", scaled))
         x = g.node("Add", x, g.weight("siglip.position_embedding", positions.numpy()))
         for index, layer in enumerate(tower.encoder.layers):
             name = f"siglip.layer{index}"
@@ -185,12 +186,16 @@ def write_siglip(tower: Siglip, frame: str, precision: Precision, g: GraphBuilde
             h = precision.narrow(g, _norm(g, x, f"{name}.norm1", layer.layer_norm1))
             x = g.node("Add", x, precision.widen(g, _attention(g, h, name, layer.self_attn, precision)))
             h = precision.narrow(g, _norm(g, x, f"{name}.norm2", layer.layer_norm2))
-            h = precision.linear(g, h, f"{name}.fc1", layer.mlp.fc1.weight, layer.mlp.fc1.bias)
-            h = g.activation(h, config.hidden_act)
-            h = precision.linear(g, h, f"{name}.fc2", layer.mlp.fc2.weight, layer.mlp.fc2.bias)
-            x = g.node("Add", x, precision.widen(g, h))
+            x = g.node("Add", x, precision.widen(g, _mlp(g, h, name, layer.mlp, config.hidden_act, precision)))
         g.scope("siglip")
         return _norm(g, x, "siglip.post_norm", tower.post_layernorm)
+
+
+def _mlp(g: GraphBuilder, x: str, name: str, mlp: MLP, activation: str, precision: Precision) -> str:
+    """Beside integers So400m's inner layer of 4,304 has 4,352."""
+    more, fc1, fc2 = precision.filling(mlp.fc1.out_features), mlp.fc1, mlp.fc2
+    x = precision.linear(g, x, f"{name}.fc1", F.pad(fc1.weight, (0, 0, 0, more)), F.pad(fc1.bias, (0, more)))
+    return precision.linear(g, g.activation(x, activation), f"{name}.fc2", F.pad(fc2.weight, (0, more)), fc2.bias)
 
 
 def _norm(g: GraphBuilder, x: str, name: str, norm: nn.LayerNorm) -> str:
@@ -199,9 +204,8 @@ def _norm(g: GraphBuilder, x: str, name: str, norm: nn.LayerNorm) -> str:
 
 
 def _attention(g: GraphBuilder, x: str, name: str, attention: Attention, precision: Precision) -> str:
-    H = attention.heads
+    H, scale = attention.heads, attention.head_dim**-0.5
     q_proj, k_proj, v_proj, out = attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj
-    scale = (out.in_features // H) ** -0.5
     q = precision.linear(g, x, f"{name}.query", q_proj.weight.float() * scale, q_proj.bias.float() * scale)
     k = precision.linear(g, x, f"{name}.key", k_proj.weight)
     v = precision.linear(g, x, f"{name}.value", v_proj.weight)

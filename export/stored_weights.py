@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
@@ -27,6 +28,20 @@ class Speaker(Protocol):
     def head(self) -> Tensor: ...
 
 
+@dataclass(frozen=True)
+class StoredLinear:
+    """A linear layer of a checkpoint whose weight a bundle holds as integers.
+
+    Attributes:
+        factor: what the export multiplied its weight by, [out]; None for nothing.
+        constant: a part of its input that the export put through the checkpoint's own weight, [in]; None for none.
+    """
+
+    linear: nn.Linear
+    factor: Tensor | None = None
+    constant: Tensor | None = None
+
+
 class StoredWeights:
     """The integer weights of a bundle, read when they are needed: one matrix at a time is in memory.
 
@@ -34,8 +49,7 @@ class StoredWeights:
         decoder: of the checkpoint; it calls its methods `embed` and `logits`.
         bundle: what was exported of it.
         others: further graphs with integer weights, by name.
-        mlps: MLPs that stand in those, by the names of their layers there, and what their last weight [out, in] was
-            multiplied by, [out].
+        linears: linear layers that stand in those, by name; the bundle may hold floats of some.
     """
 
     def __init__(
@@ -43,7 +57,7 @@ class StoredWeights:
         decoder: Speaker,
         bundle: Bundle,
         others: Sequence[str] = (),
-        mlps: Mapping[str, tuple[MLP, Tensor]] | None = None,
+        linears: Mapping[str, StoredLinear] | None = None,
     ) -> None:
         language = bundle.manifest.language
         assert language is not None
@@ -52,34 +66,30 @@ class StoredWeights:
         self._table, *graphs = (StoredBlocks(bundle.file(bundle.manifest.graphs[name].file)) for name in names)
         self._rows = next(iter(self._table.names()), None)  # none where the table has no integers
         self._blocks = {name: graph for graph in reversed(graphs) for name in graph.names()}
-        self._linears: dict[str, nn.Linear] = {}
-        self._factors: dict[str, Tensor] = {}  # what an export multiplied a weight by, of each output
+        self._linears = {name: layer for name, layer in (linears or {}).items() if name in self._blocks}
         for index, layer in enumerate(decoder.model.layers):
             attention = layer.self_attn
-            parts = {"query": attention.q_proj, "key": attention.k_proj, "value": attention.v_proj}
-            self._add(f"layer{index}", {**parts, "output": attention.o_proj}, layer.mlp)
-            scale = torch.tensor(attention.config.head_dim**-0.5)
-            self._factors[f"layer{index}.query"] = scale.expand(len(attention.q_proj.weight))
-        for name, (mlp, factor) in (mlps or {}).items():
-            self._add(name, {}, mlp)
-            self._factors[f"{name}.down"] = factor
+            self._linears[f"layer{index}.query"] = scaled_by(attention.config.head_dim**-0.5, attention.q_proj)
+            parts = {"key": attention.k_proj, "value": attention.v_proj, "output": attention.o_proj}
+            for part, linear in {**parts, **mlp_linears(layer.mlp)}.items():
+                self._linears[f"layer{index}.{part}"] = StoredLinear(linear)
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """Let PyTorch's decoder compute with them."""
         decoder = self._decoder
-        decoder.__dict__["logits"] = partial(self._multiply, name="head")
+        decoder.__dict__["logits"] = self._logits
         if self._rows is not None:
             decoder.__dict__["embed"] = self._embed
-        for name, linear in self._linears.items():
-            linear.__dict__["forward"] = partial(self._multiply, name=name, bias=linear.bias)
+        for name, layer in self._linears.items():
+            layer.linear.__dict__["forward"] = partial(self._multiply, name=name, layer=layer)
         try:
             yield
         finally:
             del decoder.__dict__["logits"]
             decoder.__dict__.pop("embed", None)
-            for linear in self._linears.values():
-                del linear.__dict__["forward"]
+            for layer in self._linears.values():
+                del layer.linear.__dict__["forward"]
 
     def rounding(self) -> float:
         """How far a weight is from the checkpoint's at most, in steps of its block."""
@@ -88,35 +98,43 @@ class StoredWeights:
             table, embedding = self._table, self._decoder.model.embed_tokens.weight
             ids = slice(len(embedding))  # a row more is not of the checkpoint's table
             found += [steps_off(table.integers(self._rows)[ids], table.scales(self._rows)[ids], embedding.detach())]
-        for name in ("head", *self._linears):
-            integers, scales = self._stored(name)
-            weight = self._weight(name)
-            factor = self._factors.get(name)
-            wanted = weight.detach() if factor is None else weight.detach().float() * factor[:, None]
-            found.append(steps_off(integers, scales, wanted))
+        found.append(steps_off(*self._stored("head", len(self._decoder.head)), self._decoder.head.detach()))
+        for name, layer in self._linears.items():
+            weight = layer.linear.weight.detach()
+            integers, scales = self._stored(name, len(weight))
+            if layer.factor is not None:
+                weight = weight.float() * layer.factor[:, None]
+            found.append(steps_off(integers, scales, F.pad(weight, (0, integers.shape[1] - weight.shape[1]))))
         return max(found)
 
-    def _add(self, name: str, linears: dict[str, nn.Linear], mlp: MLP) -> None:
-        linears |= {"gate": mlp.gate_proj, "up": mlp.up_proj, "down": mlp.down_proj}
-        self._linears.update({f"{name}.{part}": linear for part, linear in linears.items()})
-
-    def _stored(self, name: str) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.floating]]:
-        """Integers [out, in] and scales [out, in / block]."""
-        blocks, outputs = self._blocks[name], len(self._weight(name))  # the head may have a row more
+    def _stored(self, name: str, outputs: int) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.floating]]:
+        """Integers [out, in] and scales [out, in / block]. Zeros may be behind the outputs, and behind the inputs."""
+        blocks = self._blocks[name]
         return blocks.integers(name).T[:outputs], blocks.scales(name).T[:outputs]
-
-    def _weight(self, name: str) -> Tensor:
-        """The checkpoint's, [out, in]."""
-        return self._decoder.head if name == "head" else self._linears[name].weight
 
     def _embed(self, tokens: Tensor) -> Tensor:
         assert self._rows is not None
         integers, scales, ids = self._table.integers(self._rows), self._table.scales(self._rows), tokens.numpy()
         return torch.from_numpy(dequantize_blocks(integers[ids], scales[ids]))
 
-    def _multiply(self, x: Tensor, name: str, bias: Tensor | None = None) -> Tensor:
-        product = F.linear(x, torch.from_numpy(dequantize_blocks(*self._stored(name))))
-        factor = self._factors.get(name)
+    def _logits(self, x: Tensor) -> Tensor:
+        return F.linear(x, torch.from_numpy(dequantize_blocks(*self._stored("head", len(self._decoder.head)))))
+
+    def _multiply(self, x: Tensor, name: str, layer: StoredLinear) -> Tensor:
+        linear, factor, constant = layer.linear, layer.factor, layer.constant
+        weight = torch.from_numpy(dequantize_blocks(*self._stored(name, len(linear.weight))))[:, : x.shape[-1]]
+        product = F.linear(x if constant is None else x - constant.to(x.dtype), weight)
         if factor is not None:  # where it is zero, so is the product
             product = product / torch.where(factor == 0, 1, factor)
-        return product if bias is None else product + bias.to(x.dtype)
+        if constant is not None:
+            product = product + F.linear(constant.to(x.dtype), linear.weight.to(x.dtype))
+        return product if linear.bias is None else product + linear.bias.to(x.dtype)
+
+
+def scaled_by(factor: float, linear: nn.Linear) -> StoredLinear:
+    return StoredLinear(linear, torch.tensor(factor).expand(len(linear.weight)))
+
+
+def mlp_linears(mlp: MLP) -> dict[str, nn.Linear]:
+    """By what `write_mlp` calls them."""
+    return {"gate": mlp.gate_proj, "up": mlp.up_proj, "down": mlp.down_proj}

@@ -17,11 +17,12 @@ from ..runtime.bundle import Bundle, BundleWriter
 from ..runtime.errors import CheckpointError
 from ..runtime.manifest import FORMAT, VERSION, Cross, FrameSpec, Language, Manifest, Origin
 from .decoder_export import TOKENIZER, CacheOptions, DecoderReport, check_replay
-from .decoder_graph import Precision, write_embed, write_rebase
+from .decoder_graph import write_embed, write_rebase
 from .decoder_replay import EXACT_LEVEL, RUNTIME_LEVEL, GraphRun, Replay, largest_error
 from .graph import GraphBuilder, WeightFile
-from .stored_weights import StoredWeights
-from .streamchat import FAMILY, StreamChatConfig, visible_frames
+from .precision import Precision
+from .stored_weights import StoredLinear, StoredWeights, mlp_linears, scaled_by
+from .streamchat import FAMILY, StreamChat, StreamChatConfig, visible_frames
 from .streamchat_checkpoint import StreamChatCheckpoint
 from .streamchat_graph import TEXT, write_decode, write_frame, write_rebase_frames
 
@@ -172,21 +173,47 @@ def replay(checkpoint: StreamChatCheckpoint, bundle: Bundle) -> Replay:
     as_run = _replay(checkpoint, StreamChatRun(bundle))
     if Precision(bundle.manifest.precision).bits is None:
         return Replay(as_run, TOKENS)
-    blocks = checkpoint.model.cross_blocks
-    mlps = {f"block{k}": (block.mlp, block.mlp_gate.detach().float()) for k, block in enumerate(blocks[:-1])}
-    stored = StoredWeights(checkpoint.model, bundle, ["frame"] if mlps else [], mlps)
-    with stored.in_use():
-        exact = _replay(checkpoint, StreamChatRun(bundle, EXACT_LEVEL))
-    return Replay(exact, TOKENS, as_run, stored.rounding())
+    model = checkpoint.model
+    stored = StoredWeights(model, bundle, ["frame"], _frame_linears(model))
+    frames = torch.from_numpy(_random_frames(model.config, np.random.default_rng(1)))
+    with torch.inference_mode():
+        wanted = model.adapter(model.vision_model(frames))
+        with stored.in_use():
+            exact = _replay(checkpoint, StreamChatRun(bundle, EXACT_LEVEL))
+            seeing = largest_error([(model.adapter(model.vision_model(frames)).numpy(), wanted)])
+    return Replay(exact, TOKENS, as_run, stored.rounding(), seeing)
+
+
+def _frame_linears(model: StreamChat) -> dict[str, StoredLinear]:
+    """Those of the graph `frame` that are not the decoder's, by name."""
+    found = {"adapter.fc1": StoredLinear(model.adapter.fc1), "adapter.fc2": StoredLinear(model.adapter.fc2)}
+    for k, block in enumerate(model.cross_blocks[:-1]):
+        found.update({f"block{k}.{part}": StoredLinear(linear) for part, linear in mlp_linears(block.mlp).items()})
+        found[f"block{k}.down"] = StoredLinear(block.mlp.down_proj, block.mlp_gate.detach().float())
+    for index, layer in enumerate(model.vision_model.encoder.layers):
+        attention, name = layer.self_attn, f"siglip.layer{index}"
+        found |= {
+            f"{name}.query": scaled_by(attention.head_dim**-0.5, attention.q_proj),
+            f"{name}.key": StoredLinear(attention.k_proj),
+            f"{name}.value": StoredLinear(attention.v_proj),
+            f"{name}.output": StoredLinear(attention.out_proj, constant=attention.v_proj.bias.detach()),
+            f"{name}.fc1": StoredLinear(layer.mlp.fc1),
+            f"{name}.fc2": StoredLinear(layer.mlp.fc2),
+        }
+    return found
+
+
+def _random_frames(config: StreamChatConfig, generator: np.random.Generator) -> Array:
+    size = config.vision.image_size
+    return generator.integers(0, 256, (len(FRAMES), size, size, 3), np.uint8)
 
 
 def _replay(checkpoint: StreamChatCheckpoint, run: StreamChatRun) -> float:
     """The relative error (root mean square, of the logits of a step) where it is largest."""
     model = checkpoint.model
     generator = np.random.default_rng(0)
-    size = model.config.vision.image_size
     tokens = generator.integers(0, model.config.text.vocab_size, (1, TOKENS))
-    frames = generator.integers(0, 256, (len(FRAMES), size, size, 3), np.uint8)
+    frames = _random_frames(model.config, generator)
     times = np.array(FRAMES)  # of frames between tokens, the position of the next one
     visible = visible_frames(FRAMES, TOKENS, run.frames - 1)
     with torch.inference_mode():

@@ -21,7 +21,6 @@ import torch
 
 from ..runtime.manifest import STREAMS, Graph, Port, State, StateUse
 from .decoder_graph import (
-    Precision,
     TextWriter,
     join_heads,
     scaled_query,
@@ -31,6 +30,7 @@ from .decoder_graph import (
     write_turn,
 )
 from .graph import GraphBuilder
+from .precision import Precision
 from .siglip import write_siglip
 from .streamchat import StreamChat
 
@@ -48,7 +48,7 @@ def write_frame(
         model: the checkpoint.
         window: frames that text may see.
         positions: position ids go from 0 to `positions` - 1.
-        precision: of products and states; the tower and the adapter are float32, or FP16 with FP16 products.
+        precision: of the decoder's weights, products and states; `of_eyes` is that of the tower and the adapter.
         builder: takes the nodes. One of its files has the decoder's weights.
     """
     g, config = builder, model.config.visual
@@ -74,7 +74,7 @@ def write_frame(
         uses.append(StateUse(name, f"{name}.past", f"{name}.present"))
         g.output(present, f"{name}.present", dtype, shape)
 
-    seeing = precision.of_pixels  # never of integers: what text reads could not be compared with PyTorch so closely
+    seeing = precision.of_eyes
     x = seeing.narrow(g, write_siglip(model.vision_model, frame, seeing, g))
     g.scope("adapter")
     x = seeing.linear(g, x, "adapter.fc1", model.adapter.fc1.weight, model.adapter.fc1.bias)

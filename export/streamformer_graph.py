@@ -26,6 +26,7 @@ from ..runtime.errors import CheckpointError
 from ..runtime.manifest import STREAMS, Graph, Port, State, StateUse
 from .checkpoint import TaskHead
 from .graph import GraphBuilder
+from .precision import Precision
 from .streamformer import Attention, Layer, StreamFormer, StreamFormerConfig
 
 Array = np.ndarray
@@ -33,10 +34,10 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class Linear:
-    """y = x @ weight + bias"""
+    """y = x @ weight.T + bias"""
 
-    weight: Array  # [in, out]
-    bias: Array | None  # [out]
+    weight: Tensor  # [out, in]
+    bias: Tensor | None  # [out]
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,11 @@ def fold_attention(attention: Attention) -> Projections:
     q, k, v = weight.chunk(3)
     scale = head_dim**-0.5
     if qkv.bias is None:
-        query, out_bias = _linear(q * scale, None), dense.bias
+        query, out_bias = Linear(q * scale, None), dense.bias
     else:
         bq, _, bv = qkv.bias.chunk(3)
-        query, out_bias = _linear(q * scale, bq * scale), dense.bias + out_weight @ bv
-    return Projections(query, _linear(k, None), _linear(v, None), _linear(out_weight, out_bias))
+        query, out_bias = Linear(q * scale, bq * scale), dense.bias + out_weight @ bv
+    return Projections(query, Linear(k, None), Linear(v, None), Linear(out_weight, out_bias))
 
 
 def fold_temporal(layer: Layer) -> Projections:
@@ -72,8 +73,9 @@ def fold_temporal(layer: Layer) -> Projections:
     folded = fold_attention(layer.temporal_attention)
     gate = layer.temporal_attention_gating.tanh()
     dense = layer.temporal_dense
-    out_weight, out_bias = torch.from_numpy(folded.output.weight).T, torch.from_numpy(folded.output.bias)
-    output = _linear(gate * (dense.weight @ out_weight), gate * (dense.weight @ out_bias + dense.bias))
+    inner = folded.output
+    assert inner.bias is not None
+    output = Linear(gate * (dense.weight @ inner.weight), gate * (dense.weight @ inner.bias + dense.bias))
     return Projections(folded.query, folded.key, folded.value, output)
 
 
@@ -83,18 +85,18 @@ def fold_pooling(attention: nn.MultiheadAttention) -> Projections:
     bq, _, bv = attention.in_proj_bias.chunk(3)
     scale = (attention.embed_dim // attention.num_heads) ** -0.5
     out = attention.out_proj
-    output = _linear(out.weight, out.bias + out.weight @ bv)
-    return Projections(_linear(q * scale, bq * scale), _linear(k, None), _linear(v, None), output)
+    output = Linear(out.weight, out.bias + out.weight @ bv)
+    return Projections(Linear(q * scale, bq * scale), Linear(k, None), Linear(v, None), output)
 
 
 def fold_patch_embedding(model: StreamFormer, grid: tuple[int, int]) -> Linear:
     """The patch embedding for pixels 0..255 (row, column, channel); its bias [N, D] holds the position embedding."""
     projection = model.embeddings.patch_embeddings.projection
     # (p / 255 - 0.5) / 0.5 = p * 2 / 255 - 1
-    weight = projection.weight.permute(2, 3, 1, 0).flatten(0, 2)  # [P * P * 3, D]
+    weight = projection.weight.permute(0, 2, 3, 1).flatten(1)  # [D, P * P * 3]
     positions = interpolate_positions(model.embeddings.position_embeddings[0], grid)  # [N, D]
-    bias = positions + (projection.bias - weight.sum(0))
-    return Linear(_array(weight * (2 / 255)), _array(bias))
+    bias = positions + (projection.bias - weight.sum(1))
+    return Linear(weight * (2 / 255), bias)
 
 
 def interpolate_positions(positions: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -117,14 +119,15 @@ def interpolate_positions(positions: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def write_backbone(
-    model: StreamFormer, window: int, image_size: tuple[int, int], builder: GraphBuilder
+    model: StreamFormer, window: int, image_size: tuple[int, int], precision: Precision, builder: GraphBuilder
 ) -> tuple[Graph, list[State]]:
-    """Write the backbone's step graph.
+    """Write the backbone's step graph. Its arithmetic and its states are float32.
 
     Args:
         model: the checkpoint.
         window: frames that one frame attends to, itself included; the ring's capacity.
         image_size: height and width of the input, multiples of the patch size.
+        precision: of weights, "fp32" or "w8"; those that read pixels are float32 with both.
         builder: takes the nodes.
     """
     config = model.config
@@ -143,7 +146,7 @@ def write_backbone(
         x = g.node("Reshape", x, g.constant([-1, grid[0], P, grid[1], P, 3]))
         x = g.node("Transpose", x, perm=[0, 1, 3, 2, 4, 5])  # [S, rows, columns, P, P, 3]
         x = g.node("Reshape", x, g.constant([-1, N, P * P * 3]))
-        x = g.linear(x, "patch_embedding", patch.weight, patch.bias)  # [S, N, D]
+        x = _apply(g, x, "patch_embedding", patch, precision.of_pixels)  # [S, N, D]
         last = g.constant([config.num_frames - 1])
         times = _array(model.embeddings.time_embeddings[0])
         time = g.node("Gather", g.weight("time_embedding", times), g.node("Min", position, last), axis=0)  # [S, D]
@@ -164,10 +167,10 @@ def write_backbone(
             h = _norm(g, x, f"{name}.temporal_norm", layer.temporal_layernorm)
             # [S, N, H * d] is [S, N * H, 1, d] without a copy: every patch and head is a head of its own over time
             rows = g.constant([0, N * H, 1, d])
-            q = g.node("Reshape", _apply(g, h, f"{name}.temporal.query", temporal.query), rows)
+            q = g.node("Reshape", _apply(g, h, f"{name}.temporal.query", temporal.query, precision), rows)
             ring = {}
             for part, linear in (("key", temporal.key), ("value", temporal.value)):
-                new = g.node("Reshape", _apply(g, h, f"{name}.temporal.{part}", linear), rows)
+                new = g.node("Reshape", _apply(g, h, f"{name}.temporal.{part}", linear, precision), rows)
                 state = f"{name}.{part}"
                 past = g.input(f"{state}.past", "float32", [STREAMS, N * H, window, d])
                 updated = g.node("TensorScatter", past, new, slot, name=f"{part}_update", axis=2, mode="linear")
@@ -176,21 +179,21 @@ def write_backbone(
                 uses.append(StateUse(state, f"{state}.past", f"{state}.present"))
             h = g.node("Attention", q, ring["key"], ring["value"], mask, name="temporal_attention", scale=1.0)
             h = g.node("Reshape", h, g.constant([0, N, D]))
-            x = g.node("Add", x, _apply(g, h, f"{name}.temporal.output", temporal.output))
+            x = g.node("Add", x, _apply(g, h, f"{name}.temporal.output", temporal.output, precision))
 
             spatial = fold_attention(layer.attention)
             h = _norm(g, x, f"{name}.spatial_norm", layer.layernorm_before)
-            h = _attention(g, h, f"{name}.spatial", spatial, H)
-            x = g.node("Add", x, _apply(g, h, f"{name}.spatial.output", spatial.output))
+            h = _attention(g, h, f"{name}.spatial", spatial, H, precision)
+            x = g.node("Add", x, _apply(g, h, f"{name}.spatial.output", spatial.output, precision))
 
             h = _norm(g, x, f"{name}.mlp_norm", layer.layernorm_after)
-            h = _mlp(g, h, f"{name}.mlp", layer.intermediate.dense, layer.output.dense, config)
+            h = _mlp(g, h, f"{name}.mlp", layer.intermediate.dense, layer.output.dense, config, precision)
             x = g.node("Add", x, h)
 
         g.scope("pooling")
         features = _norm(g, x, "post_norm", model.post_layernorm)
         features = g.output(features, "features", "float32", [STREAMS, N, D])
-        pooled = _pool(g, features, position, model)
+        pooled = _pool(g, features, position, model, precision)
         g.output(pooled, "pooled", "float32", [STREAMS, D])
     graph = Graph(
         g.file,
@@ -219,7 +222,7 @@ def write_label_graph(config: StreamFormerConfig, builder: GraphBuilder) -> Grap
 
 
 def write_patch_label_graph(
-    model: StreamFormer, head: TaskHead | None, grid: tuple[int, int], builder: GraphBuilder
+    model: StreamFormer, head: TaskHead | None, grid: tuple[int, int], precision: Precision, builder: GraphBuilder
 ) -> Graph:
     """Scores of every patch, projected as the reference's segmentation heads do.
 
@@ -227,6 +230,7 @@ def write_patch_label_graph(
 
     Args:
         head: a task head; where it has no projections of its own, or is None, the pooling head's are taken.
+        precision: the backbone's, whose weights the pooling head's are.
     """
     config = model.config
     D, N = config.hidden_size, grid[0] * grid[1]
@@ -240,12 +244,12 @@ def write_patch_label_graph(
             norm, fc1, fc2, prefix = pooling.layernorm, pooling.mlp.fc1, pooling.mlp.fc2, "pooling"
         else:
             own, prefix = head.projections, "head"
-            value, output = _linear(own.w_v.weight, own.w_v.bias), _linear(own.v_proj.weight, own.v_proj.bias)
+            value, output = Linear(own.w_v.weight, own.w_v.bias), Linear(own.v_proj.weight, own.v_proj.bias)
             norm, fc1, fc2 = own.head_layernorm, own.head_mlp.fc1, own.head_mlp.fc2
-        x = _apply(g, features, f"{prefix}.value", value)
-        x = _apply(g, x, f"{prefix}.output", output)
+        x = _apply(g, features, f"{prefix}.value", value, precision)
+        x = _apply(g, x, f"{prefix}.output", output, precision)
         h = _norm(g, x, f"{prefix}.norm", norm)
-        x = g.node("Add", x, _mlp(g, h, f"{prefix}.mlp", fc1, fc2, config))
+        x = g.node("Add", x, _mlp(g, h, f"{prefix}.mlp", fc1, fc2, config, precision))
         scores = _score(g, x, "patch_text_embeddings", D)  # [S, N, C]
         scores = g.node("Transpose", scores, perm=[0, 2, 1])
         scores = g.node("Reshape", scores, g.constant([0, -1, *grid]))
@@ -274,48 +278,51 @@ def _label_ports(embeddings: str, hidden: int) -> tuple[Port, ...]:
     )
 
 
-def _pool(g: GraphBuilder, features: str, position: str, model: StreamFormer) -> str:
+def _pool(g: GraphBuilder, features: str, position: str, model: StreamFormer, precision: Precision) -> str:
     """Attention pooling of features [S, N, D] -> [S, D]"""
     config, head = model.config, model.head
     D, H = config.hidden_size, config.num_attention_heads
     folded = fold_pooling(head.attention)
     assert folded.query.bias is not None
-    probe = _array(head.probe[0]) @ folded.query.weight + folded.query.bias  # [1, D]
+    probe = F.linear(head.probe[0], folded.query.weight, folded.query.bias)  # [1, D]
     streams = g.node("Concat", g.node("Shape", position), g.constant([1, D]), axis=0)
-    q = g.node("Expand", g.weight("pooling.query", probe[None]), streams)  # [S, 1, D]
-    k = _apply(g, features, "pooling.key", folded.key)
-    v = _apply(g, features, "pooling.value", folded.value)
+    q = g.node("Expand", g.weight("pooling.query", _array(probe[None])), streams)  # [S, 1, D]
+    k = _apply(g, features, "pooling.key", folded.key, precision)
+    v = _apply(g, features, "pooling.value", folded.value, precision)
     x = g.node("Attention", q, k, v, name="attention", q_num_heads=H, kv_num_heads=H, scale=1.0)
-    x = _apply(g, x, "pooling.output", folded.output)
+    x = _apply(g, x, "pooling.output", folded.output, precision)
     h = _norm(g, x, "pooling.norm", head.layernorm)
-    x = g.node("Add", x, _mlp(g, h, "pooling.mlp", head.mlp.fc1, head.mlp.fc2, config))
+    x = g.node("Add", x, _mlp(g, h, "pooling.mlp", head.mlp.fc1, head.mlp.fc2, config, precision))
     return g.node("Squeeze", x, g.constant([1]))
 
 
-def _attention(g: GraphBuilder, x: str, name: str, projections: Projections, heads: int) -> str:
+def _attention(g: GraphBuilder, x: str, name: str, projections: Projections, heads: int, precision: Precision) -> str:
     """Attention among the rows of x [S, N, D], before its output projection."""
-    q = _apply(g, x, f"{name}.query", projections.query)
-    k = _apply(g, x, f"{name}.key", projections.key)
-    v = _apply(g, x, f"{name}.value", projections.value)
+    q = _apply(g, x, f"{name}.query", projections.query, precision)
+    k = _apply(g, x, f"{name}.key", projections.key, precision)
+    v = _apply(g, x, f"{name}.value", projections.value, precision)
     return g.node("Attention", q, k, v, name="spatial_attention", q_num_heads=heads, kv_num_heads=heads, scale=1.0)
 
 
-def _mlp(g: GraphBuilder, x: str, name: str, fc1: nn.Linear, fc2: nn.Linear, config: StreamFormerConfig) -> str:
-    h = _apply(g, x, f"{name}.fc1", _linear(fc1.weight, fc1.bias))
-    return _apply(g, g.activation(h, config.hidden_act), f"{name}.fc2", _linear(fc2.weight, fc2.bias))
+def _mlp(
+    g: GraphBuilder,
+    x: str,
+    name: str,
+    fc1: nn.Linear,
+    fc2: nn.Linear,
+    config: StreamFormerConfig,
+    precision: Precision,
+) -> str:
+    h = precision.linear(g, x, f"{name}.fc1", fc1.weight, fc1.bias)
+    return precision.linear(g, g.activation(h, config.hidden_act), f"{name}.fc2", fc2.weight, fc2.bias)
 
 
-def _apply(g: GraphBuilder, x: str, name: str, linear: Linear) -> str:
-    return g.linear(x, name, linear.weight, linear.bias)
+def _apply(g: GraphBuilder, x: str, name: str, linear: Linear, precision: Precision) -> str:
+    return precision.linear(g, x, name, linear.weight, linear.bias)
 
 
 def _norm(g: GraphBuilder, x: str, name: str, norm: nn.LayerNorm) -> str:
     return g.layer_norm(x, name, _array(norm.weight), _array(norm.bias), norm.eps)
-
-
-def _linear(weight: Tensor, bias: Tensor | None) -> Linear:
-    """From PyTorch's [out, in]."""
-    return Linear(_array(weight.T), None if bias is None else _array(bias))
 
 
 def _array(tensor: Tensor) -> Array:

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 
 from ..runtime.manifest import STREAMS, Graph, Port
-from .block_quantize import BLOCKS
 from .decoder import MLP
-from .decoder_graph import Precision, write_norm
+from .decoder_graph import write_norm
 from .graph import GraphBuilder
+from .precision import Precision
 from .vision import Attention, FrameLayout, VisionTower
 
 VISUAL = "visual"  # the output that holds a frame's embeddings
@@ -72,8 +72,8 @@ def write_vision(tower: VisionTower, frame_size: tuple[int, int], precision: Pre
 
 
 def _mlp(g: GraphBuilder, x: str, name: str, mlp: MLP, activation: str, precision: Precision) -> str:
-    """Beside integers the inner layer is filled up with zeros to whole blocks: Qwen's 3,420 are 3,456 then."""
-    more = 0 if precision.bits is None else -mlp.gate_proj.out_features % BLOCKS[precision.bits][0]
+    """Beside integers Qwen's inner layer of 3,420 has 3,456."""
+    more = precision.filling(mlp.gate_proj.out_features)
     gate, up = (
         precision.linear(g, x, f"{name}.{part}", F.pad(linear.weight, (0, 0, 0, more)), F.pad(linear.bias, (0, more)))
         for part, linear in (("gate", mlp.gate_proj), ("up", mlp.up_proj))

@@ -97,10 +97,15 @@ def projector_weights(hidden: int) -> dict[str, torch.Tensor]:
 
 
 def save_streamformer_videoqa(
-    folder: Path, decoder: Any, tower: StreamFormerConfig, own_weights: bool = True, **keys: Any
+    folder: Path,
+    decoder: Any,
+    tower: StreamFormerConfig,
+    own_weights: bool = True,
+    make: Any = random_model,
+    **keys: Any,
 ) -> tuple[Any, dict[str, torch.Tensor]]:
     """A VideoQA checkpoint beside its StreamFormer: that model, and the projector's weights."""
-    model = random_model(tower)
+    model = make(tower)
     weights = {key: value.contiguous() for key, value in model.state_dict().items()}
     (folder / "tower").mkdir()
     (folder / "tower" / "config.json").write_text(json.dumps(tower.to_dict()), "utf-8")
@@ -110,6 +115,43 @@ def save_streamformer_videoqa(
     keys = {**LAYOUT, "mm_vision_tower": str(folder / "tower"), **keys}
     save_videoqa(folder / "checkpoint", decoder, {**projector, **inside}, **keys)
     return model, projector
+
+
+def rounded(weight: torch.Tensor) -> torch.Tensor:
+    """Each 32, 64 or 128 inputs of an output, as many as divide its inputs, in 127 steps to their largest one."""
+    outputs, inputs = weight.shape
+    block = next((size for size in (128, 64, 32) if inputs % size == 0), inputs)
+    blocks = weight.reshape(outputs, -1, block)
+    step = blocks.abs().amax(2, keepdim=True) / 127
+    return (torch.round(blocks / step) * step).reshape(outputs, inputs)
+
+
+def round_streamformer(model: Any) -> None:
+    """Round every linear layer's weight, in place, of a StreamFormer whose dense layers behind temporal attention are
+    the identity: these, and values' biases, which have to be zero, go through other weights before they are rounded."""
+    with torch.no_grad():
+        for layer in model.encoder.layer:
+            for attention in (layer.temporal_attention, layer.attention):
+                for linear in (attention.attention.qkv, attention.output.dense):
+                    linear.weight.copy_(rounded(linear.weight))
+            for linear in (layer.intermediate.dense, layer.output.dense):
+                linear.weight.copy_(rounded(linear.weight))
+        pooling, D = model.head.attention, model.config.hidden_size
+        pooling.in_proj_weight[D:] = rounded(pooling.in_proj_weight[D:])  # the query is a constant
+        for linear in (pooling.out_proj, model.head.mlp.fc1, model.head.mlp.fc2):
+            linear.weight.copy_(rounded(linear.weight))
+
+
+def unfolded_streamformer(config: StreamFormerConfig) -> Any:
+    """A random one that can be rounded; see `round_streamformer`."""
+    model, D = random_model(config), config.hidden_size
+    with torch.no_grad():
+        for layer in model.encoder.layer:
+            layer.temporal_dense.weight.copy_(torch.eye(D))
+            for attention in (layer.temporal_attention, layer.attention):
+                attention.attention.qkv.bias[-D:] = 0
+        model.head.attention.in_proj_bias[-D:] = 0
+    return model
 
 
 def _shaken(model: Any) -> Any:

@@ -18,8 +18,8 @@ from framestep.export.block_quantize import dequantize_blocks, quantize_blocks, 
 from framestep.export.decoder import Decoder
 from framestep.export.decoder_checkpoint import read_decoder_checkpoint
 from framestep.export.decoder_export import ROUNDING, DecoderOptions, export_decoder
-from framestep.export.decoder_graph import Precision
 from framestep.export.decoder_replay import DecoderRun, replay
+from framestep.export.precision import Precision
 from framestep.runtime.bundle import Bundle
 from framestep.runtime.errors import FramestepError
 
@@ -212,7 +212,7 @@ def test_a_slightly_wrong_integer_weight_is_found(tmp_path, monkeypatch, precisi
             integers[5, 7] += 2 if integers[5, 7] < 0 else -2
         return integers, scales
 
-    monkeypatch.setattr("framestep.export.decoder_graph.quantize_blocks", wrong)
+    monkeypatch.setattr("framestep.export.precision.quantize_blocks", wrong)
     with pytest.raises(FramestepError, match=r"not kept, a weight in \S+ is [12]\.\d\d steps off"):
         export(decoder_models.qwen2(), tmp_path, precision=precision)
 

@@ -12,10 +12,12 @@ import torch.nn.functional as F
 import framestep
 from framestep.export.decoder_checkpoint import read_decoder_checkpoint
 from framestep.export.decoder_export import DecoderOptions, export_decoder
-from framestep.export.decoder_replay import DecoderRun
+from framestep.export.decoder_replay import EXACT_LEVEL, DecoderRun
+from framestep.export.precision import Precision
 from framestep.export.streamformer import StreamFormer, StreamFormerConfig
 from framestep.runtime.bundle import Bundle
-from framestep.runtime.errors import CheckpointError
+from framestep.runtime.errors import CheckpointError, FramestepError
+from framestep.runtime.onnx_files import weight_blocks
 
 SMALL = StreamFormerConfig((48, 48), 16, 8, 32, 2, 2, 64)  # 3 x 3 patches
 EVEN = StreamFormerConfig((64, 64), 16, 8, 32, 2, 2, 64)
@@ -83,6 +85,46 @@ def test_answers_while_frames_arrive_are_those_of_a_plain_composition(tmp_path, 
                 )
                 expected = decoder(inputs_embeds=inputs).logits[0, -1].numpy()
             golden.assert_close(logits, expected)
+
+
+@pytest.mark.parametrize("precision", ["w8", "w4"])
+def test_beside_integer_weights_what_sees_has_eight_bits(tmp_path, precision):
+    keys = {"mm_spatial_pool_mode": "average", "mm_newline_position": "grid"}
+    model, weights = decoder_models.save_streamformer_videoqa(
+        tmp_path, decoder_models.qwen2(), EVEN, make=decoder_models.unfolded_streamformer, **keys
+    )
+    checkpoint = read_decoder_checkpoint(str(tmp_path / "checkpoint"))
+    options = DecoderOptions(precision, capacity=96, window=2)
+    bundle = Bundle.open(export_decoder(checkpoint, tmp_path / "out.bundle", options).path)
+    blocks = {graph: weight_blocks(bundle.file(f"{graph}.onnx")) for graph in ("backbone", "projector")}
+    assert sum(blocks["backbone"].values()) == 2 * 10 + 5
+    assert sum(blocks["projector"].values()) == 2
+    decoder_models.round_streamformer(model)
+    weights |= {key: decoder_models.rounded(value) for key, value in weights.items() if key.endswith(".weight")}
+    frames = np.random.default_rng(0).integers(0, 256, (4, *EVEN.image_size, 3), np.uint8)
+    with torch.inference_mode():
+        features, _, _ = model(torch.from_numpy(frames)[None], None, 2, 0)
+        expected = [reference(one[None], weights, 4, "average", "grid").numpy() for one in features[0]]
+    run = DecoderRun(bundle, EXACT_LEVEL)
+    for position, (frame, wanted) in enumerate(zip(frames, expected, strict=True)):
+        golden.assert_close(run.see(frame, position)[0], wanted)
+    with framestep.load(bundle.path, outputs=("visual",)) as session, session.open_stream() as stream:
+        found = [stream.step(frame)["visual"] for frame in frames]
+    error = np.linalg.norm(np.stack(found) - expected) / np.linalg.norm(expected)
+    assert 1e-4 < error < 0.03  # the inputs of products are rounded too
+
+
+@pytest.mark.parametrize("layer", ["layer1.temporal.key", "projector1"])
+def test_a_tower_that_sees_something_else_is_not_kept(tmp_path, monkeypatch, layer):
+    def write(self, g, name, weight, *stored):
+        return original(self, g, name, weight * (-4) if name == layer else weight, *stored)
+
+    original = Precision._weight
+    monkeypatch.setattr(Precision, "_weight", write)
+    decoder_models.save_streamformer_videoqa(tmp_path, decoder_models.qwen2(), EVEN)
+    checkpoint = read_decoder_checkpoint(str(tmp_path / "checkpoint"))
+    with pytest.raises(FramestepError, match=r"not kept, .* against PyTorch in what it sees .* in w8"):
+        export_decoder(checkpoint, tmp_path / "out.bundle", DecoderOptions("w8", capacity=96, window=4))
 
 
 def test_the_tower_is_found_or_asked_for(tmp_path):

@@ -14,8 +14,8 @@ from transformers import Qwen2VLImageProcessor
 
 from framestep.export.decoder_checkpoint import read_decoder_checkpoint
 from framestep.export.decoder_export import DecoderOptions, export_decoder
-from framestep.export.decoder_graph import Precision
 from framestep.export.decoder_replay import EXACT_LEVEL, DecoderRun
+from framestep.export.precision import Precision
 from framestep.runtime.bundle import Bundle
 from framestep.runtime.errors import FramestepError
 from framestep.runtime.session import Session
@@ -70,15 +70,6 @@ def test_what_is_seen_is_that_of_transformers(model, folder, size):
     golden.assert_close(found, expected)
 
 
-def rounded(weight: torch.Tensor) -> torch.Tensor:
-    """Each 32, 64 or 128 inputs of an output, as many as divide its inputs, in 127 steps to their largest one."""
-    outputs, inputs = weight.shape
-    block = next((size for size in (128, 64, 32) if inputs % size == 0), inputs)
-    blocks = weight.reshape(outputs, -1, block)
-    step = blocks.abs().amax(2, keepdim=True) / 127
-    return (torch.round(blocks / step) * step).reshape(outputs, inputs)
-
-
 @pytest.mark.parametrize("precision", ["w8", "w4"])
 def test_beside_integer_weights_the_tower_has_eight_bits(tmp_path, precision):
     model = decoder_models.qwen2_5_vl()
@@ -91,7 +82,7 @@ def test_beside_integer_weights_the_tower_has_eight_bits(tmp_path, precision):
     assert len(linears) == 3 * 5 + 2
     with torch.no_grad():
         for linear in linears:
-            linear.weight.copy_(rounded(linear.weight))
+            linear.weight.copy_(decoder_models.rounded(linear.weight))
         (frame,) = random_frames(1, SIZE)
         expected = tower(*processed([frame])).pooler_output.numpy()
     golden.assert_close(DecoderRun(bundle, EXACT_LEVEL).see(frame)[0], expected)

@@ -7,6 +7,7 @@ import signal
 from dataclasses import replace
 from pathlib import Path
 
+import decoder_models
 import golden
 import numpy as np
 import onnx
@@ -18,11 +19,14 @@ from transformers.activations import ACT2FN
 import framestep
 from framestep.export import export as export_module
 from framestep.export.checkpoint import Checkpoint, read_checkpoint
+from framestep.export.decoder_replay import EXACT_LEVEL, GraphRun
 from framestep.export.export import ExportOptions, export_streamformer
 from framestep.export.graph import ACTIVATIONS, GraphBuilder, WeightFile
+from framestep.export.precision import Precision
 from framestep.export.streamformer import TINY, random_model
 from framestep.runtime.bundle import Bundle
 from framestep.runtime.errors import CheckpointError, FramestepError, OutputError
+from framestep.runtime.onnx_files import weight_blocks
 
 
 def export(path: Path, options: ExportOptions, **changes: object) -> export_module.ExportReport:
@@ -141,6 +145,43 @@ def test_the_replay_notices_a_wrong_weight(tmp_path):
     assert export_module.replay(checkpoint, bundle)[0] > 1e-3
 
 
+def test_integer_weights_are_those_of_pytorch_rounded(tmp_path):
+    model = decoder_models.unfolded_streamformer(TINY)
+    report = export_streamformer(Checkpoint(model, "random"), tmp_path / "x", ExportOptions(window=3, precision="w8"))
+    assert 1e-3 < report.difference < 0.05 and report.precision == "w8"
+    bundle = Bundle.open(report.path)
+    frames = np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), np.uint8)
+    decoder_models.round_streamformer(model)
+    with torch.inference_mode():
+        features, pooled, _ = model(torch.from_numpy(frames)[None], None, 3, 0)
+    run = GraphRun(bundle, ["backbone"], EXACT_LEVEL)
+    for position, frame in enumerate(frames):
+        found = run.run("backbone", {"frame": frame[None], "position": np.array([position])})
+        golden.assert_close(found["features"][0], features[0, position].numpy())
+        golden.assert_close(found["pooled"][0], pooled[0, position].numpy())
+    seen, drawn = stepped(report.path, frames)
+    assert np.linalg.norm(seen - features[0].numpy()) < 0.03 * np.linalg.norm(seen)
+    assert np.linalg.norm(drawn - pooled[0].numpy()) < 0.03 * np.linalg.norm(drawn)
+
+
+def test_integer_weights_that_two_graphs_use_are_stored_once(tmp_path):
+    path = export(tmp_path / "x", ExportOptions(window=2, precision="w8")).path
+    assert weight_blocks(path / "backbone.onnx") == {32: 3 * 9 + 4, 64: 3 + 1}
+    assert weight_blocks(path / "patch_label.onnx") == {32: 3, 64: 1}
+    assert not (path / "label.bin").exists()
+
+
+def test_integer_weights_that_change_too_much_are_not_kept(tmp_path, monkeypatch):
+    def write(self, g, name, weight, *stored):
+        return original(self, g, name, weight * 2 if name == "layer1.mlp.fc1" else weight, *stored)
+
+    original = Precision._weight
+    monkeypatch.setattr(Precision, "_weight", write)
+    with pytest.raises(FramestepError, match=r"differs from PyTorch by .* \(at most 1e-01 is accepted in w8\)"):
+        export(tmp_path / "x", ExportOptions(window=2, precision="w8"))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_activation_with_weights_of_its_own_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="hidden_act 'prelu' has no ONNX form here; supported are gelu"):
         export(tmp_path / "x", ExportOptions(), hidden_act="prelu")
@@ -152,6 +193,7 @@ def test_an_activation_with_weights_of_its_own_is_refused(tmp_path):
         (ExportOptions(window=0), "--window: expected at least 1 frame, found 0"),
         (ExportOptions(image_size=(60, 64)), "--image-size: expected multiples of the patch size 16, found 60x64"),
         (ExportOptions(image_size=(0, 64)), "--image-size: expected multiples"),
+        (ExportOptions(precision="w4"), "--precision: expected fp32 or w8 of a StreamFormer, found 'w4'; fp16 is"),
         (ExportOptions(rate=0.0), "--rate: expected frames a second above 0"),
         (ExportOptions(rate=float("nan")), "--rate: expected frames a second above 0"),
     ],

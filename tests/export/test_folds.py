@@ -27,8 +27,7 @@ def model() -> StreamFormer:
 
 
 def apply(x: torch.Tensor, linear) -> torch.Tensor:
-    y = x @ torch.from_numpy(linear.weight)
-    return y if linear.bias is None else y + torch.from_numpy(linear.bias)
+    return torch.nn.functional.linear(x, linear.weight) + (0 if linear.bias is None else linear.bias)
 
 
 def attend(projections, x: torch.Tensor, heads: int) -> torch.Tensor:

@@ -17,9 +17,9 @@ import torch
 from streamchat_models import PATCHES, random_frames
 from streamchat_oracle import Oracle
 
-from framestep.export import decoder_replay
+from framestep.export import decoder_export, decoder_replay
 from framestep.export.decoder_export import ROUNDING
-from framestep.export.decoder_graph import Precision
+from framestep.export.precision import Precision
 from framestep.export.streamchat import visible_frames
 from framestep.export.streamchat_checkpoint import read_streamchat_checkpoint
 from framestep.export.streamchat_export import StreamChatOptions, StreamChatRun, export_streamchat, replay
@@ -261,7 +261,7 @@ def test_states_are_updated_in_place(checkpoint, capfd, precision):
     assert "in-place optimization not activated" not in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("graph, products", [("decoder", 4 * 7 + 1 + 2 * 2), ("frame", 2 * 2 + 3)])
+@pytest.mark.parametrize("graph, products", [("decoder", 4 * 7 + 1 + 2 * 2), ("frame", 2 * 6 + 2 + 2 * 2 + 3)])
 def test_integer_weights_are_multiplied_as_integers(checkpoint, tmp_path, graph, products):
     bundle = export(checkpoint, precision="w4")
     options = decoder_replay.session_options()
@@ -279,10 +279,40 @@ def test_an_export_compares_with_what_its_integers_stand_for(checkpoint, precisi
     found = replay(read, export(checkpoint, precision=precision))
     assert found.difference < bound and 0.45 < found.rounding <= ROUNDING[precision]
     assert found.quantization > 10 * found.difference
+    assert (found.seeing > 1e-3) == (precision in ("w8", "w4"))
     assert replay(read, export(checkpoint)).difference < 1e-4  # the checkpoint is as it was
 
 
-@pytest.mark.parametrize("layer", ["layer1.down", "block0.down", "block0.up", "layer0.value"])
+def test_beside_integer_weights_the_tower_has_eight_bits(tmp_path):
+    folder = streamchat_models.save(tmp_path)
+    without = "self_attn.v_proj.bias"  # it goes through the output's weight before that is rounded
+    streamchat_models.change_weights(
+        folder, lambda name, value: value * (not (name.startswith("vision_model.") and name.endswith(without)))
+    )
+    scene, oracle = Scene(StreamChatRun(export(folder, "w8"), decoder_replay.EXACT_LEVEL)), Oracle(folder)
+    play(scene)
+    with torch.no_grad():
+        for name, part in oracle.tower.named_modules():
+            if isinstance(part, torch.nn.Linear) and ".head." not in name:
+                part.weight.copy_(decoder_models.rounded(part.weight.float()))
+        for name, bias in oracle.tower.named_parameters():
+            if name.endswith(without):
+                bias.zero_()
+    matrices = {name: value for name, value in oracle.w.items() if value.ndim == 2 and "vision_model." not in name}
+    oracle.w |= {name: decoder_models.rounded(value.float()).double() for name, value in matrices.items()}
+    scene.check(oracle)
+
+
+def test_a_tower_that_sees_something_else_is_not_kept(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setitem(decoder_export.SEEING_AGREEMENT, "w8", 1e-4)  # its integers move it by more
+    options = StreamChatOptions("w8", CAPACITY, window=WINDOW, rate=2.0)
+    with pytest.raises(FramestepError, match=r"not kept, .* against PyTorch in what it sees .* in w8"):
+        export_streamchat(read_streamchat_checkpoint(str(checkpoint)), tmp_path / "out.bundle", options)
+
+
+@pytest.mark.parametrize(
+    "layer", ["layer1.down", "block0.down", "block0.up", "layer0.value", "siglip.layer1.fc2", "adapter.fc1"]
+)
 def test_integers_that_are_read_with_another_scale_are_found(checkpoint, tmp_path, monkeypatch, layer):
     def write(self, g, name, weight, *stored):
         return original(self, g, name, weight * 1.02 if name == layer else weight, *stored)
