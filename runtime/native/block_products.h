@@ -16,7 +16,7 @@ struct BlockMatrix {
     int bits = 8;               // 8, or 4: two integers in a byte, the first one low
     int64_t inputs = 0;         // a multiple of `block`
     int64_t outputs = 0;
-    int64_t block = 0;          // inputs that share a scale, a multiple of 32
+    int64_t block = 0;          // inputs that share a scale, a multiple of 32 up to PackedMatrix::MOST_IN_BLOCK
     const uint8_t* integers = nullptr;
     const float* scales = nullptr;
     const float* bias = nullptr;  // [outputs]; null for none
@@ -27,7 +27,8 @@ struct BlockMatrix {
 // the high halves).
 class PackedMatrix {
 public:
-    static constexpr int64_t GROUP = 16, TOGETHER = 3;  // groups that may be multiplied together
+    static constexpr int64_t GROUP = 16, TOGETHER = 3;        // groups that may be multiplied together
+    static constexpr int64_t MOST_IN_BLOCK = int64_t{1} << 16;  // inputs: their sums have 32 bits, on the way as well
 
     explicit PackedMatrix(const BlockMatrix& matrix);
 

@@ -30,7 +30,7 @@ void CacheKernel::compute(OrtKernelContext* context) const {
     const int64_t streams = cache.sizes[0], groups = cache.sizes[1], slots = cache.sizes[2], width = cache.sizes[3];
     const int64_t tokens = query.sizes[1], heads = width > 0 ? query.sizes[2] / width : 0;
     const TensorShape rows = {3, {streams, tokens, groups * width}}, half = {3, {streams, tokens, width / 2}};
-    if (cache.rank != 4 || groups < 1 || width < 2 || width % 2 != 0 || heads % groups != 0 ||
+    if (cache.rank != 4 || groups < 1 || width < 2 || width % 2 != 0 || heads < 1 || heads % groups != 0 ||
         !(query == TensorShape{3, {streams, tokens, heads * width}}) || !(shapes[NEW_KEY] == rows) ||
         !(shapes[NEW_VALUE] == rows) || !(shapes[COSINES] == half) || !(shapes[SINES] == half) ||
         !(shapes[PAST_RAW_KEY] == cache) || !(shapes[PAST_VALUE] == cache) ||

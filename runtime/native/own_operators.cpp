@@ -196,7 +196,7 @@ DerivedGraph OwnOperators::derive(const Bundle& bundle, const Manifest& manifest
         const size_t rings = takes_frames(graph) ? replace_ring_attention(onnx, states_of(graph, manifest, "ring")) : 0;
         const size_t caches = replace_cached_attention(onnx, states_of(graph, manifest, "linear"));
         size_t products = 0;
-        Constants constants(path.parent_path());
+        Constants constants(bundle.path);  // by the names that the manifest lists, as ONNX Runtime is told to
         if (fastest_block_kernels() != nullptr) {
             products += impl_->blocks.add(replace_block_products(onnx, impl_->blocks.products.size()), constants);
         }

@@ -5,6 +5,7 @@
 #include <tuple>
 #include <utility>
 
+#include "block_products.h"
 #include "grouped_products.h"
 
 namespace framestep {
@@ -45,7 +46,8 @@ std::optional<Place> block_place(const OnnxGraph& graph, const OnnxNode& product
     what.inputs = integers->shape[0];
     what.outputs = integers->shape[1];
     what.block = dequantizer->integer("block_size").value_or(0);
-    if (what.bits == 0 || !has_size(what) || what.block < UNIT || what.block % UNIT != 0 || what.inputs % what.block != 0 ||
+    if (what.bits == 0 || !has_size(what) || what.block < UNIT || what.block > PackedMatrix::MOST_IN_BLOCK ||
+        what.block % UNIT != 0 || what.inputs % what.block != 0 ||
         scales->shape != std::vector<int64_t>{what.inputs / what.block, what.outputs}) {
         return std::nullopt;
     }

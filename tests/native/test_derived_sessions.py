@@ -221,3 +221,35 @@ def test_any_number_of_rows_is_multiplied(bundle: GraphBundle, rows: int) -> Non
         left, right = (array.astype(kept).astype(np.float64) for array in (x, matrix))
     assert count == 1
     assert (np.abs(found["y"] - left @ right) <= 1e-6 * (np.abs(left) @ np.abs(right))).all()
+
+
+@kinds
+def test_a_graph_in_a_folder_reads_the_file_that_the_manifest_lists(bundle: GraphBundle) -> None:
+    bundle.product("x", "y", (64, 32))
+    bundle.write({"x": ["T", 64]}, {"y": ["T", 32]})
+    expected, _ = bundle.run({"x": numbers(3, 64)})
+    (bundle.folder / "deep").mkdir()
+    (bundle.folder / "graph.onnx").rename(bundle.folder / "deep" / "graph.onnx")
+    (bundle.folder / "deep" / "weights.bin").write_bytes(bytes(1 << 14))
+    text = (bundle.folder / "manifest.json").read_text("utf-8")
+    (bundle.folder / "manifest.json").write_text(text.replace("graph.onnx", "deep/graph.onnx"), "utf-8")
+    found, count = bundle.run({"x": numbers(3, 64)})
+    assert count == 1
+    np.testing.assert_array_equal(found["y"], expected["y"])
+
+
+def test_a_cache_whose_queries_have_no_heads_is_refused(tmp_path: Path) -> None:
+    bundle = GraphBundle(tmp_path, "float32")
+    bundle.product("x", "y", (64, 32))
+    rows, half, cache = (1, 5, 8), (1, 5, 4), (1, 1, 16, 8)
+    shapes = [("query", (1, 5, 0)), ("key", rows), ("value", rows), ("cosines", half), ("sines", half)]
+    shapes += [("past_raw", cache), ("past_key", cache), ("past_value", cache)]
+    arrays = {name: np.zeros(shape, np.float32) for name, shape in shapes}
+    arrays |= {"index": np.zeros(1, np.int64), "mask": np.ones((1, 1, 5, 16), bool)}
+    bundle.constants += [numpy_helper.from_array(array, name) for name, array in arrays.items()]
+    outputs = ["nothing", "raw", "keys", "values"]
+    bundle.nodes.append(helper.make_node("CachedAttention", list(arrays), outputs, domain="framestep", scale=1.0))
+    bundle.imports.append(helper.make_opsetid("framestep", 1))
+    bundle.write({"x": ["T", 64]}, {"y": ["T", 32], "raw": [1, 16, 8]})
+    with pytest.raises(FramestepError, match="CachedAttention: the inputs' shapes do not belong together"):
+        bundle.run({"x": numbers(5, 64)})

@@ -197,6 +197,7 @@ def test_attention_of_a_chunk_is_that_of_each_token(
 
 
 BLOCK_SIMD = ["avx2", "avx512_vnni"]
+MOST_IN_BLOCK = 1 << 16
 
 
 def block_simd_of(parts: Parts, name: str) -> int:
@@ -247,6 +248,37 @@ def test_products_are_those_of_float64_with_rows_rounded_to_integers(
     largest = np.einsum("rbi,bio->ro", np.abs(whole * steps.astype(np.float64)), np.abs(weights))
     largest += 0 if bias is None else np.abs(bias)
     assert (np.abs(y - expected) <= 1e-6 * largest).all()
+
+
+@pytest.mark.parametrize("simd", BLOCK_SIMD)
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_the_sums_of_the_largest_block_are_exact(parts: Parts, simd: str, rows: int) -> None:
+    inputs = MOST_IN_BLOCK
+    stored, scales = np.full((inputs, 16), -128, np.int8), np.ones((1, 16), np.float32)
+    x = np.ones((rows, inputs), np.float32)
+    y, rounded = np.empty((rows, 16), np.float32), np.empty((rows, inputs), np.int8)
+    parts.library.parts_multiply(
+        block_simd_of(parts, simd), 8, *sizes(inputs, 16, inputs), *pointers(stored, scales, None, x), *sizes(rows, 1),
+        *pointers(rounded, y),
+    )  # fmt: skip
+    np.testing.assert_allclose(y, -128.0 * inputs, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("block", "replaced"), [(MOST_IN_BLOCK, True), (2 * MOST_IN_BLOCK, False)])
+def test_blocks_whose_sums_have_more_than_32_bits_keep_their_nodes(
+    parts: Parts, tmp_path: Path, block: int, replaced: bool
+) -> None:
+    nodes = [
+        onnx.helper.make_node("DequantizeLinear", ["integers", "scales"], ["matrix"], axis=0, block_size=block),
+        onnx.helper.make_node("MatMul", ["x", "matrix"], ["y"]),
+    ]
+    constants = [constant(np.zeros((block, 1), np.int8), "integers"), constant(np.ones((1, 1), np.float32), "scales")]
+    ports = [
+        [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["S", size])]
+        for name, size in (("x", block), ("y", 1))
+    ]
+    model = onnx.helper.make_model(onnx.helper.make_graph(nodes, "one", *ports, constants))
+    assert (derive(parts, model, tmp_path, set()) is not None) == replaced
 
 
 # Products in float32 and in bfloat16
