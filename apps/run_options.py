@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -11,7 +12,8 @@ from pathlib import Path
 import cv2
 
 from ..runtime.errors import FramestepError, OutputError
-from ..runtime.manifest import LABEL_ROLES, STREAM_ROLES, Manifest
+from ..runtime.manifest import Manifest
+from ..runtime.outputs import frame_outputs
 from .annotate import check_overlay
 from .events import EventDetector
 from .output_places import check_new_folder, check_outside_bundles, check_writable, identity
@@ -81,16 +83,16 @@ def plan_run(options: RunOptions, manifest: Manifest) -> Plan:
     """Checks every option that can be checked without opening a source."""
     labels = manifest.labels.names if manifest.labels is not None else ()
     sizes = {
-        port.name: _values(port.shape, len(labels))
-        for graph in manifest.graphs.values()
-        if all(port.role in (*STREAM_ROLES, *LABEL_ROLES) for port in graph.inputs)  # of frames, not of texts
-        for port in graph.outputs
-        if labels or "C" not in port.shape
+        name: _values(output.port.shape, len(labels))
+        for name, output in frame_outputs(manifest).items()
+        if labels or not output.labelled
     }
     if manifest.language is not None and manifest.language.cross is not None:
         raise FramestepError(f"{options.bundle}: a {manifest.family} is talked with: framestep chat {options.bundle}")
     if not sizes:
         raise FramestepError(f"{options.bundle}: a {manifest.family} sees no frames; there is nothing to run on video")
+    if options.deadline_ms is not None and not math.isfinite(options.deadline_ms):
+        raise FramestepError(f"--deadline-ms {options.deadline_ms:g}: must be finite; leave it out for none")
     EventDetector((), options.on_threshold, options.off_threshold)
     if options.on is not None and options.events is None and options.record is None and not options.show:
         raise FramestepError(

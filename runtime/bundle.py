@@ -18,7 +18,8 @@ from pathlib import Path, PurePosixPath
 from types import TracebackType
 
 from .errors import BundleError, OutputError
-from .manifest import FORMAT, VERSION, FileEntry, Graph, Manifest, check_manifest, named_files
+from .manifest import FORMAT, VERSION, FileEntry, Graph, Manifest, named_files
+from .manifest_checks import check_manifest
 from .onnx_files import external_files
 from .schema import SchemaError, from_json, to_json
 

@@ -22,7 +22,8 @@ from .engines import GraphEngine, PrefillEngine
 from .engines.choosing import choose_engine, choose_precision, make_engine, usable_cores
 from .errors import BundleError, EngineError, FrameError, FramestepError, StateError
 from .labels import label_inputs, read_label_embeddings
-from .manifest import LABEL_ROLES, STREAM_ROLES, FrameSpec, Manifest, graphs_for
+from .manifest import FrameSpec, graphs_for
+from .outputs import check_outputs, decoder_graphs, default_outputs, frame_outputs
 from .preprocess import Preprocess, check_frame
 
 Array = npt.NDArray[Any]
@@ -111,14 +112,14 @@ class Session:
         self.bundle = bundle = replace(bundle, manifest=bundle.manifest.at(self.precision))
         self._state_key = bundle.state_key()  # now: the folder may be replaced while the session goes on
         manifest = bundle.manifest
-        self.available_outputs = tuple(_available_outputs(manifest))
+        self.available_outputs = tuple(frame_outputs(manifest))
         self.labels: tuple[str, ...] = manifest.labels.names if manifest.labels else ()
         self.background: str | None = manifest.labels.background if manifest.labels else None
-        self.outputs = tuple(outputs) if outputs is not None else _default_outputs(manifest)
-        self.graphs = tuple(graphs) if graphs is not None else _decoder_graphs(manifest)
+        self.outputs = tuple(outputs) if outputs is not None else default_outputs(manifest)
+        self.graphs = tuple(graphs) if graphs is not None else decoder_graphs(manifest)
         if unknown := [name for name in self.graphs if name not in manifest.graphs]:
             raise EngineError(f"graphs: '{unknown[0]}' is unknown; this bundle has {', '.join(manifest.graphs)}")
-        _check_outputs(self.outputs, self.graphs, manifest, bundle)
+        check_outputs(self.outputs, self.graphs, bundle)
         self.preprocess = Preprocess(manifest.frame)
         self.streams = streams
         self.engine_choice = f"{choice.reason}, {self.precision}"
@@ -422,52 +423,3 @@ class Stream:
         if not self._open:
             raise EngineError("this stream is closed")
         session._check_open()
-
-
-def _available_outputs(manifest: Manifest) -> dict[str, bool]:
-    """Outputs that come from frames, and whether they need labels."""
-    fed = {*STREAM_ROLES, *LABEL_ROLES}
-    return {
-        port.name: any(item.role in LABEL_ROLES for item in graph.inputs)
-        for graph in manifest.graphs.values()
-        if all(item.role in fed for item in graph.inputs)
-        for port in graph.outputs
-    }
-
-
-def _default_outputs(manifest: Manifest) -> tuple[str, ...]:
-    """What the decoder sees, where there is one; otherwise all that comes from frames.
-
-    Of the scores only those of whole frames, [S, C], which cost next to nothing.
-    """
-    if manifest.language is not None:
-        return () if manifest.language.visual is None else (manifest.language.visual,)
-    ranks = {port.name: len(port.shape) for graph in manifest.graphs.values() for port in graph.outputs}
-    return tuple(
-        name
-        for name, labelled in _available_outputs(manifest).items()
-        if not labelled or (manifest.labels is not None and ranks[name] == 2)
-    )
-
-
-def _decoder_graphs(manifest: Manifest) -> tuple[str, ...]:
-    """Those that a language decoder needs."""
-    language = manifest.language
-    if language is None:
-        return ()
-    cross = language.cross
-    frames = () if cross is None else tuple(name for name in (cross.graph, cross.rebase) if name is not None)
-    return (language.embed, language.decoder, language.rebase, *frames)
-
-
-def _check_outputs(outputs: Sequence[str], graphs: Sequence[str], manifest: Manifest, bundle: Bundle) -> None:
-    available = _available_outputs(manifest)
-    if not outputs and not graphs:
-        raise EngineError(f"outputs: expected at least one of {', '.join(available)}")
-    for name in outputs:
-        if name not in available:
-            raise EngineError(f"outputs: '{name}' is unknown; this bundle has {', '.join(available)}")
-        if available[name] and manifest.labels is None and manifest.text is None:
-            raise EngineError(
-                f"outputs: '{name}' needs labels, and {bundle.path} has none; add them with 'framestep label'"
-            )

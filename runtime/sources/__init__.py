@@ -13,6 +13,7 @@ delivered, and come back by themselves after a camera stalled or vanished.
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Callable
 from os import PathLike
@@ -142,7 +143,7 @@ def _open_path(path: Path, rate: float | None, images_fps: float | None, report:
 
 def _check_camera_options(width: int | None, height: int | None, camera_fps: float | None, fourcc: str | None) -> None:
     for name, value in (("width", width), ("height", height), ("camera_fps", camera_fps)):
-        if value is not None and not value > 0:
-            raise SourceError(f"{name} is {value}: must be greater than 0")
+        if value is not None and not 0 < value < math.inf:
+            raise SourceError(f"{name} is {value}: must be greater than 0{' and finite' if value > 0 else ''}")
     if fourcc is not None and not (len(fourcc) == 4 and fourcc.isascii()):
         raise SourceError(f"fourcc is {fourcc!r}: must be four ASCII characters, such as MJPG or YUYV")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from framestep.apps import annotate
+from framestep.apps import drawing
 from framestep.apps.annotate import Annotator, Shown, check_overlay
 from framestep.apps.latency import Latencies
 from framestep.runtime.errors import FramestepError
@@ -103,7 +103,7 @@ def test_what_the_model_did_not_see_is_left_as_it_is() -> None:
 
 @pytest.mark.parametrize("label", ["Größe", "猫", "кот"])
 def test_labels_in_any_script_are_told_apart(label: str) -> None:
-    if not annotate.DRAWS_UNICODE:
+    if not drawing.DRAWS_UNICODE:
         pytest.skip("this OpenCV's fonts hold ASCII only")
     scores = np.array([0.5], np.float32)
     question = annotator(labels=("?" * len(label),)).draw(shown(scores=scores))
@@ -117,7 +117,7 @@ def test_labels_in_any_script_are_told_apart(label: str) -> None:
 def test_an_opencv_with_ascii_fonts_draws_letters_without_their_accents(
     monkeypatch: pytest.MonkeyPatch, label: str, drawn: str
 ) -> None:
-    monkeypatch.setattr(annotate, "DRAWS_UNICODE", False)
+    monkeypatch.setattr(drawing, "DRAWS_UNICODE", False)
     scores = np.array([0.5], np.float32)
     found = annotator(labels=(label,)).draw(shown(scores=scores))
     assert np.array_equal(found, annotator(labels=(drawn,)).draw(shown(scores=scores)))
@@ -125,7 +125,7 @@ def test_an_opencv_with_ascii_fonts_draws_letters_without_their_accents(
 
 @pytest.mark.parametrize("unicode", [True, False])
 def test_characters_that_cannot_be_drawn_do_no_harm(monkeypatch: pytest.MonkeyPatch, unicode: bool) -> None:
-    monkeypatch.setattr(annotate, "DRAWS_UNICODE", unicode and annotate.DRAWS_UNICODE)
+    monkeypatch.setattr(drawing, "DRAWS_UNICODE", unicode and drawing.DRAWS_UNICODE)
     labels = ("\ud800", "a\nb", "\x00", "\u202e", "🦜", "")
     annotator(labels=labels, overlay="all").draw(
         shown(scores=np.full(6, 0.5, np.float32), patch_scores=np.full((6, 2, 2), 0.5, np.float32))
@@ -152,9 +152,9 @@ def test_an_unknown_overlay_label_is_refused_with_those_there_are() -> None:
 @pytest.mark.parametrize("room", [0, 5, 40, 41, 200])
 def test_a_label_of_any_length_is_cut_to_the_room_there_is(room: int) -> None:
     text = "a label that goes on " * 5000
-    cut = annotate._shortened(text, 0.5, room)
+    cut = drawing.shortened(text, 0.5, room)
     left = cut.removesuffix("...")
     assert text.startswith(left) and len(left) < 40
-    assert not left or annotate._text_width(cut, 0.5) <= room
-    assert annotate._text_width(text[: len(left) + 1] + "...", 0.5) > room
-    assert annotate._shortened("short", 0.5, 1000) == "short"
+    assert not left or drawing.text_width(cut, 0.5) <= room
+    assert drawing.text_width(text[: len(left) + 1] + "...", 0.5) > room
+    assert drawing.shortened("short", 0.5, 1000) == "short"

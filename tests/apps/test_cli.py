@@ -149,6 +149,10 @@ def test_usage_errors_are_one_line_and_exit_2(monkeypatch, capsys, arguments, me
     [
         (("run", golden_bundle(), "-s", "synthetic", "--threads", 9999), "--threads: expected 1 to "),
         (("run", golden_bundle(), "-s", "synthetic", "--camera-fps", 0), "--camera-fps is 0.0: must be greater than 0"),
+        (
+            ("run", golden_bundle(), "-s", "synthetic", "--camera-fps", "inf"),
+            "--camera-fps is inf: must be greater than 0",
+        ),
         (("chat", golden_bundle(), "-s", "synthetic", "--response-from", 3), "--response-from: expected a probability"),
         (("run", golden_bundle(), "-s", "no: file"), "source no: file: no such file"),  # an argument of no option
     ],
@@ -189,6 +193,7 @@ def test_export_says_what_it_is_at(monkeypatch, capsys, tmp_path) -> None:
             "agrees with PyTorch within 8.0e-07 over 14 tokens; its integer weights move logits by up to 12.5%",
         ),
         ({"quantization_error": 0.5, "tokens_replayed": 12}, "its integer weights move logits by up to 50.0%"),
+        ({"quantization_error": 0.02, "frames_replayed": 18}, "its integer weights move features by up to 2.0%"),
     ],
 )
 def test_what_integers_change_is_not_called_agreement(facts, text) -> None:

@@ -35,6 +35,7 @@ def manifest(labels=LABELS, rate=None) -> Manifest:
         return tuple(Port(name, "output", "float32", ("S", *shape)) for name, shape in shapes.items())
 
     frame = Port("frame", "frame", "uint8", ("S", 32, 32, 3))
+    embeddings = Port("text_embeddings", "text_embeddings", "float32", ("C", 8))
     tokens = Port("input_ids", "input_ids", "int64", ("B", 64))
     return Manifest(
         format=FORMAT,
@@ -44,7 +45,7 @@ def manifest(labels=LABELS, rate=None) -> Manifest:
         frame=FrameSpec(32, 32),
         graphs={
             "backbone": Graph("b.onnx", (frame,), outputs(features=(16, 512), pooled=(8,))),
-            "label": Graph("l.onnx", (frame,), outputs(scores=("C",), patch_scores=("C", 4, 4))),
+            "label": Graph("l.onnx", (frame, embeddings), outputs(scores=("C",), patch_scores=("C", 4, 4))),
             "text": Graph("t.onnx", (tokens,), outputs(text_embeddings=(8,))),
         },
         states=(),
@@ -557,6 +558,7 @@ def test_a_file_that_holds_nothing_is_not_listed_and_the_others_are(stage: Stage
         ({"off": 0.7}, r"--off 0.7: .*--on \(0.5\)"),
         ({"off": 0.3}, r"--off 0.3: says when segments end; add --events FILE.jsonl"),
         ({"on": 0.3, "output": "out"}, "--on 0.3: says when a label is present; add --events .*--record"),
+        ({"deadline_ms": float("inf"), "record": "out.mp4"}, "--deadline-ms inf: must be finite"),
         ({"show": True}, "--show: "),
     ],
 )
