@@ -67,13 +67,14 @@ def agreement(facts: dict[str, Any]) -> str:
     )
     found = [f"agrees with PyTorch within {facts['difference']:.1e} over {count}"] if "difference" in facts else []
     if "quantization_error" in facts:
-        found.append(f"its integer weights move logits by up to {facts['quantization_error']:.1%} (random tokens)")
+        what, shown = ("logits", "tokens") if "tokens_replayed" in facts else ("features", "frames")
+        found.append(f"its integer weights move {what} by up to {facts['quantization_error']:.1%} (random {shown})")
     return "; ".join(found)
 
 
 # options that say something to one family only
 OF_STREAMFORMER = ("config", "image_size", "resize", "head")
-OF_DECODERS = ("precision", "capacity", "chunk", "frame_size", "vision_tower")
+OF_DECODERS = ("capacity", "chunk", "frame_size", "vision_tower")
 
 
 def export(arguments: ExportArguments, progress: Progress = lambda line: None) -> dict[str, Any]:
@@ -213,13 +214,14 @@ def _export_streamformer(arguments: ExportArguments, progress: Progress) -> dict
             raise CheckpointError(f"--random-init: expected base or tiny, found '{arguments.random_init}'")
         origin = f"random-init:{arguments.random_init}:{SEED}"
         checkpoint = Checkpoint(random_model(sizes[arguments.random_init], SEED), origin)
-    options = ExportOptions(arguments.window, size, arguments.rate, resize, arguments.head)
+    precision = ExportOptions.precision if arguments.precision is None else arguments.precision
+    options = ExportOptions(arguments.window, size, arguments.rate, resize, arguments.head, precision)
     report = export_streamformer(checkpoint, arguments.output, options, labelling, arguments.force, progress)
     manifest = Bundle.open(report.path, verify=False).manifest
     return {
         "bundle": str(report.path),
         "bytes": sum(entry.bytes for entry in manifest.files.values()),
-        "difference": report.difference,
+        "difference" if report.precision == "fp32" else "quantization_error": report.difference,
         "frames_replayed": report.frames,
         "scores_calibrated": manifest.scoring.calibrated if manifest.scoring else None,
     }

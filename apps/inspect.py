@@ -11,12 +11,13 @@ from rich.text import Text
 
 from ..runtime.bundle import Bundle
 from ..runtime.counted import counted
-from .inspect_language import describe_language, language_rows
+from .inspect_language import blocks_of, describe_language, in_blocks, language_rows
 
 
 def describe(bundle: Bundle) -> dict[str, Any]:
     """Everything that `framestep inspect` tells, as plain data."""
     manifest = bundle.manifest
+    steps = [name for name, graph in manifest.graphs.items() if graph.states]
     graphs = {}
     for name, graph in manifest.graphs.items():
         graphs[name] = {
@@ -35,6 +36,7 @@ def describe(bundle: Bundle) -> dict[str, Any]:
         "frame": f"{manifest.frame.height}x{manifest.frame.width}, {manifest.frame.resize}",
         "rate": manifest.rate,
         "window": _window(bundle),
+        "weight_blocks": blocks_of(bundle, steps) if manifest.language is None else None,
         "language": describe_language(bundle),
         "trained_frames": manifest.origin.trained_frames,
         "graphs": graphs,
@@ -71,6 +73,8 @@ def table(bundle: Bundle) -> Table:
     add("sees", f"{facts['frame']}; {rate}")
     if facts["window"]:
         add("remembers", f"{counted(facts['window'], 'frame')}, the current one included")
+    if facts["weight_blocks"]:
+        add("weights", in_blocks("INT8", facts["weight_blocks"]))
     if facts["language"] is not None:
         for name, told in language_rows(facts["language"]):
             add(name, told)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from ..runtime.bundle import Bundle
@@ -11,7 +12,7 @@ from ..runtime.chat_format import STATES, TEMPLATES, Part, decides, fill, stop_t
 from ..runtime.counted import counted
 from ..runtime.decoding import visual_tokens
 from ..runtime.errors import BundleError
-from ..runtime.manifest import Language
+from ..runtime.manifest import Language, graphs_for
 from ..runtime.onnx_files import weight_blocks
 
 WEIGHTS = {"fp32": "float32", "fp16": "float16", "w8": "INT8", "w4": "INT4", "fp16+w4": "INT4"}
@@ -39,6 +40,7 @@ def describe_language(bundle: Bundle) -> dict[str, Any] | None:
         "chunk": language.chunk,
         "weights": WEIGHTS.get(bundle.manifest.precision, bundle.manifest.precision),
         "weight_blocks": weight_blocks(bundle.file(graphs[language.decoder].file)),
+        "seeing_weight_blocks": blocks_of(bundle, _eyes(bundle, language)),
         "decides": decides(language),
         "frames": next((state.capacity - 1 for state in bundle.manifest.states if state.name in rings), None),
         "frame_tokens": visual_tokens(bundle.manifest) if cross is None else None,
@@ -62,8 +64,9 @@ def language_rows(told: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if told["frames"] is not None:
         yield "", f"attends to the newest {counted(told['frames'], 'frame')} at every token"
     yield "", "decides when to speak" if told["decides"] else "answers when asked; it has no tokens to decide when"
-    blocks = ", ".join(f"{count} in blocks of {size}" for size, count in sorted(told["weight_blocks"].items()))
-    yield "weights", told["weights"] + (f": {blocks}" if blocks else "")
+    yield "weights", in_blocks(told["weights"], told["weight_blocks"])
+    if told["seeing_weight_blocks"]:
+        yield "", in_blocks("of what sees", told["seeing_weight_blocks"])
     for names, what in ((STATES, "state"), (None, "special")):
         chosen = {n: t for n, t in told["tokens"].items() if (n in STATES) == (names is not None)}
         if chosen:
@@ -81,6 +84,30 @@ def language_rows(told: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "chat", f"{told['chat']}; {prompt}"
     for number, line in enumerate(told["turn"].rstrip("\n").split("\n")):
         yield "turn" if number == 0 else "", line
+
+
+def blocks_of(bundle: Bundle, graphs: Iterable[str]) -> dict[int, int]:
+    """Of some graphs: how many weights lie in blocks of integers, by the block's size.
+
+    Raises:
+        BundleError: a file is not an ONNX graph.
+    """
+    found: Counter[int] = Counter()
+    for name in graphs:
+        found.update(weight_blocks(bundle.file(bundle.manifest.graphs[name].file)))
+    return dict(found)
+
+
+def in_blocks(what: str, blocks: dict[int, int]) -> str:
+    told = ", ".join(f"{count} in blocks of {size}" for size, count in sorted(blocks.items()))
+    return f"{what}: {told}" if told else what
+
+
+def _eyes(bundle: Bundle, language: Language) -> list[str]:
+    """The graphs between a frame and what text reads of it."""
+    if language.cross is not None:
+        return [language.cross.graph]
+    return graphs_for(bundle.manifest, [] if language.visual is None else [language.visual])
 
 
 def _turn(bundle: Bundle, language: Language, texts: dict[int, str]) -> str:

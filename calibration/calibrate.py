@@ -142,7 +142,7 @@ def _check_options(bundle: Bundle, options: CalibrationOptions, check: Sequence[
     if FLOAT not in bundle.manifest.precisions:
         found = ", ".join(bundle.manifest.precisions)
         raise CalibrationError(
-            f"{bundle.path}: is quantized already ({found}); calibrate the float32 bundle it came from"
+            f"{bundle.path}: is quantized already ({found}); calibrate the float32 bundle of its checkpoint"
         )
     if options.max_drop is not None and any(clip.truth is None for clip in check):
         raise CalibrationError(

@@ -238,6 +238,11 @@ def _derive(bundle: Bundle, precision: str) -> Bundle:
             f"{bundle.path}: has no {precision} (it has {found}); TensorRT takes decoders in fp16, fp16+w4 and fp32,"
             f" made from the checkpoint: framestep export --precision {precision if precision in DECODERS else 'fp16'}"
         )
+    if "w8" in bundle.manifest.precisions:
+        raise EngineError(
+            f"{bundle.path}: has no {precision} (it has {found}); TensorRT takes fp32 and what is made of it:"
+            " framestep export --precision fp32"
+        )
     if precision != "fp16":
         ways = {
             "fp16+int8": "make it with 'framestep calibrate --precision fp16+int8'",

@@ -55,8 +55,8 @@ def export(
     precision: Annotated[
         str | None,
         typer.Option(
-            help="Of a decoder: fp32, fp16, or weights of 8 or 4 bits: w8 or w4 for CPUs, fp16+w4 for TensorRT."
-            " Default: fp32."
+            help="fp32, or weights of 8 bits for CPUs: w8. Of a decoder also fp16, and weights of 4 bits: w4 for CPUs,"
+            " fp16+w4 for TensorRT. Default: fp32."
         ),
     ] = None,
     capacity: Annotated[int | None, typer.Option(help="Tokens that a decoder's cache holds. Default: 4096.")] = None,

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -155,6 +156,7 @@ def test_usage_errors_are_one_line_and_exit_2(monkeypatch, capsys, arguments, me
         ),
         (("chat", golden_bundle(), "-s", "synthetic", "--response-from", 3), "--response-from: expected a probability"),
         (("run", golden_bundle(), "-s", "no: file"), "source no: file: no such file"),  # an argument of no option
+        (("run", golden_bundle(), "-s", "~no-such-user/x.mp4"), "source ~no-such-user/x.mp4: no such file"),
     ],
 )
 def test_an_error_names_the_option_that_was_typed(monkeypatch, capsys, arguments, message) -> None:
@@ -339,10 +341,11 @@ def test_a_file_that_the_system_refuses_is_one_line(
     assert capsys.readouterr().err == "framestep: /somewhere/backbone.bin: Permission denied\n"
 
 
-def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO])
+def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number) -> None:
     def full(*given):
-        raise OSError(errno.ENOSPC, "No space left on device")  # as a write says it, which knows no name
+        raise OSError(number, os.strerror(number))  # as a write says it, which knows no name
 
     monkeypatch.setattr(run_module, "run", full)
     assert main(monkeypatch, "run", "x.bundle", "--source", "clip.mp4") == 2
-    assert capsys.readouterr().err == "framestep: No space left on device\n"
+    assert capsys.readouterr().err == f"framestep: {os.strerror(number)}\n"

@@ -162,6 +162,7 @@ def test_a_decoder_tells_its_memory_and_its_tokens(tmp_path: Path) -> None:
     assert "decides when to speak" in lines
     # two layers of seven products and the head, but for those whose inputs no block of 32 divides
     assert "INT4: 15 in blocks of 32" in lines
+    assert "of what sees: " in lines
     assert "silence </Silence> (258), standby </Standby> (259), response </Response> (260)" in lines
     assert "<|im_end|> (257)" in lines
     assert "system prompt of 845 characters: You are a helpful assistant" in lines

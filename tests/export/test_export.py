@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import onnx
 import pytest
 import torch
 from command_line import main
+from safetensors.torch import save_file
 from transformers.activations import ACT2FN
 
 import framestep
@@ -25,7 +27,7 @@ from framestep.export.graph import ACTIVATIONS, GraphBuilder, WeightFile
 from framestep.export.precision import Precision
 from framestep.export.streamformer import TINY, random_model
 from framestep.runtime.bundle import Bundle
-from framestep.runtime.errors import CheckpointError, FramestepError, OutputError
+from framestep.runtime.errors import CheckpointError, FramestepError, OutputError, StateError
 from framestep.runtime.onnx_files import weight_blocks
 
 
@@ -162,6 +164,41 @@ def test_integer_weights_are_those_of_pytorch_rounded(tmp_path):
     seen, drawn = stepped(report.path, frames)
     assert np.linalg.norm(seen - features[0].numpy()) < 0.03 * np.linalg.norm(seen)
     assert np.linalg.norm(drawn - pooled[0].numpy()) < 0.03 * np.linalg.norm(drawn)
+
+
+def test_integer_weights_from_the_command_line(tmp_path, monkeypatch, capsys):
+    text = torch.nn.functional.normalize(torch.randn(3, 96, generator=torch.Generator().manual_seed(0)))
+    numbers = {"logit_scale": torch.tensor(2.0), "logit_bias": torch.tensor(-1.0)}
+    save_file({"text_embeddings": text, **numbers}, tmp_path / "text.safetensors")
+    (tmp_path / "labels.txt").write_text("a\nb\nc\n", "utf-8")
+    labels = ("--labels", tmp_path / "labels.txt", "--text-embeddings", tmp_path / "text.safetensors")
+    paths = [tmp_path / "w8.bundle", tmp_path / "fp32.bundle"]
+    for path in paths:
+        export = ("export", golden.CHECKPOINT, "-o", path, "--precision", path.stem, *labels)
+        assert main(monkeypatch, *export) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"its integer weights move features by up to \d\.\d% \(random frames\)", printed)
+    assert re.search(r"agrees with PyTorch within \S+ over 18 frames", printed)
+    assert main(monkeypatch, "inspect", paths[0]) == 0
+    assert re.search(r"weights +INT8: 31 in blocks of 32, 4 in blocks of 64", capsys.readouterr().out)
+    frames, outputs = golden.load()["frames"][:20], ("features", "scores", "patch_scores")
+    found = {}
+    for name, path, engine in (
+        ("fp32", paths[1], "onnxruntime"),
+        ("w8", paths[0], "auto"),
+        ("torch", paths[0], "torch"),
+    ):
+        with framestep.load(path, engine=engine, outputs=outputs) as session, session.open_stream() as stream:
+            found[name] = [stream.step(frame) for frame in frames]
+            stream.save_state(tmp_path / name)
+            if name == "torch":  # another engine goes on from what this one remembers
+                stream.load_state(tmp_path / "w8")
+                with pytest.raises(StateError, match="was saved by another model, precision or window"):
+                    stream.load_state(tmp_path / "fp32")
+    for output in outputs:
+        floats, integers, widened = (np.stack([r[output] for r in found[n]]) for n in ("fp32", "w8", "torch"))
+        assert 1e-5 < np.linalg.norm(integers - floats) < 0.03 * np.linalg.norm(floats)
+        assert np.linalg.norm(widened - floats) < 0.03 * np.linalg.norm(floats)
 
 
 def test_integer_weights_that_two_graphs_use_are_stored_once(tmp_path):

@@ -359,3 +359,6 @@ def test_fp16_from_a_bundle_without_fp32_is_refused(tmp_path) -> None:
     other = bundle.rewrite_manifest(replace(bundle.manifest, precision="int8"))
     with pytest.raises(BundleError, match="fp16 is derived from fp32, and this bundle has int8"):
         build(other, BuildOptions(), NoProgress())
+    other = bundle.rewrite_manifest(replace(bundle.manifest, precision="w8"))
+    with pytest.raises(EngineError, match=r"has no fp16 \(it has w8\); .* framestep export --precision fp32"):
+        build(other, BuildOptions(), NoProgress())
