@@ -69,7 +69,7 @@ def add_half(bundle: Bundle) -> Bundle:
     except OSError as error:
         raise OutputError(f"{bundle.path}: cannot be written: {error.strerror or error}") from None
     states = tuple(replace(state, dtype="float16") if state.dtype == "float32" else state for state in old.states)
-    manifest = bundle.manifest
+    manifest = Bundle.open(bundle.path, verify=False).manifest  # it may have been labelled meanwhile
     variants = {**manifest.variants, HALF: Variant(graphs, states)}
     return bundle.rewrite_manifest(replace(manifest, variants=variants, files={**manifest.files, **entries}))
 

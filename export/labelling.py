@@ -69,14 +69,17 @@ def label_bundle(bundle: Bundle, options: LabelOptions) -> Bundle:
     if old.language is not None:
         raise LabelError(f"{bundle.path}: a {old.family} scores no labels; ask its decoder questions")
     try:
-        before = set(bundle.path.iterdir())
-        manifest = write_labels(bundle.path, old, options)
-        written = {name: file_entry(bundle.path / name) for name in _label_files(manifest)}
-        stale = set(_label_files(old)) - set(written)
-        kept = {name: entry for name, entry in old.files.items() if name not in stale}
-        bundle = bundle.rewrite_manifest(replace(manifest, files={**kept, **written}))
+        before = _written(bundle.path)
+        made = write_labels(bundle.path, old, options)
+        written = {name: file_entry(bundle.path / name) for name in _label_files(made)}
+        now = Bundle.open(bundle.path, verify=False).manifest  # an engine may have been built meanwhile
+        stale = set(_label_files(now)) - set(written)
+        files = {name: entry for name, entry in now.files.items() if name not in stale} | written
+        graphs = {**now.graphs, **made.graphs}
+        manifest = replace(now, graphs=graphs, files=files, scoring=made.scoring, labels=made.labels, text=made.text)
+        bundle = bundle.rewrite_manifest(manifest)
     except BaseException as error:
-        for file in set(bundle.path.iterdir()) - before:  # the old manifest names none of them
+        for file in _written(bundle.path) - before:  # the old manifest names none of them
             file.unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise OutputError(f"{bundle.path}: cannot be written: {error.strerror or error}") from None
@@ -166,6 +169,11 @@ def _hidden_size(manifest: Manifest) -> int:
             if port.role == "text_embeddings":
                 return int(port.shape[1])
     raise BundleError("this bundle has no graph that scores labels")
+
+
+def _written(folder: Path) -> set[Path]:
+    """What labelling may have written into a bundle; others may be writing there too."""
+    return {file for pattern in ("labels-*", "text-*", "tokenizer-*") for file in folder.glob(pattern)}
 
 
 def _label_files(manifest: Manifest) -> list[str]:

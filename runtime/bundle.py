@@ -24,6 +24,7 @@ from .onnx_files import external_files
 from .schema import SchemaError, from_json, to_json
 
 MANIFEST = "manifest.json"
+MOST_OF_A_MANIFEST = 1 << 20  # bytes looked at to tell whose it is
 LONGEST_MARKED = 200  # bytes of a name, whose limit is 255 with what marks a temporary one
 ENGINES = "engines"  # folder of what was compiled from the graphs
 
@@ -177,7 +178,10 @@ def check_replaceable(path: Path, replace: bool) -> None:
 def is_bundle(path: Path) -> bool:
     """Whether a folder is a bundle, be it a damaged one; other programs' folders have a `manifest.json` too."""
     try:
-        return f'"{FORMAT}"'.encode() in (path / MANIFEST).read_bytes()
+        if not (path / MANIFEST).is_file():
+            return False
+        with (path / MANIFEST).open("rb") as file:
+            return f'"{FORMAT}"'.encode() in file.read(MOST_OF_A_MANIFEST)
     except OSError:
         return False
 
@@ -200,6 +204,7 @@ class BundleWriter:
         self.path = Path(path)
         if self.path.is_symlink():  # replace what it points to, not the link
             self.path = self.path.resolve()
+        self._replace = replace
         check_replaceable(self.path, replace)
         self.folder = self.path.parent / f".{self.path.name}.partial-{secrets.token_hex(4)}"
         # first the promise to remove it, also at the interpreter's exit, then the folder
@@ -233,14 +238,17 @@ class BundleWriter:
             return
         try:
             self._put_in_place()
-        except OSError as failure:
+        except BaseException as failure:
             shutil.rmtree(self.folder, ignore_errors=True)
-            raise OutputError(f"{self.path}: cannot be written: {failure.strerror or failure}") from None
+            if isinstance(failure, OSError):
+                raise OutputError(f"{self.path}: cannot be written: {failure.strerror or failure}") from None
+            raise
 
     def _put_in_place(self) -> None:
         for file in self.folder.iterdir():
             sync(file)
         sync(self.folder)
+        check_replaceable(self.path, self._replace)  # another may have been written there meanwhile
         self._rename()
         with suppress(OSError):
             sync(self.path.parent)
@@ -266,6 +274,8 @@ def _read_manifest(folder: Path) -> Manifest:
     try:
         if not folder.exists():
             raise BundleError(f"{folder}: no such bundle")
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise BundleError(f"{path}: is no file")
         values = json.loads(path.read_text("utf-8"))
     except NotADirectoryError:
         raise BundleError(f"{folder}: is a file; give the bundle's folder") from None

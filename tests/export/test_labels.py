@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import golden
@@ -14,6 +16,7 @@ from siglip_text import make_siglip_checkpoint
 from torch.nn.functional import layer_norm, linear
 
 import framestep
+from framestep.export import half, labelling
 from framestep.export.checkpoint import read_checkpoint
 from framestep.export.export import ExportOptions, export_streamformer
 from framestep.export.labelling import LabelOptions, label_bundle
@@ -282,6 +285,57 @@ def test_a_text_graph_that_fails_half_way_keeps_the_bundle(text_model, tmp_path,
     with framestep.load(bundle) as session:
         assert session.labels == LABELS
         session.set_labels(OTHERS)
+
+
+@pytest.fixture
+def small(tmp_path) -> tuple[Path, LabelOptions]:
+    """A copy of a small bundle, and other labels for it."""
+    steps = Path(__file__).parents[1] / "data" / "steps.bundle"
+    hidden = Bundle.open(steps).manifest.graphs["label"].inputs
+    width = next(port.shape[1] for port in hidden if port.role == "text_embeddings")
+    save_file({"text_embeddings": torch.eye(len(OTHERS), width)}, tmp_path / "others.safetensors")
+    options = LabelOptions(OTHERS, text_embeddings=tmp_path / "others.safetensors")
+    return Path(shutil.copytree(steps, tmp_path / "steps.bundle")), options
+
+
+def test_labels_and_another_precision_may_come_at_once(small, monkeypatch):
+    bundle, options = small
+    rounded, opened = half.to_half, Bundle.open(bundle)
+
+    def label_meanwhile(model, states):
+        if Bundle.open(bundle).manifest.labels.names != OTHERS:
+            label_bundle(opened, options)
+        rounded(model, states)
+
+    monkeypatch.setattr(half, "to_half", label_meanwhile)
+    half.add_half(opened)
+    found = Bundle.open(bundle).manifest
+    assert found.labels.names == OTHERS
+    assert "fp16" in found.precisions
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_is_added_while_a_bundle_is_labelled_stays(small, monkeypatch, fails):
+    bundle, options = small
+    opened = Bundle.open(bundle)
+    labelled = labelling.write_labels
+
+    def build_meanwhile(*given):
+        made = labelled(*given)
+        half.add_half(opened)
+        (bundle / "engines").mkdir()
+        if fails:
+            raise KeyboardInterrupt
+        return made
+
+    monkeypatch.setattr(labelling, "write_labels", build_meanwhile)
+    with pytest.raises(KeyboardInterrupt) if fails else nullcontext():
+        label_bundle(opened, options)
+    found = Bundle.open(bundle)  # every file is there
+    assert "fp16" in found.manifest.precisions
+    assert (found.manifest.labels.names == OTHERS) is not fails
+    embeddings = {path.name for path in bundle.glob("labels-*")}
+    assert embeddings == {found.manifest.labels.file}
 
 
 def test_export_notices_a_wrong_score_graph(text_model, tmp_path, monkeypatch):
