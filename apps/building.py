@@ -17,6 +17,7 @@ from ..runtime.errors import EngineError
 from ..runtime.schema import to_json
 
 MIB = 1 << 20
+MOST_WORKSPACE = 1 << 30  # MiB; TensorRT counts bytes in 64 bits
 MOST_PHASES = 2  # shown at a time, the outermost: below those TensorRT works in fractions of a millisecond
 
 
@@ -60,6 +61,8 @@ def build(arguments: BuildArguments, quiet: bool) -> dict[str, Any]:
         attention=arguments.attention,
         again=arguments.again,
     )
+    if arguments.workspace is not None and arguments.workspace > MOST_WORKSPACE:
+        raise EngineError(f"--workspace: expected at most {MOST_WORKSPACE} MiB, found {arguments.workspace}")
     with BuildBar(quiet) as bar:
         _, report = build_engines(Bundle.open(arguments.bundle), options, bar)
     facts: dict[str, Any] = to_json(report)

@@ -7,6 +7,7 @@ Questions stand from the beginning (`--ask`) or come as lines of standard input 
 from __future__ import annotations
 
 import os
+import select
 import sys
 import threading
 from collections import Counter
@@ -25,7 +26,7 @@ from ..runtime.errors import FramestepError, OutputError
 from ..runtime.events import Answer, AnswerText, Asked, Decision, Event, Notice, Withdrawn
 from ..runtime.following import Following
 from ..runtime.session import Session
-from ..runtime.sources import open_source
+from ..runtime.sources import at_home, open_source
 from .latency import Latencies, Percentiles
 from .output_places import check_outside_bundles, check_writable, identity
 from .record import JsonLines
@@ -191,7 +192,7 @@ def chat(options: ChatOptions, write: Callable[[str], None], report: Report, lin
     if options.output is not None:
         check_outside_bundles(options.output, "--output")
         check_writable(options.output, "--output")
-        if identity(options.output) == identity(Path(options.source).expanduser()):
+        if identity(options.output) == identity(at_home(options.source)):
             raise OutputError(f"--output {options.output}: is also the file of --source; name another")
     bundle = Bundle.open(options.bundle)
     with ExitStack() as stack:
@@ -294,6 +295,8 @@ class _Talk:
                     self._conversation.ask(line)
             except FramestepError as error:
                 self._report(str(error))
+            except OSError:  # nobody reads the transcript any more, which ends the conversation too
+                return
 
     def _obey(self, line: str) -> None:
         command, *rest = line.split()
@@ -371,7 +374,7 @@ def _spread(milliseconds: Percentiles) -> str:
 
 
 def standard_input() -> Iterator[str]:
-    """Lines of standard input, as long as there are any.
+    """Lines of standard input, as long as there are any and it can be read.
 
     Read past Python's own buffer: a thread that waits in there keeps the interpreter from ending.
     """
@@ -381,7 +384,17 @@ def standard_input() -> Iterator[str]:
         yield from sys.stdin or ()
         return
     rest = b""
-    while data := os.read(descriptor, 1 << 16):
+    while data := _read_some(descriptor):
         *lines, rest = (rest + data).split(b"\n")
         yield from (line.decode("utf-8", "replace") for line in lines)
     yield rest.decode("utf-8", "replace")
+
+
+def _read_some(descriptor: int) -> bytes:
+    try:
+        return os.read(descriptor, 1 << 16)
+    except BlockingIOError:  # as another program may have left it
+        select.select([descriptor], [], [])
+        return _read_some(descriptor)
+    except OSError:  # a terminal that was closed, a folder
+        return b""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import os
 import re
 import signal
 import sys
@@ -17,6 +18,7 @@ from ..runtime.errors import FramestepError
 from .commands import COMMANDS
 
 INTERRUPTED = 130
+NOT_TAKEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # by the disk behind standard output
 OUT_OF_MEMORY = ("can't allocate memory", "Insufficient memory")  # as PyTorch and OpenCV say it
 
 app = typer.Typer(
@@ -52,6 +54,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminate)
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
         signal.signal(signal.SIGHUP, _terminate)
+    if os.environ.get("COLUMNS") == "0":  # as a terminal without a size has it: rich would show nothing
+        del os.environ["COLUMNS"]
     sys.exit(_exit_status(sys.argv[1:]))
 
 
@@ -79,7 +83,7 @@ def _exit_status(arguments: list[str]) -> int:
     except OSError as error:
         if error.filename is None and error.errno == errno.ENOENT:  # as getcwd says it
             return _fail("the folder that this runs in was removed; run it in another", 2)
-        if error.filename is None and error.errno != errno.ENOSPC:
+        if error.filename is None and error.errno not in NOT_TAKEN:
             raise
         return _fail(": ".join(str(part) for part in (error.filename, error.strerror) if part), 2)
     except MemoryError as error:

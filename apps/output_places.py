@@ -18,6 +18,8 @@ def check_writable(path: Path, option: str) -> None:
     nothing.
     """
     folder = path.parent
+    if path == Path("-"):
+        raise OutputError(f"{option} -: does not go to standard output; name a file")
     if path.is_dir():
         raise OutputError(f"{option} {path}: is a folder; name a file")
     if not folder.is_dir():
@@ -73,7 +75,10 @@ def check_room(path: Path, needed: int, consequence: str) -> None:
     """Raises OutputError, naming `path` and the `consequence`, where the disk has less than `needed` bytes and the
     reserve.
     """
-    free = shutil.disk_usage(Path(os.path.realpath(path)).parent).free
+    try:
+        free = shutil.disk_usage(Path(os.path.realpath(path)).parent).free
+    except OSError as error:
+        raise unwritable(path, error) from error
     if free - needed < DISK_RESERVE:
         raise OutputError(
             f"{path}: disk nearly full ({free >> 20} MiB left, {DISK_RESERVE >> 20} MiB are kept free): "
@@ -84,6 +89,13 @@ def check_room(path: Path, needed: int, consequence: str) -> None:
 def unwritable(path: Path, error: OSError) -> OutputError:
     """What to raise where the system refuses to write `path`."""
     return OutputError(f"{path}: cannot be written: {_reason(error)}")
+
+
+def told(error: OutputError | OSError) -> str:
+    """What to say of an output that is lost."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: cannot be written: {_reason(error)}"
+    return str(error)
 
 
 def _reason(error: OSError) -> str:

@@ -12,6 +12,7 @@ import os
 import secrets
 import tempfile
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,19 +23,24 @@ from ..runtime.counted import counted
 from ..runtime.errors import OutputError
 from .output_places import check_room, unwritable
 
+STANDARD_OUTPUT = Path("/dev/stdout")
 FRAMES_BETWEEN_DISK_CHECKS = 16
 NOT_UTF_8 = "backslashreplace"  # bytes of a file's name, which JSON can hold as escapes alone
 
 
 class JsonLines:
-    """One JSON object a line, each line complete on disk as soon as it is written."""
+    """One JSON object a line, each line complete on disk as soon as it is written.
+
+    `STANDARD_OUTPUT` takes the lines where the shell has it: behind what a file already holds.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._line_start = 0
         self._failed = False
         try:
-            self._file: IO[bytes] | None = path.open("wb", buffering=0)
+            opened: Path | int = os.dup(1) if path == STANDARD_OUTPUT else path  # to open it anew would empty it
+            self._file: IO[bytes] | None = open(opened, "wb", buffering=0)  # noqa: PTH123, SIM115
         except OSError as error:
             raise unwritable(path, error) from error
 
@@ -64,8 +70,9 @@ class JsonLines:
             raise unwritable(self.path, error) from error
 
     def _cut_unfinished_line(self) -> None:
-        if self._file is not None and self.path.is_file():
-            self._file.truncate(self._line_start)
+        if self._file is not None and self.path.is_file() and self.path != STANDARD_OUTPUT:
+            with suppress(OSError):  # told is what failed first
+                self._file.truncate(self._line_start)
 
 
 class ArrayRecorder:

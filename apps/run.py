@@ -23,11 +23,13 @@ from ..runtime.session import NonFiniteOutputError, Session, Stream
 from ..runtime.sources import Frame, Source, open_source
 from .annotate import Annotator
 from .latency import Latencies, Percentiles
+from .output_places import told
 from .run_options import Plan, RunOptions, plan_run
 from .sinks import EventLines, Sink, Taken, open_sinks
 from .status import LaneStatus, Status
 from .stopping import Stopping, stop_on_signals
 
+STOPPED_BY_USER = "stopped by user"
 WARM_UP_STEPS = 3
 TOP_LABELS = 3
 WAIT_S = 0.05  # how soon a signal is noticed while a live source has no frame
@@ -210,7 +212,7 @@ class _Run:
                     self._step(frames)
                 self._status.update(self._lane_statuses)
                 if self._stopping.asked:
-                    stopped = "stopped by user"
+                    stopped = STOPPED_BY_USER
                 elif all(lane.ended for lane in self._lanes):
                     stopped = "every source ended"
                     if self._options.max_frames and all(
@@ -274,7 +276,7 @@ class _Run:
             for name, sink in list(self._open_sinks.items()):
                 try:
                     sink.write(taken)
-                except OutputError as error:
+                except (OutputError, OSError) as error:
                     self._close(name, error)
         for lane in frames:
             lane.frames += 1
@@ -289,16 +291,16 @@ class _Run:
         for name, sink in list(self._open_sinks.items()):
             try:
                 sink.end(lane.number)
-            except OutputError as error:
+            except (OutputError, OSError) as error:
                 self._close(name, error)
 
-    def _close(self, name: str, failure: OutputError | None = None) -> None:
+    def _close(self, name: str, failure: OutputError | OSError | None = None) -> None:
         """Closes a sink, at the end or because of its `failure`; what goes wrong is told in one line."""
-        messages = [] if failure is None else [str(failure)]
+        messages = [] if failure is None else [told(failure)]
         try:
             self._open_sinks.pop(name).close()
-        except OutputError as error:
-            messages.append(str(error))
+        except (OutputError, OSError) as error:
+            messages.append(told(error))
         if messages:
             self._give_up("; ".join(dict.fromkeys(messages)))
 

@@ -14,6 +14,7 @@ import cv2
 from ..runtime.errors import FramestepError, OutputError
 from ..runtime.manifest import Manifest
 from ..runtime.outputs import frame_outputs
+from ..runtime.sources import at_home
 from .annotate import check_overlay
 from .events import EventDetector
 from .output_places import check_new_folder, check_outside_bundles, check_writable, identity
@@ -175,7 +176,7 @@ def _check_files(options: RunOptions) -> None:
         for path in asked[option]:
             if path.suffix.lower() != suffix:
                 raise OutputError(f"{option} {path}: is written as {suffix[1:]}; name it *{suffix}")
-    taken = {identity(Path(source).expanduser()): "--source" for source in options.sources}
+    taken = {identity(at_home(source)): "--source" for source in options.sources}
     for option, paths in asked.items():
         for path in paths:
             check_outside_bundles(path, option)

@@ -294,11 +294,11 @@ def _recorded_fps(source: Source, rate: float | None) -> float | None:
 
 def _close_all(recorders: Sequence[Recorder]) -> None:
     """Closes every one, also after one failed; raises the first failure."""
-    failures = []
+    failures: list[OutputError | OSError] = []
     for recorder in recorders:
         try:
             recorder.close()
-        except OutputError as error:
+        except (OutputError, OSError) as error:
             failures.append(error)
     if failures:
         raise failures[0]

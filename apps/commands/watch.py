@@ -111,6 +111,7 @@ def run(
 
     Exit status 2: an error, or a file or source was lost on the way.
     """
+    from ..record import STANDARD_OUTPUT
     from ..run import run as run_bundle
     from ..run_options import RunOptions
     from ..status import status_for
@@ -121,7 +122,7 @@ def run(
     options = RunOptions(
         bundle=bundle,
         sources=tuple(source),
-        output=Path("/dev/stdout") if piped else output,
+        output=STANDARD_OUTPUT if piped else output,
         events=events,
         record=record,
         overlay=overlay,

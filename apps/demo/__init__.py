@@ -15,10 +15,11 @@ import numpy as np
 
 from ...runtime.errors import OutputError
 from ...runtime.sources import open_source
+from ...runtime.sources.opencv import as_opencv_takes
 from ..calibrating import CalibrateArguments, calibrate
 from ..exporting import ExportArguments, LabelArguments, export
 from ..output_places import check_outside_bundles
-from ..run import Summary, run
+from ..run import STOPPED_BY_USER, Summary, run
 from ..run_options import RunOptions
 from ..status import status_for
 from ..video_recorder import VideoRecorder
@@ -134,7 +135,12 @@ def _run(bundle: Path, source: str, folder: Path) -> Summary:
         events=folder / "events.jsonl",
         record=folder / "annotated.mp4",
     )
-    return run(options, status_for(quiet=True))
+    summary = run(options, status_for(quiet=True))
+    if summary.stopped == STOPPED_BY_USER:
+        raise KeyboardInterrupt  # what would follow speaks of all frames
+    if summary.errors:
+        raise OutputError(summary.errors[0])
+    return summary
 
 
 def _accuracy(results: Path, truth: np.ndarray) -> float:
@@ -150,10 +156,11 @@ def _picture(video: Path, path: Path) -> Path:
     """A frame from a quarter of the way into a video."""
     import cv2
 
-    capture = cv2.VideoCapture(str(video))
+    capture = cv2.VideoCapture(as_opencv_takes(video))
     capture.set(cv2.CAP_PROP_POS_FRAMES, capture.get(cv2.CAP_PROP_FRAME_COUNT) // 4)
     read, bgr = capture.read()
     capture.release()
-    if not read or not cv2.imwrite(str(path), bgr):
+    if not read:
         raise OutputError(f"{path}: no picture could be taken from {video}")
+    path.write_bytes(cv2.imencode(path.suffix, bgr)[1].tobytes())
     return path

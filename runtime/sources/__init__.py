@@ -38,6 +38,7 @@ __all__ = [
     "Source",
     "SyntheticSource",
     "Truth",
+    "at_home",
     "has_gstreamer",
     "list_cameras",
     "open_source",
@@ -116,6 +117,14 @@ def open_source(
     return source
 
 
+def at_home(path: str | PathLike[str]) -> Path:
+    """A path with the folder that its `~` stands for, where there is such a user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
 def _names_usb_camera(spec: str | PathLike[str]) -> bool:
     if isinstance(spec, str) and spec.isdecimal():
         return True
@@ -125,7 +134,7 @@ def _names_usb_camera(spec: str | PathLike[str]) -> bool:
 
 
 def _open_path(path: Path, rate: float | None, images_fps: float | None, report: Callable[[str], None]) -> Source:
-    path = path.expanduser()
+    path = at_home(path)
     try:
         if not path.exists():
             raise SourceError(

@@ -43,6 +43,7 @@ def test_a_build_tells_what_it_made_and_then_that_it_is_there(golden_bundle, tmp
         (["--compute-capability", "sm86"], "--compute-capability: expected one such as 8.6, found 'sm86'"),
         (["--precision", "bf16"], "--precision: expected fp16, fp16+int8, fp16+w4, fp32, found 'bf16'"),
         (["--streams", "0"], "--streams"),
+        (["--workspace", "99999999999999999999"], "--workspace: expected at most 1073741824 MiB"),
     ],
 )
 def test_bad_options_are_one_line(golden_bundle, monkeypatch, capsys, options, message) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import decoder_models
 import dialogue_models
@@ -14,7 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 import framestep.apps.chat as chat_module
-from framestep.apps.chat import ChatOptions, Transcript, chat
+from framestep.apps.chat import ChatOptions, Transcript, chat, standard_input
 from framestep.apps.cli import app
 from framestep.runtime.dialogue_options import DialogueOptions
 from framestep.runtime.errors import FramestepError
@@ -132,6 +134,21 @@ def test_lines_of_standard_input_are_questions_while_it_goes_on(bundle, monkeypa
     assert "? And now?" in text
     (report,) = reports
     assert "does not fit: the cache holds 256 tokens" in report
+
+
+def test_standard_input_may_be_a_folder_or_give_nothing_for_a_while(monkeypatch, tmp_path):
+    folder = os.open(tmp_path, os.O_RDONLY)
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(fileno=lambda: folder))
+    assert "".join(standard_input()) == ""
+    os.close(folder)
+    output, given = os.pipe()
+    os.set_blocking(output, False)
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(fileno=lambda: output))
+    later = threading.Timer(0.1, lambda: (os.write(given, b"What?\n"), os.close(given)))
+    later.start()
+    assert list(standard_input()) == ["What?", ""]
+    later.join()
+    os.close(output)
 
 
 def test_commands_list_and_withdraw_questions(bundle, monkeypatch):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from framestep.apps import demo as demo_module
 from framestep.apps.demo import MODEL, demo
 from framestep.apps.demo.scenes import GRACE, LABELS, draw_scene, name_frames
+from framestep.apps.run import STOPPED_BY_USER
 from framestep.runtime.errors import OutputError, SourceError
 
 MEGABYTE = 1_000_000
@@ -63,6 +66,19 @@ def test_nothing_is_made_in_a_bundle(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="--output .*: lies in the bundle"):
         demo(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["manifest.json"]
+
+
+@pytest.mark.parametrize(
+    ("stopped", "errors", "error"),
+    [
+        (STOPPED_BY_USER, [], KeyboardInterrupt),
+        ("every source ended", ["annotated.mp4: disk nearly full"], OutputError),
+    ],
+)
+def test_a_run_that_was_cut_short_is_not_taken_for_whole(tmp_path: Path, monkeypatch, stopped, errors, error) -> None:
+    monkeypatch.setattr(demo_module, "run", lambda *given: SimpleNamespace(stopped=stopped, errors=errors))
+    with pytest.raises(error):
+        demo_module._run(tmp_path / "demo.bundle", "clip.mp4", tmp_path)
 
 
 def test_the_model_takes_at_most_eight_megabytes() -> None:

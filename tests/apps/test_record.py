@@ -74,6 +74,11 @@ def test_unwritable_places_are_refused_by_option_and_path(tmp_path: Path) -> Non
         assert "\n" not in str(caught.value)
 
 
+def test_what_goes_to_files_makes_none_of_the_name_of_standard_output() -> None:
+    with pytest.raises(OutputError, match=r"--events -: does not go to standard output; name a file"):
+        check_writable(Path("-"), "--events")
+
+
 # JSON lines
 
 

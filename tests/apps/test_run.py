@@ -1,5 +1,6 @@
 """The run: sources through a session into files. Bundle, session and sources are stand-ins."""
 
+import errno
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ import pytest
 from command_line import lines_of, video_frames
 
 from framestep.apps import run as run_module
+from framestep.apps.record import ArrayRecorder
 from framestep.apps.run import Summary, run
 from framestep.apps.run_options import RunOptions
 from framestep.apps.status import LaneStatus
@@ -514,6 +516,47 @@ def test_a_recording_without_room_is_given_up_and_the_rest_goes_on(
     assert video_frames(tmp_path / "out.mp4") == 32
     assert len(summary.errors) == len(stage.status.errors) == 1
     assert str(tmp_path / "out.mp4") in summary.errors[0]
+
+
+def test_a_folder_that_is_removed_costs_its_files_and_no_others(
+    stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "stick").mkdir()
+    looks = []
+
+    def disk_usage(folder: Path) -> SimpleNamespace:
+        looks.append(folder)
+        if len(looks) == 2:
+            shutil.rmtree(folder)
+        if len(looks) >= 2:
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(folder))
+        return SimpleNamespace(free=1 << 40)
+
+    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
+    summary = stage.run(
+        StandInFile("clip.mp4", [DARK] * 50), output=tmp_path / "out.jsonl", record=tmp_path / "stick" / "out.mp4"
+    )
+    assert len(lines_of(tmp_path / "out.jsonl")) == 50
+    assert len(summary.errors) == 1
+    assert "out.mp4: cannot be written: No such file or directory" in summary.errors[0]
+
+
+def test_a_file_that_the_system_fails_to_finish_keeps_no_other_from_being_finished(
+    stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*given) -> None:
+        raise OSError(errno.EIO, "Input/output error", "stick/out.npz")
+
+    monkeypatch.setattr(ArrayRecorder, "close", fail)
+    summary = stage.run(
+        StandInFile("clip.mp4", [DARK] * 5),
+        StandInFile("other.mp4", [DARK] * 5),
+        save_features=tmp_path / "out.npz",
+        save_masks=tmp_path / "masks",
+        record=tmp_path / "out.mp4",
+    )
+    assert [video_frames(tmp_path / f"out.{number}.mp4") for number in (0, 1)] == [5, 5]
+    assert summary.errors == ["stick/out.npz: cannot be written: Input/output error"]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

@@ -141,6 +141,15 @@ def test_results_go_to_standard_output_and_the_summary_to_standard_error(bundle:
     assert found.returncode == 0 and "3 frames in" in found.stderr
     assert [json.loads(line)["position"] for line in found.stdout.splitlines()] == [0, 1, 2]
     assert not list(tmp_path.iterdir())
+    log = tmp_path / "log.jsonl"
+    for already in (1, 4):  # lines
+        with log.open("ab") as file:
+            if already == 1:
+                file.write(b'{"position": 7}\n')
+                file.flush()
+            assert subprocess.run(command, stdout=file, stderr=subprocess.DEVNULL).returncode == 0
+        positions = [line["position"] for line in lines_of(log)]
+        assert positions[0] == 7 and positions[already:] == [0, 1, 2]
     found = subprocess.run([*command, "--json"], capture_output=True, text=True, cwd=tmp_path)
     assert (found.returncode, found.stdout) == (2, "")
     assert found.stderr.startswith("framestep: --output -: --json writes to standard output too")

@@ -153,3 +153,8 @@ def test_tables_lose_nothing_in_a_narrow_terminal(width):
             console.print(table)
             shown[name, columns] = sorted("".join(console.file.getvalue().split()))
         assert shown[name, width] == shown[name, 4000]
+
+
+def test_a_terminal_without_a_size_is_shown_everything():
+    shown = {columns: shell(f"$FRAMESTEP inspect {STEPS}", COLUMNS=columns).stdout for columns in ("0", "80")}
+    assert shown["0"] == shown["80"] != b""
