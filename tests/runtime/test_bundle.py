@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -269,6 +270,13 @@ def test_what_is_no_bundle_is_named(tmp_path):
         framestep.load(tmp_path)
 
 
+def test_a_pipe_in_the_place_of_a_manifest_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "manifest.json")
+    with pytest.raises(BundleError, match=r"manifest.json: is no file"):
+        Bundle.open(tmp_path)
+    assert bundle_module.bundle_around(tmp_path / "out.jsonl") is None
+
+
 def test_a_name_that_the_system_refuses_is_an_error_of_the_bundle():
     with pytest.raises(BundleError, match="cannot be read: File name too long"):
         Bundle.open("a" * 300)
@@ -287,6 +295,15 @@ def test_an_interrupted_replacement_keeps_the_old_bundle(bundle):
         raise OSError(28, "No space left on device")
     assert (bundle / "manifest.json").read_bytes() == before
     assert [path.name for path in bundle.parent.iterdir()] == ["copy.bundle"]
+
+
+def test_a_bundle_that_was_written_meanwhile_is_not_replaced(bundle, tmp_path):
+    target = tmp_path / "new.bundle"
+    with pytest.raises(OutputError, match=r"new.bundle: exists already"), BundleWriter(target) as writer:
+        writer.finish(Bundle.open(bundle).manifest)
+        shutil.copytree(bundle, target)
+    assert len(list(target.iterdir())) == len(list(bundle.iterdir()))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy.bundle", "new.bundle"]
 
 
 def test_an_existing_bundle_is_not_replaced_unless_asked(bundle, tmp_path):
