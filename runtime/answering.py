@@ -67,7 +67,7 @@ class Answering:
         self._newest: deque[Array] = deque(maxlen=self.frames)
 
     def ask(self, question: str | Question) -> int:
-        """Ask at the next turn that does not end before the question's time; see `Dialogue.ask`."""
+        """Ask at the next turn that ends after the question's time; see `Dialogue.ask`."""
         asked = as_question(question)
         head, rest = self._words.user(asked.text)
         visual = visual_tokens(self._manifest) + 2

@@ -79,7 +79,7 @@ class Dialogue:
         self._check_room(0, "")
 
     def ask(self, question: str | Question) -> int:
-        """Let a question stand from the next turn on that does not end before its time.
+        """Let a question stand from the next turn on that ends after its time.
 
         Returns:
             Its number, for `withdraw`.
