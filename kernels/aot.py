@@ -23,12 +23,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import decode, merge, prefill, residual_norm, rotary, temporal
+from . import block_linear, decode, merge, prefill, residual_norm, rotary, temporal
 
 TARGETS = {"sm_80": 80, "sm_87": 87, "sm_90": 90, "sm_110": 110, "sm_120": 120}  # A100, Orin, H100/H200, Thor, RTX 50
 PROCESSORS = 128  # of the GPU that launches are planned for; only the number of splits follows from it
 HEAD_DIM = 64  # numbers of a head, of all that is compiled ahead
 POINTERS = {"fp16": "*fp16", "bf16": "*bf16", "fp32": "*fp32", "int8": "*i8"}
+BLOCKS = ((4, 32), (4, 64), (8, 128))  # bits of a weight, and inputs that share a scale
 ITEM_BYTES = {"fp16": 2, "bf16": 2, "fp32": 4, "int8": 1}
 
 
@@ -93,6 +94,13 @@ def variants() -> list[Variant]:
         norm_variant("fp16", 768, centred=True),
         norm_variant("fp16", 896, centred=False),
         rotary_variant("fp16"),
+        *(block_linear_variant("fp16", bits, block, tokens) for bits, block in BLOCKS for tokens in (1, 16, 64)),
+        block_linear_variant("fp16", 4, 64, 1, splits=2),
+        block_linear_variant("bf16", 4, 64, 1),
+        block_linear_variant("fp32", 4, 32, 1),
+        block_linear_variant("fp32", 4, 32, 64),
+        sum_variant(2),
+        *(widen_variant(bits, block) for bits, block in BLOCKS),
     ]
 
 
@@ -206,6 +214,38 @@ def rotary_variant(dtype: str) -> Variant:
     return Variant(f"rotary_{dtype}", rotary.rotary_kernel, types, constants, grid, rotary.WARPS)
 
 
+def block_linear_variant(dtype: str, bits: int, block: int, tokens: int, splits: int = 1) -> Variant:
+    """`block_linear` of up to so many tokens, with a bias."""
+    cut = block_linear.plan(tokens, 1, 1 << 20, ITEM_BYTES[dtype], PROCESSORS)
+    pointer = POINTERS[dtype]
+    types = {"x": pointer, "weight": "*i32", "scale": _scale_pointer(block), "bias": pointer, "out": pointer}
+    types |= {"parts": "*fp32"} | dict.fromkeys(("tokens", "inputs", "outputs", "units"), "i32") | {"x_t": "i64"}
+    constants: dict[str, int | bool] = {"BITS": bits, "BLOCK": block, "BIAS": True, "BLOCK_N": cut.rows}
+    constants |= {"BLOCK_T": max(block_linear.LEAST_COLUMNS, triton.next_power_of_2(tokens)), "BLOCK_U": cut.units}
+    constants |= {"SPLITS": splits, "STAGES": cut.stages}
+    name = f"block_linear_w{bits}_b{block}_{dtype}_t{tokens}" + (f"_split{splits}" if splits > 1 else "")
+    grid = (f"ceil(outputs / {cut.rows})", str(splits), "1")
+    return Variant(name, block_linear.block_linear_kernel, types, constants, grid, cut.warps)
+
+
+def sum_variant(splits: int) -> Variant:
+    """The sum of `block_linear`'s parts."""
+    types = {"parts": "*fp32", "bias": "*fp16", "out": "*fp16", "numbers": "i32", "outputs": "i32"}
+    constants: dict[str, int | bool] = {"SPLITS": splits, "BIAS": True, "BLOCK": block_linear.SUMMED}
+    grid = (f"ceil(numbers / {block_linear.SUMMED})", "1", "1")
+    return Variant(f"sum_fp16_split{splits}", block_linear.sum_kernel, types, constants, grid)
+
+
+def widen_variant(bits: int, block: int) -> Variant:
+    """`widen_blocks` to float16."""
+    types = {"weight": "*i32", "scale": _scale_pointer(block), "out": "*fp16"}
+    types |= dict.fromkeys(("first", "rows", "inputs", "outputs", "units"), "i32")
+    rows, units = block_linear.WIDE_ROWS, block_linear.WIDE_UNITS
+    constants: dict[str, int | bool] = {"BITS": bits, "BLOCK": block, "BLOCK_N": rows, "BLOCK_U": units}
+    grid = (f"ceil(rows / {rows})", f"ceil(units / {units})", "1")
+    return Variant(f"widen_w{bits}_b{block}_fp16", block_linear.widen_kernel, types, constants, grid)
+
+
 def compile_variant(variant: Variant, target: str, folder: Path) -> Compiled:
     """Compile for `target` and write cubin, PTX and JSON into `folder`/`target`.
 
@@ -217,7 +257,7 @@ def compile_variant(variant: Variant, target: str, folder: Path) -> Compiled:
     names = variant.kernel.arg_names
     if set(names) != {*variant.types, *variant.constants}:
         raise RuntimeError(f"{variant.name}: its arguments are not those of the kernel")
-    divisible = {name for name, kind in variant.types.items() if kind.startswith("*") or _is_stride(name)}
+    divisible = {name for name, kind in variant.types.items() if kind.startswith("*") or _is_multiple(name)}
     source = ASTSource(
         variant.kernel,
         signature={name: variant.types.get(name, "constexpr") for name in names},
@@ -274,14 +314,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--kernel", action="append", choices=known, help="default: all")
     options = parser.parse_args(arguments)
     chosen = [known[name] for name in options.kernel or known]
-    print(f"{'kernel':28} {'target':8} {'registers':>9} {'spilled bytes':>13} {'shared bytes':>12}")
+    print(f"{'kernel':36} {'target':8} {'registers':>9} {'spilled bytes':>13} {'shared bytes':>12}")
     for found in compile_all(options.output, options.target or list(TARGETS), chosen):
-        print(f"{found.name:28} {found.target:8} {found.registers:9} {found.spill_bytes:13} {found.shared_bytes:12}")
+        print(f"{found.name:36} {found.target:8} {found.registers:9} {found.spill_bytes:13} {found.shared_bytes:12}")
     return 0
 
 
-def _is_stride(name: str) -> bool:
-    return name.endswith(tuple(f"_{axis}" for axis in "stnhb"))
+def _is_multiple(name: str) -> bool:
+    """Of 16: strides, and a product's inputs, which are whole blocks."""
+    return name == "inputs" or name.endswith(tuple(f"_{axis}" for axis in "stnhb"))
+
+
+def _scale_pointer(block: int) -> str:
+    """As bundles have them: float16 with blocks of 64."""
+    return POINTERS["fp16" if block == 64 else "fp32"]
 
 
 def _entry(ptx: str) -> tuple[str, int]:

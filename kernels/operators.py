@@ -1,4 +1,4 @@
-"""Attention over a stream's memory, and what stands around it, as `torch.library` operators.
+"""Attention over a stream's memory, what stands around it, and products, as `torch.library` operators.
 
 Each has a fake implementation and declares what it writes, so `torch.compile` and CUDA graphs see through it. On CUDA
 it runs a Triton kernel, elsewhere the reference. Weights and sums are float32 whatever the inputs are. None of them is
@@ -8,7 +8,7 @@ Alignment: the last axis of every tensor is contiguous; rings and caches are con
 streams of a larger buffer will do. Any address works; loads are widest (16 bytes) where the tensors' starts and strides
 are multiples of 16 bytes, which they are for head_dim 32, 64, 96 and 128 and buffers as PyTorch allocates them.
 
-Sizes: S streams, N patches, H heads, W window, d head_dim, T frames or tokens.
+Sizes: S streams, N patches, H heads, W window, d head_dim, T frames or tokens; of products T rows, K inputs, N outputs.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ LEAST_HEAD_DIM, MOST_HEAD_DIM = 16, 128
 MOST_TOKENS = 64
 MOST_WIDTH = 8192
 MOST_ROTATED = 256
+WEIGHT_BITS = (4, 8)
+WEIGHT_BLOCKS = (32, 64, 128)
 
 
 def _like_first(first: Tensor, *others: Any) -> Tensor:
@@ -303,6 +305,96 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     from .rotary import launch
 
     return launch(x, cos, sin)
+
+
+@_operator(fake=lambda x, weight, *others: x.new_empty(x.shape[0], weight.shape[1]))
+def block_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, bits: int) -> Tensor:
+    """x by the transpose of a matrix [N, K] of integers, which have a scale for each block of inputs, plus a bias.
+
+    Scales may be negative. Sums are float32, and rounded once. The same input gives the same bits in every run.
+
+    Args:
+        x: [T, K], T from 1 to 64, K a multiple of the block, float16, bfloat16 or float32; its rows may lie apart.
+        weight: int32 [U, N, 8], contiguous, of `reference.pack_blocks`; U is K / 64 (4 bits) or K / 32 (8), rounded up.
+        scale: [K / B, N], contiguous, float16 or float32, for blocks of B = 32, 64 or 128 inputs.
+        bias: [N], contiguous, of the dtype of x; or None.
+        bits: of a weight, 4 or 8.
+
+    Returns:
+        [T, N] of the dtype of x, contiguous.
+
+    Reads the weights and scales once, x once for each 16 to 64 outputs; writes the result, and reads it back in
+    float32 where few outputs have long sums.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or strides that do not fit.
+    """
+    name = "block_linear"
+    if x.dim() != 2 or not 1 <= x.shape[0] <= MOST_TOKENS:
+        raise ValueError(f"{name}: x: expected [T, K] with 1 to {MOST_TOKENS} rows, found {list(x.shape)}")
+    _check_dtypes(name, x)
+    _check_rows(name, x, ("x", x))
+    _check_blocks(name, x, weight, scale, x.shape[1], bits)
+    if bias is not None:
+        _check_shape(name, "bias", bias, (weight.shape[1],))
+        _check_dtypes(name, x, bias)
+        _check_contiguous(name, "bias", bias, x)
+    if not x.is_cuda:
+        return reference.block_linear(x, weight, scale, bias, bits)
+    from .block_linear import launch
+
+    return launch(x, weight, scale, bias, bits)
+
+
+@_operator("out", fake=lambda *given: None)
+def widen_blocks(weight: Tensor, scale: Tensor, out: Tensor, bits: int, first: int) -> None:
+    """Write outputs first, first + 1, ... of a matrix of integers in blocks as floating numbers.
+
+    Args:
+        weight, scale, bits: as in `block_linear`.
+        out: [rows, K], contiguous, float16, bfloat16 or float32; every number is written.
+        first: of the N outputs; first + rows is at most N.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or strides that do not fit.
+    """
+    name = "widen_blocks"
+    if out.dim() != 2 or not out.numel():
+        raise ValueError(f"{name}: out: expected [rows, K], found {list(out.shape)}")
+    _check_dtypes(name, out)
+    _check_contiguous(name, "out", out, out)
+    _check_blocks(name, out, weight, scale, out.shape[1], bits)
+    if not 0 <= first <= weight.shape[1] - out.shape[0]:
+        stop = first + out.shape[0]
+        raise ValueError(f"{name}: expected rows within the {weight.shape[1]} outputs, found {first} to {stop}")
+    if not out.is_cuda:
+        return reference.widen_blocks(weight, scale, out, bits, first)
+    from .block_linear import widen
+
+    return widen(weight, scale, out, bits, first)
+
+
+def _check_blocks(name: str, like: Tensor, weight: Tensor, scale: Tensor, inputs: int, bits: int) -> None:
+    if bits not in WEIGHT_BITS:
+        raise ValueError(f"{name}: expected 4 or 8 bits, found {bits}")
+    if weight.dim() != 3 or weight.dtype != torch.int32:
+        found = f"{_plain(weight.dtype)} {list(weight.shape)}"
+        raise ValueError(f"{name}: weight: expected int32 [U, N, 8], found {found}")
+    unit, outputs = 16 * (16 // bits), weight.shape[1]
+    _check_shape(name, "weight", weight, (-(-inputs // unit), outputs, 8))
+    if scale.dtype not in (torch.float16, torch.float32):
+        raise ValueError(f"{name}: scale: expected float16 or float32, found {_plain(scale.dtype)}")
+    blocks = {inputs // block for block in WEIGHT_BLOCKS if inputs % block == 0}
+    if scale.dim() != 2 or scale.shape[1] != outputs or scale.shape[0] not in blocks:
+        wanted = f"[K / B, {outputs}] with B 32, 64 or 128 for K = {inputs}"
+        raise ValueError(f"{name}: scale: expected {wanted}, found {list(scale.shape)}")
+    _check_contiguous(name, "weight", weight, like)
+    _check_contiguous(name, "scale", scale, like)
+
+
+def _check_contiguous(name: str, part: str, tensor: Tensor, like: Tensor) -> None:
+    if tensor.device != like.device or not tensor.is_contiguous():
+        raise ValueError(f"{name}: {part}: expected contiguous on {like.device}, found {_kind(tensor)}")
 
 
 def _check_temporal(

@@ -1,6 +1,7 @@
 """What the kernels compute, in plain PyTorch. Inputs of any floating dtype; sums are float32 or wider.
 
 Sizes: S streams, N patches, H heads, R = N * H rows, W window, d head_dim, T frames or tokens, C capacity.
+Of products: T rows, K inputs, N outputs, B inputs of a block, U units of K.
 """
 
 from __future__ import annotations
@@ -93,6 +94,45 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a, b = x.to(wide).chunk(2, dim=-1)
     cos, sin = cos.to(wide).unsqueeze(1), sin.to(wide).unsqueeze(1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
+def block_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, bits: int) -> Tensor:
+    """See `operators.block_linear`."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    matrix = unpack_blocks(weight, scale, x.shape[1], bits).to(wide)
+    return torch.nn.functional.linear(x.to(wide), matrix, None if bias is None else bias.to(wide)).to(x.dtype)
+
+
+def widen_blocks(weight: Tensor, scale: Tensor, out: Tensor, bits: int, first: int) -> None:
+    """See `operators.widen_blocks`."""
+    rows = slice(first, first + out.shape[0])
+    out.copy_(unpack_blocks(weight[:, rows], scale[:, rows], out.shape[1], bits))
+
+
+def pack_blocks(integers: Tensor, bits: int) -> Tensor:
+    """Integers int8 [K, N] in the order in which `block_linear` reads them, int32 [U, N, 8].
+
+    A unit is `16 * (16 // bits)` inputs, filled up with zeros. Its number j of 16 bits, of 16 for each output, holds
+    the weights of inputs j, j + 16, ... from the lowest bits on, each with half of the range added. Two such numbers
+    are one of 32 bits.
+    """
+    inputs, outputs = integers.shape
+    unit, half = 16 * (16 // bits), 1 << bits - 1
+    units = -(-inputs // unit)
+    filled = torch.nn.functional.pad(integers, (0, 0, 0, units * unit - inputs)).view(units, -1, 16, outputs)
+    numbers = torch.zeros(units, outputs, 16, dtype=torch.int16, device=integers.device)
+    for piece in range(filled.shape[1]):
+        numbers |= (filled[:, piece].transpose(1, 2).to(torch.int16) + half) << bits * piece
+    return numbers.view(torch.int32)
+
+
+def unpack_blocks(weight: Tensor, scale: Tensor, inputs: int, bits: int) -> Tensor:
+    """What packed weights [U, N, 8] stand for: the matrix [N, K], float32 or as wide as the scales [K / B, N]."""
+    numbers = weight.view(torch.int16).to(torch.int32)  # [U, N, 16]
+    pieces = [(numbers >> bits * piece) % (1 << bits) for piece in range(16 // bits)]
+    integers = torch.stack(pieces, dim=2).transpose(0, 1).flatten(1)[:, :inputs] - (1 << bits - 1)  # [N, K]
+    steps = scale.to(torch.promote_types(scale.dtype, torch.float32)).t()
+    return integers * steps.repeat_interleave(inputs // scale.shape[0], dim=1)
 
 
 def write_ring(new: Tensor, ring: Tensor, position: Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import interpreted_products
 import pytest
 import torch
 
@@ -15,30 +16,11 @@ def device() -> torch.device:
 
 @pytest.fixture(autouse=True, scope="session")
 def bfloat16_products() -> Iterator[None]:
-    """The interpreter keeps bfloat16 as bit patterns, and multiplies those; give its products the numbers."""
     if torch.cuda.is_available():
         yield
         return
-    import numpy as np
-    import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    from framestep.benchmarks.gpu.hardware import check_interpreter
-
-    check_interpreter()
-    multiply = InterpreterBuilder.create_dot
-
-    def widened(handle: TensorHandle) -> TensorHandle:
-        if handle.dtype.scalar != tl.bfloat16:
-            return handle
-        return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
-
-    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
-        return multiply(self, widened(a), widened(b), d, input_precision, max_num_imprecise_acc)
-
-    InterpreterBuilder.create_dot = create_dot
-    yield
-    InterpreterBuilder.create_dot = multiply
+    with interpreted_products.bfloat16_products():
+        yield
 
 
 @pytest.fixture(autouse=True)
