@@ -57,6 +57,9 @@ def pretended(mode: FakeTensorMode, call):
     return compute
 
 
+torch_program.keeps_integers = lambda device: True  # as on the device that is pretended
+
+
 def run(bundle: Bundle, graph: Graph, dtype: torch.dtype, sizes: dict[str, int]) -> None:
     mode = FakeTensorMode()
     position = next((port.name for port in graph.inputs if port.role == "position"), None)

@@ -6,6 +6,7 @@ The rewrites change no arithmetic but the order of sums:
   `DequantizeLinear` go into it, and their scales become two more inputs, a number for each head;
 - the same around a cache that is linear, with any slot and mask, becomes one `CachedAttention`;
 - `MatMul` by a constant and `Add` of a constant vector become one `Linear`, and several of one input one `LinearGroup`;
+  a `BlockLinear`, whose matrix is integers and scales (`onnx_blocks.py`), takes the vector likewise;
 - `Add` and the `LayerNormalization` or `RMSNormalization` of its sum become one `ResidualNorm`; where the sum is
   float32 beside products in half precision, the `Cast` before it and the one behind the norm go into it;
 - `Mul` of a value and its `Sigmoid` becomes `Silu`, `Gather` of one constant place a `Select`, which copies nothing.
@@ -27,6 +28,7 @@ from ..errors import EngineError
 Array = npt.NDArray[Any]
 RING = "RingAttention"
 CACHED = "CachedAttention"
+BLOCK_LINEAR = "BlockLinear"
 FLOAT32, HALVES = 1, (10, 16)  # ONNX's numbers of types
 
 
@@ -167,7 +169,7 @@ def _merge_attentions(graph: OnnxGraph, position: str, states: Sequence[tuple[st
         )
         gone.update(updated)
     nodes = [merged.get(node.outputs[0], node) for node in graph.nodes if node.outputs[0] not in gone]
-    return _without_unused(replace(graph, nodes=tuple(nodes), constants=constants))
+    return without_unused(replace(graph, nodes=tuple(nodes), constants=constants))
 
 
 def _updates(
@@ -254,7 +256,7 @@ def _merge_linears(graph: OnnxGraph) -> OnnxGraph:
     for node in graph.nodes:
         if node.outputs[0] in gone:
             continue
-        weight = graph.constants.get(node.inputs[1]) if node.op == "MatMul" else None
+        weight = graph.constants.get(node.inputs[1]) if node.op in ("MatMul", BLOCK_LINEAR) else None
         if weight is None or weight.ndim != 2 or node.inputs[0] in graph.constants:
             nodes.append(node)
             continue
@@ -266,38 +268,47 @@ def _merge_linears(graph: OnnxGraph) -> OnnxGraph:
             if other is not None and bias is not None and bias.shape == (weight.shape[1],):
                 inputs, outputs = (*inputs, other), user.outputs
                 gone.add(user.outputs[0])
-        nodes.append(Node("Linear", node.name, inputs, outputs))
+        op = "Linear" if node.op == "MatMul" else node.op
+        nodes.append(Node(op, node.name, inputs, outputs, node.attributes))
     return replace(graph, nodes=tuple(nodes))
 
 
 def _group_linears(graph: OnnxGraph) -> OnnxGraph:
     """Linears of one input as one product, whose result is cut apart."""
-    groups: dict[str, list[Node]] = {}
+    groups: dict[tuple[Any, ...], list[Node]] = {}
     for node in graph.nodes:
         if node.op == "Linear":
-            groups.setdefault(node.inputs[0], []).append(node)
+            groups.setdefault((node.inputs[0],), []).append(node)
+        elif node.op == BLOCK_LINEAR:
+            scale = graph.constants[node.inputs[2]]
+            alike = (node.inputs[0], node.attributes["bits"], scale.shape[0], scale.dtype)
+            groups.setdefault(alike, []).append(node)
     constants = dict(graph.constants)
     grouped: dict[str, Node | None] = {}
-    for source, members in groups.items():
+    for members in groups.values():
         if len(members) == 1:
             continue
         name = members[0].name + "/group"
-        weights = [constants[node.inputs[1]] for node in members]
-        sizes = [weight.shape[1] for weight in weights]
-        constants[f"{name}.weight"] = np.concatenate(weights, axis=1)
-        inputs: tuple[str, ...] = (source, f"{name}.weight")
-        if any(len(node.inputs) == 3 for node in members):
+        parts = ("weight",) if members[0].op == "Linear" else ("weight", "scale")  # each [.., outputs]
+        for at, part in enumerate(parts, 1):
+            constants[f"{name}.{part}"] = np.concatenate([constants[node.inputs[at]] for node in members], axis=1)
+        sizes = [constants[node.inputs[1]].shape[1] for node in members]
+        inputs: tuple[str, ...] = (members[0].inputs[0], *(f"{name}.{part}" for part in parts))
+        biased = [len(node.inputs) > len(inputs) for node in members]
+        if any(biased):
+            kind = next(constants[node.inputs[-1]].dtype for node, has in zip(members, biased, strict=True) if has)
             biases = [
-                constants[node.inputs[2]] if len(node.inputs) == 3 else np.zeros(weight.shape[1], weight.dtype)
-                for node, weight in zip(members, weights, strict=True)
+                constants[node.inputs[-1]] if has else np.zeros(size, kind)
+                for node, size, has in zip(members, sizes, biased, strict=True)
             ]
             constants[f"{name}.bias"] = np.concatenate(biases)
             inputs = (*inputs, f"{name}.bias")
         outputs = tuple(node.outputs[0] for node in members)
-        grouped[members[0].outputs[0]] = Node("LinearGroup", name, inputs, outputs, {"sizes": sizes})
+        attributes = {**members[0].attributes, "sizes": sizes}
+        grouped[members[0].outputs[0]] = Node(members[0].op + "Group", name, inputs, outputs, attributes)
         grouped.update({node.outputs[0]: None for node in members[1:]})
     nodes = [grouped.get(node.outputs[0], node) for node in graph.nodes]
-    return _without_unused(replace(graph, nodes=tuple(node for node in nodes if node is not None), constants=constants))
+    return without_unused(replace(graph, nodes=tuple(node for node in nodes if node is not None), constants=constants))
 
 
 def _merge_norms(graph: OnnxGraph) -> OnnxGraph:
@@ -337,7 +348,7 @@ def _merge_norms(graph: OnnxGraph) -> OnnxGraph:
     for node in nodes:
         last = node.op == "Add" and node.outputs[0] in normed_sums and uses[node.outputs[0]] == 1
         others.update(node.inputs[1:] if node.op == "ResidualNorm" or last else node.inputs)
-    return _without_unused(replace(graph, nodes=tuple(_mark_wide(node, others) for node in nodes)))
+    return without_unused(replace(graph, nodes=tuple(_mark_wide(node, others) for node in nodes)))
 
 
 def _casts(node: Node | None, *kinds: int) -> bool:
@@ -367,14 +378,14 @@ def _name_forms(graph: OnnxGraph) -> OnnxGraph:
                 attributes = {"axis": node.attributes.get("axis", 0), "index": int(place)}
                 node = replace(node, op="Select", inputs=node.inputs[:1], attributes=attributes)
         nodes.append(node)
-    return _without_unused(replace(graph, nodes=tuple(nodes)))
+    return without_unused(replace(graph, nodes=tuple(nodes)))
 
 
 def _uses(graph: OnnxGraph) -> Counter[str]:
     return Counter([name for node in graph.nodes for name in node.inputs] + list(graph.outputs))
 
 
-def _without_unused(graph: OnnxGraph) -> OnnxGraph:
+def without_unused(graph: OnnxGraph) -> OnnxGraph:
     """Drop nodes and constants that nothing needs any more."""
     wanted = set(graph.outputs)
     kept: list[Node] = []

@@ -9,7 +9,8 @@ What it computes in is asked for with the engine's name: `torch` computes in the
 graph that carries state. (`torch:tf32` keeps float32 and lets the matrix units round the operands of products to 10
 bits; no other lets them.) Graphs without state always compute in float32: the scoring of labels, where small
 differences count, tables of embeddings, and a vision tower without memory, whose sums half precision may not hold. What
-enters and leaves, saved states included, has the types of the manifest.
+enters and leaves, saved states included, has the types of the manifest. A decoder's weights in blocks of INT4 or INT8
+stay so in the memory of a GPU.
 """
 
 from __future__ import annotations

@@ -329,6 +329,46 @@ def linear_group(node: Node) -> Compute:
     return compute
 
 
+def block_linear(node: Node) -> Compute:
+    """x [..., in] by integers in blocks, as `operators.block_linear` has them, plus a bias [out] or None.
+
+    The last input is memory for a part of the matrix in floating numbers, which many rows are multiplied by.
+    """
+    bits = node.attributes["bits"]
+
+    def compute(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, widened: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        if rows.shape[0] <= operators.MOST_TOKENS:
+            product = operators.block_linear(rows, weight, scale, bias, bits)
+        else:
+            product = _by_parts(rows, weight, scale, bias, bits, widened.view(x.dtype))
+        return product.view(*x.shape[:-1], weight.shape[1])
+
+    return compute
+
+
+def _by_parts(rows: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, bits: int, widened: Tensor) -> Tensor:
+    """A product of which as many outputs at a time are widened as fit into `widened`."""
+    inputs, outputs = rows.shape[1], weight.shape[1]
+    product = rows.new_empty(rows.shape[0], outputs)
+    most = widened.numel() // inputs
+    for first in range(0, outputs, most):
+        count = min(most, outputs - first)
+        matrix, part = widened[: count * inputs].view(count, inputs), slice(first, first + count)
+        operators.widen_blocks(weight, scale, matrix, bits, first)
+        product[:, part] = F.linear(rows, matrix, None if bias is None else bias[part])
+    return product
+
+
+def block_linear_group(node: Node) -> Compute:
+    sizes, product = node.attributes["sizes"], block_linear(node)
+
+    def compute(*given: Tensor) -> tuple[Tensor, ...]:
+        return tuple(product(*given).split(sizes, dim=-1))
+
+    return compute
+
+
 def residual_norm(node: Node) -> Compute:
     """A sum and its norm. A sum that only leads to further ones is kept in float32: it is rounded once a layer else."""
     epsilon, wide = node.attributes["epsilon"], node.attributes["wide"]
@@ -407,6 +447,8 @@ OPERATORS: dict[str, Callable[[Node], Compute]] = {
     "Transpose": lambda node: lambda x: x.permute(node.attributes["perm"]),
     "Unsqueeze": unsqueeze,
     # of our own rewrites
+    "BlockLinear": block_linear,
+    "BlockLinearGroup": block_linear_group,
     "Linear": linear,
     "LinearGroup": linear_group,
     "ResidualNorm": residual_norm,

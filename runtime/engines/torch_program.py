@@ -14,11 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...kernels.reference import pack_blocks
 from ..errors import EngineError
-from .onnx_program import RING, Node, OnnxGraph, rewrite
+from .onnx_blocks import keep_blocks
+from .onnx_program import BLOCK_LINEAR, RING, Node, OnnxGraph, rewrite
 from .torch_operators import FLOATS, HOST_INPUTS, HOST_OUTPUTS, OPERATORS, Compute, Unsupported
 
 HOST = "host:"  # prefix of what has to be on the host
+WIDENED = "memory:widened"  # name of the memory into which parts of matrices are widened
+WIDENED_BYTES = 1 << 25  # a part stays in the L2 cache between its being written and read
 
 # query, key, value [S, N, H, d], key ring, value ring [S, N * H, W, d], position [S], scale -> [S, N, H, d]; an INT8
 # ring's scales of keys and of values, float32 [H], come last
@@ -36,6 +40,9 @@ class _Call:
 
 class Program:
     """What computes a graph's outputs from its inputs.
+
+    On CUDA matrices of integers in blocks stay packed, and are multiplied by as they are. They are widened here on a
+    CPU, the reference, and in a graph that counts frames: its steps have many rows, and would widen them again each.
 
     Args:
         graph: as read.
@@ -56,6 +63,8 @@ class Program:
         dtype: torch.dtype | None,
         device: torch.device,
     ) -> None:
+        if position is None and keeps_integers(device):
+            graph = keep_blocks(graph)
         graph = _fold_constants(graph)
         graph = rewrite(graph, position or "", rings)
         graph = _with_floats(graph, dtype)
@@ -65,13 +74,18 @@ class Program:
         scales = {name for node in graph.nodes if node.op == RING for name in node.inputs[6:]}
         all_rings = self.rings * 2 == len(rings) and not any(node.op == "TensorScatter" for node in graph.nodes)
         self.prefills = all_rings and not scales  # there is no prefill into INT8
+        graph, bits, steps = _with_memory(graph)
         on_host = _host_values(graph)
         self._calls = _calls(graph, on_host, device)
         read = {name for call in self._calls for name in call.inputs} | set(graph.outputs)
         self._constants: dict[str, Any] = {"": None}  # an input that is left out
+        if bits:
+            self._constants[WIDENED] = torch.empty(WIDENED_BYTES, dtype=torch.uint8, device=device)
         for name, array in graph.constants.items():
             value = torch.from_numpy(np.array(array))  # a copy: mapped files are read-only
-            if value.is_floating_point() and dtype is not None and name not in scales:
+            if name in bits:
+                value = pack_blocks(value.to(device), bits[name])
+            elif value.is_floating_point() and dtype is not None and name not in scales | steps:
                 value = value.to(dtype)
             if name in read:
                 self._constants[name] = value.to(device)
@@ -101,6 +115,11 @@ class Program:
             for name in call.last_uses:
                 del values[name]
         return {name: values[name] for name in self.outputs}
+
+
+def keeps_integers(device: torch.device) -> bool:
+    """Whether matrices of integers in blocks are multiplied by as they are."""
+    return bool(device.type == "cuda")
 
 
 def _attend(
@@ -160,6 +179,20 @@ def _with_floats(graph: OnnxGraph, dtype: torch.dtype | None) -> OnnxGraph:
     return replace(graph, nodes=tuple(nodes))
 
 
+def _with_memory(graph: OnnxGraph) -> tuple[OnnxGraph, dict[str, int], set[str]]:
+    """Products of integers with a bias, or none, and the memory to widen into as their last inputs.
+
+    Returns also how many bits each matrix has, and the names of the scales; both by constants' names.
+    """
+    products = [node for node in graph.nodes if node.op.startswith(BLOCK_LINEAR)]
+    made = {
+        node.outputs: replace(node, inputs=(*node.inputs, *[""] * (4 - len(node.inputs)), WIDENED)) for node in products
+    }
+    nodes = tuple(made.get(node.outputs, node) for node in graph.nodes)
+    bits = {node.inputs[1]: int(node.attributes["bits"]) for node in products}
+    return replace(graph, nodes=nodes), bits, {node.inputs[2] for node in products}
+
+
 def _host_values(graph: OnnxGraph) -> set[str]:
     """Values that steer shapes, and what they are made of."""
     needed: set[str] = set()
@@ -188,7 +221,11 @@ def _calls(graph: OnnxGraph, on_host: set[str], device: torch.device) -> tuple[_
         compute = None if node.op == RING else _compute(graph, node, place)
         calls.append(_Call(node, compute, inputs, outputs, ()))
     seen = (
-        set(graph.outputs) | set(graph.inputs) | set(graph.constants) | {HOST + name for name in graph.constants} | {""}
+        set(graph.outputs)
+        | set(graph.inputs)
+        | set(graph.constants)
+        | {HOST + name for name in graph.constants}
+        | {"", WIDENED}
     )
     for at in reversed(range(len(calls))):
         names = dict.fromkeys((*calls[at].inputs, *calls[at].outputs))
