@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import golden
 import numpy as np
@@ -15,7 +16,7 @@ import framestep
 from framestep.runtime import library
 from framestep.runtime.bundle import Bundle
 from framestep.runtime.engines import onnxruntime
-from framestep.runtime.errors import EngineError, FrameError, OutputError, StateError
+from framestep.runtime.errors import BundleError, EngineError, FrameError, OutputError, StateError
 from framestep.runtime.session import Session
 
 
@@ -136,8 +137,14 @@ def test_a_state_of_another_model_or_a_damaged_one_is_refused_and_nothing_is_los
         (tmp_path / "short").write_bytes(content[:-100])
         (tmp_path / "text").write_text("no state at all")
         (tmp_path / "empty").write_bytes(b"")
-        for name in ("other", "short", "text", "empty", "absent"):
-            with pytest.raises(StateError, match=name):
+        for name, message in (
+            ("other", "was saved by another model, precision or window"),
+            ("short", "damaged or truncated, expected"),
+            ("text", "damaged, or not a framestep state file"),
+            ("empty", "damaged, or not a framestep state file"),
+            ("absent", "cannot be read: No such file"),
+        ):
+            with pytest.raises(StateError, match=f"{name}: {message}"):
                 stream.load_state(tmp_path / name)
         assert_golden(follow(stream, arrays["frames"][20:]), arrays, frames=slice(20, None))
 
@@ -210,6 +217,13 @@ def test_frames_of_another_size_are_resized(golden_bundle):
         (np.zeros((64, 64, 3), np.float32), "found float32"),
         (np.zeros((0, 64, 3), np.uint8), "at least one pixel"),
         (np.zeros((2, 64, 64, 3), np.uint8), "expected shape"),
+        (np.zeros((3, 64, 64), np.uint8), r"found \[3, 64, 64\]; put the channels last: frame.transpose\(1, 2, 0\)"),
+        (
+            np.ones((64, 64, 3), np.float32),
+            r"found float32; convert with \(frame \* 255\).round\(\).astype\(np.uint8\)",
+        ),
+        (np.full((64, 64, 3), 255.0), r"found float64; convert with frame.astype\(np.uint8\)"),
+        (SimpleNamespace(rgb=np.zeros((64, 64, 3), np.uint8)), "found SimpleNamespace; pass its .rgb"),
         ([[1, 2, 3]], "found list"),
         (None, "found NoneType"),
     ],
@@ -231,7 +245,9 @@ def test_results_are_copies(golden_bundle):
         stream.step(frames[1])
         assert np.array_equal(first["pooled"], kept)
         assert list(first) == ["features", "pooled"]
+        assert len(first) == 2
         assert first.latency_ms > 0
+        assert "position=0" in repr(first) and "features [16, 96], pooled [96]" in repr(first)
 
 
 def test_only_asked_outputs_are_fetched(golden_bundle):
@@ -256,6 +272,15 @@ def test_only_asked_outputs_are_fetched(golden_bundle):
 def test_bad_options_are_named(golden_bundle, options, message):
     with pytest.raises(EngineError, match=message):
         framestep.load(golden_bundle, **options)
+
+
+def test_a_bundle_without_a_text_graph_takes_no_other_labels(golden_bundle):
+    with framestep.load(golden_bundle) as session:
+        with pytest.raises(
+            BundleError, match="has no text graph; export it with --text-graph, or use 'framestep label'"
+        ):
+            session.set_labels(["a cat"])
+        assert session.labels == ()
 
 
 def test_after_warm_up_a_step_parses_no_c_declaration(golden_bundle, monkeypatch):
@@ -308,21 +333,53 @@ def test_a_state_with_an_impossible_position_is_refused_and_nothing_changes(gold
         assert stream.position == 4
 
 
-def test_closed_and_foreign_streams_are_refused(golden_bundle):
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_a_state_that_holds_nan_or_infinity_is_refused_and_nothing_changes(golden_bundle, tmp_path, number):
+    frames = golden.load()["frames"]
+    with framestep.load(golden_bundle) as session, session.open_stream() as stream:
+        follow(stream, frames[:3])
+        stream.save_state(tmp_path / "state")
+        content = (tmp_path / "state").read_bytes()
+        (tmp_path / "state").write_bytes(content[:-4] + np.float32(number).tobytes())
+        stream.step(frames[3])
+        before = [session._engine.read_state(name, 0) for name in session._engine.state_names()]
+        with pytest.raises(StateError, match="NaN or infinity in 'layer2.value'"):
+            stream.load_state(tmp_path / "state")
+        after = [session._engine.read_state(name, 0) for name in session._engine.state_names()]
+        assert all(np.array_equal(*pair) for pair in zip(before, after, strict=True))
+        assert stream.position == 4
+
+
+def test_closed_and_foreign_streams_are_refused(golden_bundle, tmp_path):
     frame = golden.load()["frames"][0]
+    actions = (
+        lambda stream: stream.step(frame),
+        lambda stream: stream.prime([frame]),
+        lambda stream: stream.position,
+        lambda stream: stream.reset(),
+        lambda stream: stream.save_state(tmp_path / "state"),
+        lambda stream: stream.load_state(tmp_path / "state"),
+        lambda stream: stream.run("backbone", {}),
+    )
     with framestep.load(golden_bundle) as session, framestep.load(golden_bundle) as other:
         stream = session.open_stream()
         with pytest.raises(EngineError, match=r"every stream of this session is open \(1\)"):
             session.open_stream()
         with pytest.raises(EngineError, match="belongs to another session"):
             other.step({stream: frame})
+        stream.save_state(tmp_path / "state")
         stream.close()
-        with pytest.raises(EngineError, match="this stream is closed"):
-            stream.step(frame)
+        for action in actions:
+            with pytest.raises(EngineError, match="this stream is closed"):
+                action(stream)
         last = session.open_stream()
+        stream.close()  # for the second time: the place is another stream's now
+        assert last.step(frame).position == 0
         session.close()
-        with pytest.raises(EngineError, match="this session is closed"):
-            last.step(frame)
+        session.close()
+        for action in (*actions, lambda _: session.open_stream(), lambda _: session.warm_up()):
+            with pytest.raises(EngineError, match="this session is closed"):
+                action(last)
 
 
 def test_the_runtime_needs_neither_torch_nor_onnx_nor_opencv(golden_bundle, tmp_path):
