@@ -290,6 +290,28 @@ def test_random_weights_have_no_config_and_no_cache_of_tokens(monkeypatch, capsy
     assert capsys.readouterr().err.startswith(f"framestep: {option}: ")
 
 
+GIVE_ONE = "give a CHECKPOINT, or --random-init base|tiny for random weights, and not both"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), GIVE_ONE),
+        (("checkpoint", "--random-init", "tiny"), GIVE_ONE),
+        (("--random-init", "huge"), "--random-init: expected base or tiny, found 'huge'"),
+        (("--random-init", "tiny", "--resize", "zoom"), "--resize: expected crop, stretch or letterbox, found 'zoom'"),
+        (
+            ("--random-init", "tiny", "--image-size", "64by64"),
+            "--image-size: expected H or HxW in pixels, found '64by64'",
+        ),
+    ],
+)
+def test_export_names_the_option_that_makes_no_sense(monkeypatch, capsys, tmp_path, arguments, message) -> None:
+    assert main(monkeypatch, "export", *arguments, "-o", str(tmp_path / "new.bundle")) == 2
+    assert capsys.readouterr().err == f"framestep: {message}\n"
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_bug_shows_its_traceback(monkeypatch) -> None:
     def bug(*_) -> None:
         raise ZeroDivisionError

@@ -63,6 +63,27 @@ def test_sharded_checkpoint_is_the_same(folder, weights):
     assert torch.equal(outputs(read_checkpoint(str(folder))), outputs(read_checkpoint(str(golden.CHECKPOINT))))
 
 
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        (
+            {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}},
+            r"model-2\.safetensors: missing, but",
+        ),
+        ({"weight_map": {"a": "../outside.safetensors"}}, r"outside\.safetensors: missing, but"),  # it is there
+        ({"weight_map": ["model-1.safetensors"]}, "weight_map should map weights to file names"),
+        ({"weight_map": {"a": 1}}, "weight_map should map weights to file names"),
+        ({}, "weight_map should map weights to file names"),
+    ],
+)
+def test_an_index_of_shards_that_does_not_fit_is_named(folder, index, message):
+    shutil.copyfile(folder / "model.safetensors", folder.parent / "outside.safetensors")
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=message):
+        read_checkpoint(str(folder))
+
+
 def training_content(weights: dict[str, torch.Tensor]) -> dict[str, object]:
     model = {f"timesformer.{key}": value for key, value in weights.items()}
     model["timesformer.encoder.layer.0.temporal_attention.attention.mask"] = torch.ones(16, 16)
@@ -125,6 +146,21 @@ def test_unknown_keys_beside_the_backbone_are_named(tmp_path, weights):
     content["model"]["decoder.weight"] = torch.zeros(1)
     torch.save(content, tmp_path / "x.pt")
     with pytest.raises(CheckpointError, match="unexpected keys beside the backbone: decoder.weight"):
+        read_checkpoint(str(tmp_path / "x.pt"), golden.CHECKPOINT / "config.json")
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ({"weights": {"a": torch.zeros(1)}, "epoch": 3}, "the keys weights, epoch"),
+        ({"model": {"epoch": 3}}, "the keys model"),
+        ({}, "an empty dictionary"),
+        ([torch.zeros(1)], "a list"),
+    ],
+)
+def test_a_training_checkpoint_without_weights_says_what_it_holds(tmp_path, content, found):
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=f"x.pt: expected weights under the key 'model', found {found}$"):
         read_checkpoint(str(tmp_path / "x.pt"), golden.CHECKPOINT / "config.json")
 
 
