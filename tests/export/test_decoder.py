@@ -244,6 +244,8 @@ def test_a_quantized_weight_is_near_within_its_block(bits, half, bound):
     assert scales.shape == (5000, 3)
     assert np.array_equal(np.abs(integers).max(axis=1) > 0, np.arange(5000) != 7)
     assert (error.mean(axis=2, keepdims=True) <= bound * largest).all()
+    if bits == 8:  # whose largest weight is 127 steps: none is further off than half a step
+        assert (error.max(axis=2, keepdims=True) <= 1.0001 * bound * largest).all()
 
 
 @pytest.mark.parametrize("bits", [8, 4])
