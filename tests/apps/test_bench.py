@@ -235,8 +235,9 @@ def test_too_few_samples_for_a_percentile_are_told(whole: tuple[Report, Path, Li
 
 def test_progress_reaches_what_was_planned(whole: tuple[Report, Path, Lines]) -> None:
     _, _, status = whole
-    assert status.fractions == sorted(status.fractions) or max(status.fractions) <= status.total * 1.5
     assert status.total > 0
+    assert status.fractions[0] == 0
+    assert status.fractions[-1] == pytest.approx(status.total)
 
 
 def test_schema_page_names_every_key() -> None:

@@ -82,7 +82,9 @@ def test_json_is_one_object_with_every_label(
     assert main(monkeypatch, "inspect", str(labelled), "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["labels"] == list(LABELS) and found["background"] == "background"
-    assert found["window"] == 16 and found["bytes_per_stream"] > 0 and found["path"] == str(labelled)
+    assert found["window"] == 16 and found["path"] == str(labelled)
+    # K and V of 3 layers: 16 patches of 4 heads, 16 slots, head_dim 24, float32
+    assert found["bytes_per_stream"] == 2 * 3 * 16 * 4 * 16 * 24 * 4
 
 
 def test_json_without_labels_has_none(

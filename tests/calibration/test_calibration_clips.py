@@ -78,6 +78,22 @@ def test_the_truth_about_frames_may_begin_with_a_mark_and_must_be_text(golden_bu
         read_clips([video], manifest, 100)
 
 
+def test_the_truth_is_counted_in_frames_of_the_video_before_any_is_left_out(golden_bundle, tmp_path) -> None:
+    labels = Labels(("a cat", "a dog"), "labels.safetensors")
+    manifest = replace(Bundle.open(golden_bundle).manifest, labels=labels, rate=5.0)
+    video, truth = write_video(tmp_path / "a.mp4", noise(40)), tmp_path / "a.labels.txt"  # 25 frames a second
+    lines = ["a dog" if index % 10 == 0 else "a cat" for index in range(40)]
+    truth.write_text("\n".join(lines))
+    (clip,) = read_clips([video], manifest, 100)
+    assert clip.truth is not None and clip.truth.tolist() == [1, 0] * 4  # frames 0, 5, 10, ...
+    truth.write_text("\n".join([*lines[:10], "a bird", *lines[11:]]))
+    with pytest.raises(CalibrationError, match="a.labels.txt: line 11: expected a label of .*, found 'a bird'"):
+        read_clips([video], manifest, 100)
+    truth.write_text("\n".join(lines[:35]))
+    with pytest.raises(CalibrationError, match="a.labels.txt: line 36: expected a label of .*, found nothing"):
+        read_clips([video], manifest, 100)
+
+
 def test_a_long_stream_is_made_without_a_jump() -> None:
     order = there_and_back(4, 11)
     assert order.tolist() == [0, 1, 2, 3, 2, 1, 0, 1, 2, 3, 2]
