@@ -12,7 +12,8 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..runtime.bundle import Bundle, write_file
+from ..runtime.bundle import Bundle
+from ..runtime.durable import write_file
 from ..runtime.engines.choosing import check_memory
 from ..runtime.engines.cuda_driver import CudaDriver
 from ..runtime.engines.engine_files import PRECISIONS, named, read_engine, source_key, with_engine

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..runtime.bundle import Bundle, write_file
+from ..runtime.bundle import Bundle
+from ..runtime.durable import write_file
 from ..runtime.engines.cuda_driver import CudaDriver
 from ..runtime.engines.tensorrt_package import Messages
 from ..runtime.errors import EngineError

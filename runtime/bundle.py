@@ -10,13 +10,12 @@ import secrets
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 
+from .durable import sync, sync_names, write_file
 from .errors import BundleError, OutputError
 from .manifest import FORMAT, VERSION, FileEntry, Graph, Manifest, named_files
 from .manifest_checks import check_manifest
@@ -25,17 +24,7 @@ from .schema import SchemaError, from_json, to_json
 
 MANIFEST = "manifest.json"
 MOST_OF_A_MANIFEST = 1 << 20  # bytes looked at to tell whose it is
-LONGEST_MARKED = 200  # bytes of a name, whose limit is 255 with what marks a temporary one
 ENGINES = "engines"  # folder of what was compiled from the graphs
-
-
-def _read_umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-UMASK = _read_umask()  # once, at import: to read it is to change it for a moment
 
 
 @dataclass(frozen=True)
@@ -247,11 +236,10 @@ class BundleWriter:
     def _put_in_place(self) -> None:
         for file in self.folder.iterdir():
             sync(file)
-        sync(self.folder)
+        sync_names(self.folder)
         check_replaceable(self.path, self._replace)  # another may have been written there meanwhile
         self._rename()
-        with suppress(OSError):
-            sync(self.path.parent)
+        sync_names(self.path.parent)
 
     def _rename(self) -> None:
         if not self.path.exists():
@@ -323,43 +311,3 @@ def _write_json(path: Path, manifest: Manifest) -> None:
                     del port["states"]
     text = json.dumps(values, indent=1, ensure_ascii=False) + "\n"
     write_file(path, [text.encode()])
-
-
-def sync(path: Path) -> None:
-    """Wait until a file's content, or a folder's names, are on the disk. Raises OSError where the disk refuses."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
-    """Write a file in one step: a reader sees the whole file or the one before, also after a power cut. It is on the
-    disk when this returns. A link goes on leading to it.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
-    temporary = None
-    try:
-        place = Path(os.path.realpath(path))
-        if place.exists() and not (place.is_file() or place.is_dir()):
-            raise OutputError(f"{path}: cannot be written: is a device or a pipe; name a file")
-        marked = os.fsdecode(os.fsencode(place.name)[:LONGEST_MARKED])
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{marked}.", dir=place.parent)
-        with os.fdopen(descriptor, "wb") as file:
-            for piece in pieces:
-                file.write(piece)
-            file.flush()
-            os.fsync(descriptor)
-        Path(temporary).chmod(0o666 & ~UMASK)
-        Path(temporary).replace(place)
-    except BaseException as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from None
-        raise
-    with suppress(OSError):  # the file is whole either way; not every folder can be read, nor every file system asked
-        sync(place.parent)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .bundle import write_file
+from .durable import write_file
 from .errors import StateError
 
 Array = npt.NDArray[Any]

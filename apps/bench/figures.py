@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ...runtime.bundle import write_file
+from ...runtime.durable import write_file
 from ...runtime.errors import OutputError
 from ...runtime.schema import to_json
 from .report import percentile

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..bundle import Bundle, write_file
+from ..bundle import Bundle
+from ..durable import write_file
 from ..errors import EngineError, OutputError
 from ..manifest import STREAMS, TOKENS, Graph, Manifest, Port
 from .cuda_driver import Buffer, CudaDriver
