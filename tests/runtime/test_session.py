@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -78,6 +79,14 @@ def test_batched_streams_do_not_see_each_other(golden_bundle):
         first.reset()
         together = [session.step({first: a, second: b})[first]["pooled"] for a, b in zip(frames, other, strict=True)]
     golden.assert_close(np.stack(together), np.stack(alone), 1e-5)
+
+
+def test_streams_that_threads_of_their_own_step_do_not_disturb_each_other(golden_bundle):
+    arrays = golden.load()
+    with framestep.load(golden_bundle, streams=3) as session, ThreadPoolExecutor(3) as pool:
+        streams = [session.open_stream() for _ in range(3)]
+        for found in pool.map(lambda stream: follow(stream, arrays["frames"]), streams):
+            assert_golden(found, arrays)
 
 
 def test_reset_forgets_the_history(golden_bundle):
