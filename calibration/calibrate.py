@@ -33,8 +33,7 @@ from .smooth import smooth
 
 INT8 = "int8"
 INT8_MEMORY = "+kv8"  # ends the name of a precision that keeps keys and values as INT8
-# INT8 memory is for the torch engine, which gains nothing from INT8 linear layers
-PRECISIONS = (INT8, HALF, "fp16+int8", FLOAT + INT8_MEMORY, HALF + INT8_MEMORY)
+PRECISIONS = (INT8, HALF, "fp16+int8", INT8 + INT8_MEMORY, FLOAT + INT8_MEMORY, HALF + INT8_MEMORY)
 
 
 @dataclass(frozen=True)
@@ -149,8 +148,8 @@ def _check_options(bundle: Bundle, options: CalibrationOptions, check: Sequence[
             "--max-drop: needs the truth about every frame: put CLIP.labels.txt beside CLIP.mp4, one label a line,"
             " or give --min-cosine instead"
         )
-    if any(_int8_memory(precision) for precision in options.precisions):
-        choose_engine(bundle.manifest, "torch", "cpu")  # measures them; better missing now than after the observation
+    if HALF + INT8_MEMORY in options.precisions:
+        choose_engine(bundle.manifest, "torch", "cpu")  # measures it; better missing now than after the observation
 
 
 def _read_models(bundle: Bundle) -> dict[str, onnx.ModelProto]:
@@ -265,7 +264,8 @@ def _write(
     for precision, variant in variants.items():
         for name, graph in variant.graphs.items():
             onnx.checker.check_model(str(folder / graph.file), full_check=True)
-            if precision == INT8:
+            counted_before = {item.graph for item in products}
+            if precision.removesuffix(INT8_MEMORY) == INT8 and name not in counted_before:
                 products.append(integer_products(folder / graph.file, name, quantized[precision, name]))
     if options.keep_float:
         variants[FLOAT] = Variant({name: old.graphs[name] for name in models}, old.states)
@@ -376,7 +376,7 @@ def _measure(
             raise CalibrationError(
                 f"{error}; {_largest(reference, models, check[0])}; leave {precision} out"
             ) from error
-        timed = measured is written and not _int8_memory(precision)
+        timed = measured is written
         accuracy = Accuracy.of(precision, found, written, reference, timed)
         if not options.drift_frames:
             return accuracy, None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..runtime.bundle import Bundle
-from ..runtime.engines.choosing import has_int8_memory
+from ..runtime.engines.choosing import choose_engine
 from ..runtime.session import NonFiniteOutputError, Session
 from .clips import Clip, there_and_back
 from .errors import CalibrationError
@@ -46,7 +46,7 @@ class Comparison:
 
 def engine_of(bundle: Bundle) -> str:
     """The engine that a precision is measured with on a CPU: ONNX Runtime, where it runs it."""
-    return "torch" if has_int8_memory(bundle.manifest, bundle.manifest.precision) else "onnxruntime"
+    return choose_engine(bundle.manifest, "auto", "cpu", bundle.manifest.precision).engine
 
 
 def compare(reference: Bundle, other: Bundle, clips: Sequence[Clip]) -> Comparison:

@@ -32,7 +32,7 @@ class Accuracy:
         reference_accuracy, accuracy: share of frames whose best label is the true one, None without truth.
         bytes: of the files that a run in this precision reads.
         reference_state_bytes, state_bytes: per stream.
-        reference_ms, ms: median latency of a step, measured in turn in one process. None for FP16 and INT8 memory.
+        reference_ms, ms: median latency of a step, measured in turn in one process. None for FP16.
     """
 
     precision: str
@@ -190,7 +190,7 @@ def markdown(report: Report, plots: list[str]) -> str:
     lines += [
         "",
         "Latencies are of the engine `onnxruntime` on the CPU, both precisions stepped in turn. It emulates FP16, which"
-        " is not timed, and does not run INT8 memory (kv8), whose accuracy is that of the torch engine.",
+        " is not timed, and whose accuracy with INT8 memory (fp16+kv8) is that of the engine `torch`.",
         "",
     ]
     for products in report.integer_products:

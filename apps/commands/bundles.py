@@ -145,8 +145,8 @@ def calibrate(
     precision: Annotated[
         list[str] | None,
         typer.Option(
-            help="int8, fp16 or fp16+int8; fp16+kv8 or fp32+kv8 remember keys and values as INT8, for the torch engine."
-            " Repeat it for several, the main one first. Default: int8."
+            help="int8, fp16 or fp16+int8; int8+kv8 and fp32+kv8 remember keys and values as INT8, fp16+kv8 too, for"
+            " the torch engine. Repeat it for several, the main one first. Default: int8."
         ),
     ] = None,
     keep_float: Annotated[

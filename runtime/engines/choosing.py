@@ -17,11 +17,6 @@ ARITHMETIC = ("fp32", "tf32", "fp16", "bf16")  # what the torch engine computes 
 VARIANTS = {"torch": ARITHMETIC, "onnxruntime": ("plain", "bf16")}  # behind a colon
 BFLOAT16 = "onnxruntime:bf16"
 DEVICES = ("cpu", "cuda")
-# why an engine does not run a precision whose memory is INT8; the torch engine's kernel reads it as it is
-NO_INT8_MEMORY = {
-    "onnxruntime": "ONNX Runtime would dequantize the whole memory in every step",
-    "tensorrt": "TensorRT's caches are FP32 or FP16",
-}
 
 
 @dataclass(frozen=True)
@@ -52,19 +47,35 @@ def usable_cores() -> int:
 
 
 def has_int8_memory(manifest: Manifest, precision: str) -> bool:
-    """Whether the states of a precision are INT8, which only some engines run; see `NO_INT8_MEMORY`."""
+    """Whether the states of a precision are INT8, which only some engines run; see `check_memory`."""
     return any(state.dtype == "int8" for state in manifest.at(precision).states)
 
 
-def check_memory(manifest: Manifest, precision: str, engine: str) -> None:
+def check_memory(manifest: Manifest, precision: str, engine: str, device: str = "auto") -> None:
     """Raise EngineError where an engine does not run the memory of a precision."""
-    if engine in NO_INT8_MEMORY and has_int8_memory(manifest, precision):
-        others = [name for name in manifest.precisions if not has_int8_memory(manifest, name)]
+    reason = _no_memory(manifest, precision, engine, device)
+    if reason is not None:
+        others = [name for name in manifest.precisions if _no_memory(manifest, name, engine, device) is None]
         advice = f", or take another precision ({', '.join(others)})" if others else ""
         raise EngineError(
             f"precision '{precision}' keeps its memory as INT8, which the engine '{engine}' does not run:"
-            f" {NO_INT8_MEMORY[engine]}; use the engine 'torch'{advice}"
+            f" {reason}; use the engine 'torch'{advice}"
         )
+
+
+def _no_memory(manifest: Manifest, precision: str, engine: str, device: str) -> str | None:
+    """Why an engine does not run the memory of a precision; None where it does.
+
+    Kernels that read INT8 as it is are the torch engine's, and on a CPU the native library's beside float32.
+    """
+    name, _, variant = engine.partition(":")
+    if name not in ("onnxruntime", "tensorrt") or not has_int8_memory(manifest, precision):
+        return None
+    if name == "tensorrt":
+        return "TensorRT's caches are FP32 or FP16"
+    if device == "cuda" or variant == "plain":
+        return "ONNX Runtime would dequantize the whole memory in every step"
+    return "on a CPU it reads INT8 beside float32 alone" if precision.startswith("fp16") else None
 
 
 def choose_engine(manifest: Manifest, engine: str, device: str, precision: str = "auto") -> EngineChoice:
@@ -87,13 +98,13 @@ def choose_engine(manifest: Manifest, engine: str, device: str, precision: str =
     if device not in ("auto", *DEVICES):
         raise EngineError(f"device '{device}' is unknown; expected auto, {', '.join(DEVICES)}")
     if precision != "auto":
-        check_memory(manifest, precision, name)
+        check_memory(manifest, precision, engine, device)
     if name == "torch":
         return _choose_torch("asked for", variant or None, device)
     if name == "tensorrt" or (name == "auto" and device != "cpu" and _built_for_here(manifest)):
         return _choose_tensorrt(manifest, device, name)
     wanted = manifest.precisions if precision == "auto" else (precision,)
-    if name == "auto" and all(has_int8_memory(manifest, one) for one in wanted):
+    if name == "auto" and all(_no_memory(manifest, one, "onnxruntime", device) for one in wanted):
         return _choose_torch("no other engine runs INT8 memory", None, device)
     if name == "auto" and find_spec("onnxruntime") is None and find_spec("torch") is not None:
         return _choose_torch("ONNX Runtime is not installed", None, device)
@@ -108,6 +119,8 @@ def choose_engine(manifest: Manifest, engine: str, device: str, precision: str =
             " pip install 'framestep[gpu]' on a machine with an NVIDIA GPU"
         )
     taken = found[0] if device == "auto" else device
+    if name == "auto" and all(_no_memory(manifest, one, "onnxruntime", taken) for one in wanted):
+        return _choose_torch("no other engine runs INT8 memory", None, device)
     why = "asked for" if device != "auto" else "the fastest device found" if len(found) > 1 else "no GPU provider found"
     return EngineChoice(
         "onnxruntime", taken, f"{engine if variant else 'onnxruntime'} on {taken} ({why})", variant or None
@@ -168,11 +181,12 @@ def choose_precision(manifest: Manifest, precision: str, device: str, engine: st
         integers = () if engine == BFLOAT16 else ("int8",)
         order = (*integers, "fp32") if device == "cpu" else ("fp16", "fp32", "fp16+int8", "int8")
         known = [name for name in manifest.precisions if not has_int8_memory(manifest, name)]
+        known = known or [name for name in manifest.precisions if _no_memory(manifest, name, engine, device) is None]
         if engine == "tensorrt":  # what it was built for, where it was
             built = {entry.precision for entry in manifest.engines.values()}
             known = [name for name in known if name in built] or known
         precision = next((name for name in (*order, *known) if name in known), manifest.precision)
-    check_memory(manifest, precision, engine.partition(":")[0])
+    check_memory(manifest, precision, engine, device)
     return manifest.at(precision).precision
 
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -17,6 +18,9 @@ namespace baseline {
 constexpr int LANES = 4;
 inline float sum(Four numbers) { return (numbers[0] + numbers[2]) + (numbers[1] + numbers[3]); }
 inline Four sum_of_each(Four a, Four b, Four c, Four d) { return Four{sum(a), sum(b), sum(c), sum(d)}; }
+inline Four widened(const int8_t* at) {
+    return Four{static_cast<float>(at[0]), static_cast<float>(at[1]), static_cast<float>(at[2]), static_cast<float>(at[3])};
+}
 #include "attention_rows.inc"
 }  // namespace baseline
 
@@ -38,6 +42,9 @@ inline float sum(__m256 numbers) {
 inline Four sum_of_each(__m256 a, __m256 b, __m256 c, __m256 d) {
     const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
     return _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1));
+}
+inline __m256 widened(const int8_t* at) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(at))));
 }
 #include "attention_rows.inc"
 }  // namespace avx2
@@ -64,6 +71,10 @@ inline float sum(__m512 numbers) {
 inline Four sum_of_each(__m512 a, __m512 b, __m512 c, __m512 d) {
     const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(halves(a), halves(b)), _mm256_hadd_ps(halves(c), halves(d)));
     return _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1));
+}
+inline __m512 widened(const int8_t* at) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
+    return _mm512_maskz_cvtepi32_ps(0xFFFF, _mm512_maskz_cvtepi8_epi32(0xFFFF, bytes));
 }
 #include "attention_rows.inc"
 }  // namespace avx512

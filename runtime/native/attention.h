@@ -1,6 +1,6 @@
 // Attention over a cache that a step writes a part of: what `TensorScatter` and `Attention` of a step graph do over time,
-// in one pass over the memory, which bounds it. Numbers are float32, rows follow each other without gaps; sums are taken in
-// another order than a product of matrices would take them.
+// in one pass over the memory, which bounds it. Numbers are float32 but for rings of INT8, rows follow each other without
+// gaps; sums are taken in another order than a product of matrices would take them.
 #pragma once
 
 #include <cstddef>
@@ -12,13 +12,16 @@ namespace framestep {
 
 inline int64_t padded(int64_t slots) { return (slots + 15) / 16 * 16; }
 
-// One query for each row over a ring of keys and values; one stream's part.
+// One query for each row over a ring of keys and values, which hold float or int8_t; one stream's part.
+template <class Number>
 struct RingAttention {
     const float* query;      // [rows, width]
     const float* new_key;    // [rows, width]
     const float* new_value;  // [rows, width]
-    float* key;              // [rows, window, width], written in slot `slot`
-    float* value;            // [rows, window, width]
+    Number* key;             // [rows, window, width], written in slot `slot`
+    Number* value;           // [rows, window, width]
+    const float* key_scale;    // [rows], what an integer of a row stands for; of floats null
+    const float* value_scale;  // [rows]
     float* result;           // [rows, width]
     const uint8_t* visible;  // [window], not 0: the slots that the query attends to; none: the result is zero
     int64_t window;
@@ -77,7 +80,8 @@ inline size_t chunk_attention_scratch(int64_t slots, int64_t width) {
 
 // The kernels for one instruction set. `scratch` has room for as many floats as the function above says.
 struct AttentionKernels {
-    void (*ring)(const RingAttention&, int64_t first, int64_t stop, float* scratch);  // rows first..stop
+    void (*ring)(const RingAttention<float>&, int64_t first, int64_t stop, float* scratch);  // rows first..stop
+    void (*integer_ring)(const RingAttention<int8_t>&, int64_t first, int64_t stop, float* scratch);
     void (*cached)(const CachedAttention&, float* scratch);
     // Slots first..stop, multiples of 16, of keys [slots, width] into [padded(slots) / n, width, n], n slots side by side.
     void (*pack_keys)(const float* keys, int64_t slots, int64_t width, int64_t first, int64_t stop, float* out);

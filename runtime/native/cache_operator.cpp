@@ -50,7 +50,7 @@ void CacheKernel::compute(OrtKernelContext* context) const {
     auto* result = calls.data<float>(calls.output(context, RESULT, query));
     const int64_t numbers = streams * groups * slots * width;
     const auto updated = [&](Input past, Output present) {
-        return calls.updated(inputs[past], calls.output(context, present, cache), numbers);
+        return calls.updated<float>(inputs[past], calls.output(context, present, cache), numbers);
     };
     float* raw_keys = updated(PAST_RAW_KEY, RAW_KEY);
     float* keys = updated(PAST_KEY, KEY);

@@ -64,7 +64,7 @@ EngineChoice choose_bfloat16(const Bundle& bundle, const std::string& device, co
         throw Error(FS_ERROR_ENGINE, name + "needs AVX512-BF16, which this processor does not have; use 'onnxruntime'");
     }
     const Manifest& manifest = bundle.choose(precision == "auto" ? "fp32" : precision, "cpu");
-    if (manifest.precision != "fp32") {
+    if (manifest.precision != "fp32" && manifest.precision != "fp32+kv8") {
         throw Error(FS_ERROR_ENGINE, name + "computes precision fp32 in bfloat16, not '" + manifest.precision + "'");
     }
     return {BFLOAT16, "cpu", &manifest};
@@ -87,7 +87,9 @@ EngineChoice choose_engine(const Bundle& bundle, const std::string& engine, cons
     if (engine == BFLOAT16) return choose_bfloat16(bundle, device, precision);
     const std::string taken = device != "auto" ? device : onnxruntime_has_device(library, "cuda") ? "cuda" : "cpu";
     const Manifest& manifest = bundle.choose(precision, taken);
-    check_memory(bundle, manifest, "which ONNX Runtime would dequantize as a whole in every step");
+    if (engine == PLAIN || taken != "cpu") {
+        check_memory(bundle, manifest, "which ONNX Runtime would dequantize as a whole in every step");
+    }
     return {engine == PLAIN ? PLAIN : "onnxruntime", taken, &manifest};
 }
 

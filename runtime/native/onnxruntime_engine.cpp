@@ -190,6 +190,11 @@ public:
             const DerivedGraph derived = ours ? operators_->derive(bundle, manifest, *graph, options.engine == BFLOAT16)
                                               : DerivedGraph();
             own_operators_.push_back(derived.operators);
+            if (integer_states(*graph, manifest) > derived.integer_rings) {
+                throw Error(FS_ERROR_ENGINE, path + ": keeps its memory as INT8, which ONNX Runtime would dequantize as a whole"
+                                             " in every step: its attention is none that framestep has an operator for; use"
+                                             " the engine 'torch' or another precision");
+            }
             ort_.check(derived.model.empty()
                            ? ort_.CreateSession(ort_.env, path.c_str(), session.get(), sessions_.back().into())
                            : ort_.CreateSessionFromArray(ort_.env, derived.model.data(), derived.model.size(), session.get(),
@@ -523,6 +528,14 @@ private:
         ort_.check(ort_.BindInput(binding.get(), "x", to_device ? here.get() : there.get()), what);
         ort_.check(ort_.BindOutput(binding.get(), "y", to_device ? there.get() : here.get()), what);
         ort_.check(ort_.RunWithBinding(session, nullptr, binding.get()), what);
+    }
+
+    static size_t integer_states(const Graph& graph, const Manifest& manifest) {
+        return static_cast<size_t>(std::count_if(graph.states.begin(), graph.states.end(), [&](const StateUse& use) {
+            return std::any_of(manifest.states.begin(), manifest.states.end(), [&](const State& state) {
+                return state.name == use.state && state.dtype == FS_INT8;
+            });
+        }));
     }
 
     // Buffers are bound by the manifest alone: compare it with the graph.

@@ -7,6 +7,7 @@
 #include <exception>
 #include <new>
 #include <string>
+#include <type_traits>
 
 #include "onnx_graph.h"
 #include "ort_api.h"
@@ -110,9 +111,10 @@ public:
     }
 
     // The memory of an output that updates an input: the same where both are bound to one buffer, else a copy of it.
-    float* updated(const OrtValue* before, const OrtValue* after, int64_t count) const {
-        const auto* from = data<const float>(before);
-        auto* to = data<float>(after);
+    template <class Number>
+    Number* updated(const OrtValue* before, const OrtValue* after, int64_t count) const {
+        const auto* from = data<const Number>(before);
+        auto* to = data<Number>(after);
         if (to != from) std::copy_n(from, count, to);
         return to;
     }
@@ -144,9 +146,19 @@ OrtStatus* guarded(const Ort& ort, const char* name, const Call& call) {
 // The operator of a Kernel, which has
 //     Shared             what all kernels of a session read; it outlives them
 //     NAME, INPUTS, OUTPUTS (0: one or more)
-//     input_type(index)  an OrtElement; outputs are float32
+//     input_type(index)  an OrtElement; outputs are float32,
+//     output_type(index)  where it has that, what this says
 //     Kernel(const Ort&, const Shared*, const OrtKernelInfo*)
 //     void compute(OrtKernelContext*) const
+template <class Kernel, class = void>
+struct OutputsOf {
+    static OrtElement type(size_t) { return ORT_FLOAT; }
+};
+template <class Kernel>
+struct OutputsOf<Kernel, std::void_t<decltype(Kernel::output_type(0))>> {
+    static OrtElement type(size_t index) { return Kernel::output_type(index); }
+};
+
 template <class Kernel>
 OwnOperator<Kernel> own_operator(const Ort& ort, const typename Kernel::Shared* shared) {
     static constexpr int REQUIRED = 0, VARIADIC = 2;
@@ -159,7 +171,7 @@ OwnOperator<Kernel> own_operator(const Ort& ort, const typename Kernel::Shared* 
     made.GetInputTypeCount = [](const OrtCustomOp*) { return Kernel::INPUTS; };
     made.GetInputType = [](const OrtCustomOp*, size_t index) { return static_cast<int>(Kernel::input_type(index)); };
     made.GetOutputTypeCount = [](const OrtCustomOp*) { return std::max(Kernel::OUTPUTS, size_t{1}); };
-    made.GetOutputType = [](const OrtCustomOp*, size_t) -> int { return ORT_FLOAT; };
+    made.GetOutputType = [](const OrtCustomOp*, size_t index) { return static_cast<int>(OutputsOf<Kernel>::type(index)); };
     made.GetInputCharacteristic = [](const OrtCustomOp*, size_t) { return REQUIRED; };
     made.GetOutputCharacteristic = [](const OrtCustomOp*, size_t) { return Kernel::OUTPUTS == 0 ? VARIADIC : REQUIRED; };
     made.GetVariadicOutputMinArity = [](const OrtCustomOp*) { return 1; };

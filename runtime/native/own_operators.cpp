@@ -15,13 +15,13 @@
 namespace framestep {
 namespace {
 
-// The inputs of a graph that are float32 states of a kind, with one row in a slot.
-std::set<std::string> states_of(const Graph& graph, const Manifest& manifest, const std::string& kind) {
+// The inputs of a graph that are states of a kind and a type, with one row in a slot.
+std::set<std::string> states_of(const Graph& graph, const Manifest& manifest, const std::string& kind, fs_dtype dtype) {
     std::set<std::string> found;
     for (const StateUse& use : graph.states) {
         const auto state = std::find_if(manifest.states.begin(), manifest.states.end(),
                                         [&](const State& one) { return one.name == use.state; });
-        if (state->kind == kind && state->rows_per_slot == 1 && state->dtype == FS_FLOAT32) found.insert(use.input);
+        if (state->kind == kind && state->rows_per_slot == 1 && state->dtype == dtype) found.insert(use.input);
     }
     return found;
 }
@@ -152,7 +152,8 @@ private:
 
 struct OwnOperators::Impl {
     explicit Impl(const Ort& ort)
-        : ort(ort), ring(own_operator<RingKernel>(ort, nullptr)), cache(own_operator<CacheKernel>(ort, nullptr)),
+        : ort(ort), ring(own_operator<RingKernel<float>>(ort, nullptr)),
+          integer_ring(own_operator<RingKernel<int8_t>>(ort, nullptr)), cache(own_operator<CacheKernel>(ort, nullptr)),
           block_product(own_operator<BlockProductsKernel>(ort, &blocks.products)),
           float_product(own_operator<FloatProductsKernel>(ort, &float32.products)),
           bfloat16_product(own_operator<Bfloat16ProductsKernel>(ort, &bfloat16.products)),
@@ -163,7 +164,8 @@ struct OwnOperators::Impl {
     Packings<FloatMatrix> float32;
     Packings<Bfloat16Matrix> bfloat16;
     Packings<IntegerMatrix> integers;
-    OwnOperator<RingKernel> ring;
+    OwnOperator<RingKernel<float>> ring;
+    OwnOperator<RingKernel<int8_t>> integer_ring;
     OwnOperator<CacheKernel> cache;
     OwnOperator<BlockProductsKernel> block_product;
     OwnOperator<FloatProductsKernel> float_product;
@@ -175,8 +177,9 @@ struct OwnOperators::Impl {
 OwnOperators::OwnOperators(const Ort& ort) : impl_(std::make_unique<Impl>(ort)) {
     const std::string what = "ONNX Runtime could not take an operator";
     ort.check(ort.CreateCustomOpDomain(OWN_DOMAIN, &impl_->domain), what);
-    const OrtCustomOp* const all[] = {&impl_->ring,          &impl_->cache,            &impl_->block_product,
-                                      &impl_->float_product, &impl_->bfloat16_product, &impl_->integer_product};
+    const OrtCustomOp* const all[] = {&impl_->ring,          &impl_->integer_ring,  &impl_->cache,
+                                      &impl_->block_product, &impl_->float_product, &impl_->bfloat16_product,
+                                      &impl_->integer_product};
     for (const OrtCustomOp* own : all) ort.check(ort.CustomOpDomain_Add(impl_->domain, own), what);
 }
 
@@ -193,8 +196,12 @@ DerivedGraph OwnOperators::derive(const Bundle& bundle, const Manifest& manifest
     const std::string model = InputFile(path, FS_ERROR_BUNDLE).read_all();
     try {
         OnnxGraph onnx(model);
-        const size_t rings = takes_frames(graph) ? replace_ring_attention(onnx, states_of(graph, manifest, "ring")) : 0;
-        const size_t caches = replace_cached_attention(onnx, states_of(graph, manifest, "linear"));
+        ReplacedRings rings;
+        if (takes_frames(graph)) {
+            rings = replace_ring_attention(
+                onnx, {states_of(graph, manifest, "ring", FS_FLOAT32), states_of(graph, manifest, "ring", FS_INT8)});
+        }
+        const size_t caches = replace_cached_attention(onnx, states_of(graph, manifest, "linear", FS_FLOAT32));
         size_t products = 0;
         Constants constants(bundle.path);  // by the names that the manifest lists, as ONNX Runtime is told to
         if (fastest_block_kernels() != nullptr) {
@@ -208,7 +215,7 @@ DerivedGraph OwnOperators::derive(const Bundle& bundle, const Manifest& manifest
         } else if (float_kernels() != nullptr) {
             products += impl_->float32.add(replace_float_products(onnx, impl_->float32.products.size(), false), constants);
         }
-        return {onnx.write(), rings + caches + products};
+        return {onnx.write(), rings.floats + rings.integers + caches + products, 2 * rings.integers};
     } catch (const ProtobufDamaged&) {
         return {};  // ONNX Runtime says why
     }

@@ -13,6 +13,7 @@ namespace framestep {
 struct DerivedGraph {
     std::string model;     // the bytes of a file; "" where the bundle's graph is run as it is
     size_t operators = 0;  // rings, caches and products that operators of ours take
+    size_t integer_rings = 0;  // INT8 states that they read as they are
 };
 
 // Outlives the sessions that have it.

@@ -48,7 +48,7 @@ def test_json_and_every_option(golden_bundle, tmp_path, monkeypatch, capsys) -> 
         (["--video", "absent.mp4"], "absent.mp4: no such file"),
         (
             ["--video", SCENE, "--precision", "int4"],
-            "--precision: expected int8, fp16, fp16+int8, fp32+kv8, fp16+kv8, found 'int4'",
+            "--precision: expected int8, fp16, fp16+int8, int8+kv8, fp32+kv8, fp16+kv8, found 'int4'",
         ),
         (["--video", SCENE, "--method", "guess"], "--method: expected minmax, percentile, entropy, found 'guess'"),
         (["--video", SCENE, "--max-drop", "0.5"], "--max-drop: needs the truth about every frame"),

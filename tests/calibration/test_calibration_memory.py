@@ -1,4 +1,4 @@
-"""INT8 memory: scales by head, the torch engine over int8 rings, and who refuses it."""
+"""INT8 memory: scales by head, the engines over int8 rings, and who refuses it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import replace
 import golden
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ from framestep.runtime.errors import EngineError, StateError
 
 WINDOW = 16
 HEADS, HEAD_DIM = 4, 24
-MEMORY = ("fp32+kv8", "fp16+kv8")
+MEMORY = ("fp32+kv8", "fp16+kv8", "int8+kv8")
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +140,66 @@ def test_the_engine_is_plain_pytorch_with_rounded_keys_and_values(calibrated, fr
     assert np.abs(found - golden.load()["window_last_hidden_state"]).max() > 1e-3  # rounding does show
 
 
+def run_graph(path, frames: np.ndarray, precision: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Features of the bundle's graph by ONNX Runtime's own operators, its states passed by hand; and the last states."""
+    bundle = Bundle.open(path)
+    graph = bundle.manifest.at(precision).graphs["backbone"]
+    session = onnxruntime.InferenceSession(str(bundle.file(graph.file)), providers=["CPUExecutionProvider"])
+    states = {
+        item.name: np.zeros([1, *item.shape[1:]], np.int8) for item in session.get_inputs() if "past" in item.name
+    }
+    outputs = ["features", *(use.output for use in graph.states)]
+    features = []
+    for index, frame in enumerate(frames):
+        fed = {"frame": frame[None], "position": np.array([index], np.int64)}
+        found, *after = session.run(outputs, fed | states)
+        states = {use.input: state for use, state in zip(graph.states, after, strict=True)}
+        features.append(found[0])
+    return np.stack(features), {use.state: states[use.input][0] for use in graph.states}
+
+
+@pytest.mark.parametrize("precision", ["fp32+kv8", "int8+kv8"])
+def test_on_a_cpu_the_session_does_what_the_graphs_own_operators_do(calibrated, frames, precision) -> None:
+    frames = frames[: 2 * WINDOW + 3]
+    expected, memory = run_graph(calibrated[0], frames, precision)
+    with framestep.load(calibrated[0], device="cpu", precision=precision, streams=3) as session:
+        assert session.engine_choice.startswith("onnxruntime on cpu")
+        other, stream = session.open_stream(), session.open_stream()
+        found = []
+        for index, frame in enumerate(frames):
+            both = {stream: frame, other: frames[-1]} if index % 5 == 2 else {stream: frame}
+            found.append(session.step(both)[stream]["features"])
+        held = {name: session._engine.read_state(name, stream.slot) for name in memory}
+    # sums in another order round to the other side now and then: one of 255 steps of a key, and more behind INT8 layers
+    limit = {"fp32+kv8": 1e-4, "int8+kv8": 2e-2}[precision]
+    assert np.linalg.norm(np.stack(found) - expected) <= limit * np.linalg.norm(expected)
+    for name, state in memory.items():
+        assert held[name].dtype == np.int8 and state.shape == held[name].shape
+        apart = np.abs(held[name].astype(int) - state)
+        most, share = (1, 1e-3) if precision == "fp32+kv8" else (8, 0.5)
+        assert apart.max() <= most and (apart != 0).mean() <= share, (apart.max(), (apart != 0).mean())
+        assert np.abs(state).max() > 30  # the memory is used
+
+
+def test_a_state_of_int8_goes_from_one_engine_to_the_other(calibrated, frames, tmp_path) -> None:
+    file = tmp_path / "stream.state"
+
+    def load(engine: str):
+        return framestep.load(calibrated[0], engine=engine, device="cpu", precision="fp32+kv8")
+
+    for begins, goes_on in (("torch", "onnxruntime"), ("onnxruntime", "torch")):
+        with load(begins) as session, session.open_stream() as stream:
+            for frame in frames[:20]:
+                stream.step(frame)
+            stream.save_state(file)
+            expected = stream.step(frames[20])["features"]
+        with load(goes_on) as session, session.open_stream() as stream:
+            stream.load_state(file)
+            assert stream.position == 20
+            found = stream.step(frames[20])["features"]
+        assert np.linalg.norm(found - expected) <= 1e-4 * np.linalg.norm(expected)
+
+
 @pytest.mark.parametrize(("precision", "limit"), [("fp32+kv8", 1e-4), ("fp16+kv8", 4e-3)])
 def test_the_graph_computes_the_same_by_its_own_operators(calibrated, frames, tmp_path, precision, limit) -> None:
     copy = tmp_path / "disguised.bundle"
@@ -189,7 +250,7 @@ def test_state_takes_a_quarter_of_float_and_the_weights_are_shared_with_fp16(cal
     }
     assert {item.reference_state_bytes for item in report.accuracy} == {sizes["fp32"]}
     weights = {name for name in Bundle.open(path).manifest.files if name.endswith(".bin")}
-    assert weights == {"backbone.bin", "fp16.bin", "fp32.bin"}
+    assert weights == {"backbone.bin", "fp16.bin", "fp32.bin", "int8.bin"}
     assert "| fp16+kv8 |" in (path / "report.md").read_text()
 
 
@@ -224,9 +285,14 @@ def test_a_saved_state_is_int8_and_fits_its_own_precision_alone(calibrated, fram
 def test_other_engines_refuse_it_with_their_reason(calibrated) -> None:
     path = calibrated[0]
     with pytest.raises(
-        EngineError, match=r"'fp16\+kv8' keeps its memory as INT8.* dequantize the whole memory in ever"
+        EngineError, match=r"'fp16\+kv8' keeps its memory as INT8.*: on a CPU it reads INT8 beside float32 alone"
     ):
         framestep.load(path, engine="onnxruntime", device="cpu", precision="fp16+kv8")
+    for engine, device in (("onnxruntime:plain", "cpu"), ("onnxruntime", "cuda")):
+        with pytest.raises(
+            EngineError, match=r"'int8\+kv8' keeps its memory as INT8.* dequantize the whole memory in ever"
+        ):
+            framestep.load(path, engine=engine, device=device, precision="int8+kv8")
     manifest = Bundle.open(path).manifest
     for refuse in (
         lambda: choose_engine(manifest, "tensorrt", "auto", "fp32+kv8"),
@@ -242,8 +308,8 @@ def test_auto_takes_it_only_where_there_is_nothing_else(calibrated) -> None:
     with framestep.load(path, device="cpu") as session:
         assert session.precision == "fp32"
         assert session.engine_choice.startswith("onnxruntime")
-    with framestep.load(path, device="cpu", precision="fp32+kv8") as session:
-        assert session.engine_choice == "torch on cpu (no other engine runs INT8 memory), fp32+kv8"
+    with framestep.load(path, device="cpu", precision="fp16+kv8") as session:
+        assert session.engine_choice == "torch on cpu (no other engine runs INT8 memory), fp16+kv8"
     manifest = Bundle.open(path).manifest
     assert choose_precision(manifest, "auto", "cuda", "torch") == "fp16"
     alone = manifest.at("fp16+kv8")
@@ -251,6 +317,9 @@ def test_auto_takes_it_only_where_there_is_nothing_else(calibrated) -> None:
     assert choose_precision(alone, "auto", "cpu", "torch") == "fp16+kv8"
     with pytest.raises(EngineError, match="use the engine 'torch'$"):
         choose_precision(alone, "auto", "cpu", "onnxruntime")
+    for integers in (manifest.at("int8+kv8"), manifest.at("fp32+kv8")):
+        assert choose_engine(integers, "auto", "cpu").engine == "onnxruntime"
+        assert choose_precision(integers, "auto", "cpu", "onnxruntime") == integers.precision
 
 
 @pytest.fixture

@@ -18,9 +18,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from native_parts import ROOT, Parts
 
+from framestep.calibration.memory import quantize_memory
 from framestep.export.block_quantize import dequantize_blocks, quantize_blocks, to_onnx
 from framestep.export.decoder_checkpoint import read_decoder_checkpoint
 from framestep.export.decoder_export import DecoderOptions, export_decoder
+from framestep.runtime.bundle import Bundle
 
 STEPS = ROOT / "tests" / "data" / "steps.bundle"
 SIMD = ["baseline", "avx2", "avx512"]
@@ -105,6 +107,82 @@ def test_ring_attention_is_that_of_float64_and_writes_one_slot(
     np.testing.assert_allclose(result, expected, rtol=0, atol=2e-6 * (5 + largest))
     np.testing.assert_array_equal(arrays["key"], key)
     np.testing.assert_array_equal(arrays["value"], value)
+
+
+def integer_rings(seed: int, rows: int, window: int, width: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    arrays = ring_inputs(seed, rows, window, width)
+    for name in ("key", "value"):
+        arrays[name] = rng.integers(-128, 128, (rows, window, width), np.int8)
+        arrays[f"{name}_scale"] = rng.uniform(0.001, 0.05, rows).astype(np.float32)
+    return arrays
+
+
+def integer_ring_attention(
+    parts: Parts, simd: int, arrays: dict[str, np.ndarray], visible: np.ndarray, slot: int, scale: float
+) -> np.ndarray:
+    result = np.full_like(arrays["query"], np.nan)
+    rows, window, width = arrays["key"].shape
+    names = ("query", "new_key", "new_value", "key", "value", "key_scale", "value_scale")
+    given_arrays = pointers(*(arrays[name] for name in names), result, visible)
+    parts.library.parts_integer_ring_attention(
+        simd, *given_arrays, *sizes(rows, window, width, slot), ctypes.c_float(scale)
+    )
+    return result
+
+
+def quantized(x: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """As ONNX defines QuantizeLinear without a zero point."""
+    return np.clip(np.rint(x / scales[:, None]), -128, 127).astype(np.int8)
+
+
+@pytest.mark.parametrize("simd", SIMD)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    rows=st.integers(1, 5),
+    window=st.integers(1, 70),
+    width=st.integers(1, 140),
+    scale=st.floats(0.01, 3),
+)
+@hypothesis_settings
+def test_attention_over_a_ring_of_integers_is_that_of_float64_and_writes_one_slot(
+    parts: Parts, simd: str, seed: int, rows: int, window: int, width: int, scale: float
+) -> None:
+    arrays = integer_rings(seed, rows, window, width)
+    rng = np.random.default_rng(seed + 1)
+    visible = rng.random(window) < 0.7
+    slot = int(rng.integers(window))
+    visible[slot] = True
+    key, value = arrays["key"].copy(), arrays["value"].copy()
+    key[:, slot] = quantized(arrays["new_key"], arrays["key_scale"])
+    value[:, slot] = quantized(arrays["new_value"], arrays["value_scale"])
+
+    result = integer_ring_attention(parts, simd_of(parts, simd), arrays, some_byte(visible, seed), slot, scale)
+
+    keys = key[:, visible] * arrays["key_scale"][:, None, None].astype(np.float64)
+    values = value[:, visible] * arrays["value_scale"][:, None, None].astype(np.float64)
+    scores = scale * np.einsum("rd,rwd->rw", arrays["query"], keys)
+    expected = np.einsum("rw,rwd->rd", softmax(scores), values)
+    sums = scale * np.einsum("rd,rwd->rw", np.abs(arrays["query"]), np.abs(keys))  # what rounding goes by
+    np.testing.assert_allclose(result, expected, rtol=0, atol=4e-6 * (5 + sums.max()))
+    np.testing.assert_array_equal(arrays["key"], key)
+    np.testing.assert_array_equal(arrays["value"], value)
+
+
+@pytest.mark.parametrize("simd", SIMD)
+def test_what_a_ring_of_integers_is_given_is_rounded_half_to_even_and_held_in_its_range(
+    parts: Parts, simd: str
+) -> None:
+    x = np.array(
+        [0.5, 1.5, 2.5, -0.5, -1.5, 126.5, 127.4, 127.6, 3e38, np.inf, -127.5, -128.4, -129, -3e38, -np.inf, 0]
+    )
+    arrays = integer_rings(0, 1, 2, len(x))
+    arrays["new_key"][:] = arrays["new_value"][:] = x * 0.25
+    arrays["key_scale"][:] = arrays["value_scale"][:] = 0.25
+    integer_ring_attention(parts, simd_of(parts, simd), arrays, np.ones(2, bool), 1, 1.0)
+    expected = [0, 2, 2, 0, -2, 126, 127, 127, 127, 127, -128, -128, -128, -128, -128, 0]
+    np.testing.assert_array_equal(arrays["key"][0, 1], expected)
+    np.testing.assert_array_equal(arrays["value"][0, 1], expected)
 
 
 def test_ring_attention_without_a_visible_slot_is_zero(parts: Parts) -> None:
@@ -537,6 +615,63 @@ def test_a_ring_that_is_used_otherwise_keeps_its_nodes(
     change(backbone)
     derived = derive(parts, backbone, tmp_path)
     assert derived is not None and operators(derived)["RingAttention"] == before - 1
+
+
+@pytest.fixture
+def remembering_integers(backbone: onnx.ModelProto) -> onnx.ModelProto:
+    """The backbone with its rings as INT8."""
+    uses = Bundle.open(STEPS).manifest.at("fp32").graphs["backbone"].states
+    quantize_memory(backbone, uses, {use.state: np.full(2, 0.02, np.float32) for use in uses})
+    return backbone
+
+
+def test_rings_of_integers_become_one_node_with_their_scales(
+    parts: Parts, tmp_path: Path, remembering_integers: onnx.ModelProto
+) -> None:
+    model = remembering_integers
+    layers = operators(model)["TensorScatter"] // 2
+    derived = derive(parts, model, tmp_path)
+    assert derived is not None
+    found = operators(derived)
+    assert found["IntegerRingAttention"] == layers > 0
+    assert not {"TensorScatter", "QuantizeLinear", "DequantizeLinear", "RingAttention"} & found.keys()
+    scales = {node.input[1] for node in model.graph.node if node.op_type == "QuantizeLinear"}
+    assert {name for node in derived.graph.node if "Ring" in node.op_type for name in node.input[7:]} == scales
+    assert derived.graph.input == model.graph.input and derived.graph.output == model.graph.output
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: set_attribute(first(model, "QuantizeLinear"), "axis", 2),
+        lambda model: set_attribute(first(model, "QuantizeLinear"), "output_dtype", onnx.TensorProto.UINT8),
+        lambda model: set_attribute(first(model, "DequantizeLinear"), "axis", 3),
+        lambda model: set_attribute(first(model, "DequantizeLinear"), "block_size", 2),
+        lambda model: first(model, "DequantizeLinear").input.append("zero"),
+        lambda model: first(model, "DequantizeLinear").input.__setitem__(1, "another"),
+        lambda model: read_elsewhere(model, first(model, "TensorScatter").output[0]),
+        lambda model: read_elsewhere(model, first(model, "DequantizeLinear").output[0]),
+        lambda model: read_elsewhere(model, first(model, "QuantizeLinear").output[0]),
+    ],
+    ids=[
+        "axis",
+        "bytes",
+        "axis of reading",
+        "blocks",
+        "zero point",
+        "scale",
+        "ring read",
+        "floats read",
+        "integers read",
+    ],
+)
+def test_a_ring_of_integers_that_is_used_otherwise_keeps_its_nodes(
+    parts: Parts, tmp_path: Path, remembering_integers: onnx.ModelProto, change: Any
+) -> None:
+    before = operators(remembering_integers)["TensorScatter"] // 2
+    change(remembering_integers)
+    derived = derive(parts, remembering_integers, tmp_path)
+    assert derived is not None and operators(derived)["IntegerRingAttention"] == before - 1
 
 
 def test_a_graph_without_rings_is_left_as_it_is(parts: Parts, tmp_path: Path, backbone: onnx.ModelProto) -> None:

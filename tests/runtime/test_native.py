@@ -659,10 +659,18 @@ def test_auto_takes_no_int8_memory_where_there_is_other(native, other):
     ],
 )
 def test_int8_memory_is_refused_with_the_reason(native, others, precision, advice):
-    opened = native.try_open(BUNDLE, manifest=with_int8_memory(*others), precision=precision)
+    opened = native.try_open(
+        BUNDLE, manifest=with_int8_memory(*others), precision=precision, engine="onnxruntime:plain"
+    )
     assert opened == ("FS_ERROR_ENGINE", 0)
     assert "'fp32+kv8' keeps its memory as INT8, which ONNX Runtime would dequantize" in native.error()
     assert native.error().endswith(advice)
+
+
+def test_int8_memory_that_no_operator_reads_is_refused(native):
+    opened = native.try_open(BUNDLE, manifest=with_int8_memory("fp32"), precision="fp32+kv8")  # the graph's is float32
+    assert opened == ("FS_ERROR_ENGINE", 0)
+    assert "keeps its memory as INT8" in native.error() and "none that framestep has an operator for" in native.error()
 
 
 def test_the_tensorrt_engine_needs_its_headers_at_build_time_or_a_gpu(native):

@@ -15,7 +15,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     std::string derived;
     try {
         OnnxGraph graph({reinterpret_cast<const char*>(data), size});
-        replace_ring_attention(graph, rings);
+        replace_ring_attention(graph, {rings, rings});
         replace_cached_attention(graph, caches);
         replace_block_products(graph, 0);
         replace_integer_products(graph, 0);

@@ -175,9 +175,21 @@ void parts_ring_attention(int simd, const float* query, const float* new_key, co
                           float* value, float* result, const uint8_t* visible, int64_t rows, int64_t window, int64_t width,
                           int64_t slot, float scale) {
     std::vector<float> scratch(ring_attention_scratch(window));
-    const RingAttention ring = {query, new_key, new_value, key, value, result, visible, window, width, slot, scale};
+    const RingAttention<float> ring = {query,  new_key, new_value, key,   value, nullptr, nullptr,
+                                       result, visible, window,    width, slot,  scale};
     attention_with(static_cast<Simd>(simd)).ring(ring, 0, rows / 2, scratch.data());
     attention_with(static_cast<Simd>(simd)).ring(ring, rows / 2, rows, scratch.data());
+}
+
+void parts_integer_ring_attention(int simd, const float* query, const float* new_key, const float* new_value, int8_t* key,
+                                  int8_t* value, const float* key_scale, const float* value_scale, float* result,
+                                  const uint8_t* visible, int64_t rows, int64_t window, int64_t width, int64_t slot,
+                                  float scale) {
+    std::vector<float> scratch(ring_attention_scratch(window));
+    const RingAttention<int8_t> ring = {query,  new_key, new_value, key,   value, key_scale, value_scale,
+                                        result, visible, window,    width, slot,  scale};
+    attention_with(static_cast<Simd>(simd)).integer_ring(ring, 0, rows / 2, scratch.data());
+    attention_with(static_cast<Simd>(simd)).integer_ring(ring, rows / 2, rows, scratch.data());
 }
 
 void parts_cached_attention(int simd, const float* query, const float* cosines, const float* sines, const float* key,
@@ -273,7 +285,7 @@ int parts_kernel_without_memory(char** text) {
     });
 }
 
-// Writes the derived graph to `out`; the text is "none" where there is none. `rings`, `caches` and `products` (those of
+// Writes the derived graph to `out`; the text is "none" where there is none. `rings` (of floats or integers), `caches` and `products` (those of
 // "integers" and "floats", beside those of blocks) are separated by commas.
 int parts_derived_graph(const char* path, const char* rings, const char* caches, const char* products, const char* out,
                         char** text) {
@@ -290,7 +302,7 @@ int parts_derived_graph(const char* path, const char* rings, const char* caches,
         const std::string model = InputFile(path, FS_ERROR_BUNDLE).read_all();
         try {
             OnnxGraph graph(model);
-            replace_ring_attention(graph, names(rings));
+            replace_ring_attention(graph, {names(rings), names(rings)});
             replace_cached_attention(graph, names(caches));
             replace_block_products(graph, 0);
             if (names(products).count("integers") != 0) replace_integer_products(graph, 0);
