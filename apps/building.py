@@ -15,6 +15,7 @@ from ..runtime.bundle import Bundle
 from ..runtime.counted import counted
 from ..runtime.errors import EngineError
 from ..runtime.schema import to_json
+from .stopping import Stopping, stop_on_signals
 
 MIB = 1 << 20
 MOST_WORKSPACE = 1 << 30  # MiB; TensorRT counts bytes in 64 bits
@@ -63,8 +64,10 @@ def build(arguments: BuildArguments, quiet: bool) -> dict[str, Any]:
     )
     if arguments.workspace is not None and arguments.workspace > MOST_WORKSPACE:
         raise EngineError(f"--workspace: expected at most {MOST_WORKSPACE} MiB, found {arguments.workspace}")
-    with BuildBar(quiet) as bar:
+    # A signal that is raised while TensorRT calls back, be it to log a line, is lost in there: it waits for the bar.
+    with stop_on_signals() as stopping, BuildBar(quiet, stopping) as bar:
         _, report = build_engines(Bundle.open(arguments.bundle), options, bar)
+        stopping.obey()
     facts: dict[str, Any] = to_json(report)
     facts["bytes_per_stream"] = report.bytes_per_stream
     return facts
@@ -107,9 +110,13 @@ def as_text(facts: dict[str, Any]) -> str:
 
 
 class BuildBar:
-    """TensorRT's own phases as bars on a terminal; a line a graph in a log; nothing for machines. On standard error."""
+    """TensorRT's own phases as bars on a terminal; a line a graph in a log; nothing for machines. On standard error.
 
-    def __init__(self, quiet: bool) -> None:
+    It ends the build, by the signal's usual effect, where `stopping` was asked.
+    """
+
+    def __init__(self, quiet: bool, stopping: Stopping) -> None:
+        self._stopping = stopping
         self._console = Console(stderr=True, quiet=quiet)
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -130,16 +137,19 @@ class BuildBar:
         self._bar.stop()
 
     def graph(self, name: str) -> None:
+        self._stopping.obey()
         for phase in list(self._phases):
             self.finish(phase)
         self._console.print(f"building {name}", highlight=False)
 
     def start(self, phase: str, parent: str | None, steps: int) -> None:
+        self._stopping.obey()
         # TensorRT starts some phases several times over: they share a bar
         if phase not in self._phases and len(self._phases) < MOST_PHASES:
             self._phases[phase] = self._bar.add_task(phase, total=steps)
 
     def step(self, phase: str, done: int) -> None:
+        self._stopping.obey()
         if phase in self._phases:
             self._bar.update(self._phases[phase], completed=done)
 

@@ -8,7 +8,6 @@ import importlib.util
 import os
 import platform
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -64,9 +63,7 @@ def examine() -> list[Finding]:
         for look in looks:
             if not stopping.asked:
                 findings.append(_finding(look))
-    if stopping.number is not None:
-        signal.raise_signal(stopping.number)
-        raise KeyboardInterrupt  # the signal is ignored here, as in the background of a script
+    stopping.obey()
     return findings
 
 

@@ -28,6 +28,12 @@ class Stopping:
         if self.then is not None:
             self.then()
 
+    def obey(self) -> None:
+        """Give the signal that asked, if one did, its usual effect."""
+        if self.number is not None:
+            signal.raise_signal(self.number)
+            raise KeyboardInterrupt  # it is ignored here, as in the background of a script
+
 
 @contextmanager
 def stop_on_signals(then: Callable[[], None] | None = None) -> Iterator[Stopping]:

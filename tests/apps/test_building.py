@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import sys
 
 import pytest
@@ -12,6 +13,8 @@ from command_line import main
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
 
 from framestep.apps.building import BuildBar
+from framestep.apps.stopping import Stopping
+from framestep.export import tensorrt_network
 from framestep.runtime.bundle import Bundle
 
 
@@ -53,6 +56,33 @@ def test_bad_options_are_one_line(golden_bundle, monkeypatch, capsys, options, m
     assert message in told.err
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_comes_while_tensorrt_logs_ends_the_build(
+    golden_bundle, tmp_path, monkeypatch, capsys, number
+) -> None:
+    path = shutil.copytree(golden_bundle, tmp_path / "golden.bundle")
+    spoken = tensorrt_network.Messages
+
+    class Interrupted(spoken):
+        def __init__(self, package) -> None:
+            super().__init__(package)
+            log, said = type(self.logger).log, []
+
+            def log_and_interrupt(logger, severity, message) -> None:
+                if not said:
+                    said.append(message)
+                    signal.raise_signal(number)
+                log(logger, severity, message)
+
+            type(self.logger).log = log_and_interrupt
+
+    monkeypatch.setattr(tensorrt_network, "Messages", Interrupted)
+    options = ["--precision", "fp32", "--compute-capability", "8.6", "--flavour", "tensorrt_rtx"]
+    assert main(monkeypatch, "build", path, *options) == (130 if number == signal.SIGINT else 128 + number)
+    assert "Exception" not in capsys.readouterr().err
+    assert not Bundle.open(path).manifest.engines
+
+
 def test_run_without_a_gpu_is_one_line(golden_bundle, monkeypatch, capsys) -> None:
     for name in ("pycuda", "pycuda.driver"):
         monkeypatch.setitem(sys.modules, name, None)
@@ -63,7 +93,7 @@ def test_run_without_a_gpu_is_one_line(golden_bundle, monkeypatch, capsys) -> No
 
 
 def test_the_bar_shows_the_outer_phases(monkeypatch) -> None:
-    with BuildBar(quiet=True) as bar:
+    with BuildBar(True, Stopping()) as bar:
         bar.graph("backbone")
         bar.start("Building engine", None, 6)
         bar.start("Optimizing", "Building engine", 30)
