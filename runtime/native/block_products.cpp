@@ -6,6 +6,8 @@
 #include <immintrin.h>
 #endif
 
+#include "processor.h"
+
 namespace framestep {
 namespace {
 
@@ -201,13 +203,8 @@ inline void store(float* at, Floats numbers) { _mm512_storeu_ps(at, numbers); }
 #endif
 
 const BlockKernels* block_kernels_with(BlockSimd simd) {
-    if (simd == BlockSimd::avx2) {
-        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? &avx2::kernels : nullptr;
-    }
-    const bool has = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                     __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                     __builtin_cpu_supports("avx512vnni");
-    return has ? &avx512_vnni::kernels : nullptr;
+    if (simd == BlockSimd::avx2) return has_avx2() ? &avx2::kernels : nullptr;
+    return has_avx512_vnni() ? &avx512_vnni::kernels : nullptr;
 }
 
 #else

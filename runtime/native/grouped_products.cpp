@@ -7,6 +7,8 @@
 #include <immintrin.h>
 #endif
 
+#include "processor.h"
+
 namespace framestep {
 namespace {
 
@@ -30,21 +32,30 @@ inline void put(const char* number, uint16_t* to) {
 }  // namespace
 
 template <class Number, int64_t INPUTS>
-GroupedMatrix<Number, INPUTS>::GroupedMatrix(std::string_view matrix, int64_t inputs, int64_t outputs,
+GroupedMatrix<Number, INPUTS>::GroupedMatrix(std::string_view matrix, int64_t inputs, int64_t outputs, bool transposed,
                                                const Epilogue& epilogue)
     : inputs_(inputs), outputs_(outputs), data_(static_cast<size_t>(groups()) * group_bytes()),
       bias_(static_cast<size_t>(groups() * GROUP)), gelu_(epilogue.gelu) {
-    // along the rows of the matrix, which lie on disk
     constexpr size_t SIZE = sizeof(Number) == 1 ? 1 : sizeof(float);  // of its numbers there
     const size_t step = group_bytes() / sizeof(Number);
+    const int64_t to_next_input = transposed ? 1 : outputs, to_next_output = transposed ? inputs : 1;
     auto* const all = reinterpret_cast<Number*>(data_.data());
-    for (int64_t input = 0; input < padded(inputs); ++input) {
-        const char* row = matrix.data() + static_cast<size_t>(input * outputs) * SIZE;
-        for (int64_t index = 0; index < groups(); ++index) {
-            Number* to = all + static_cast<size_t>(index) * step + input / INPUTS * INPUTS * GROUP + input % INPUTS;
-            const int64_t count = input < inputs ? std::min(GROUP, outputs - index * GROUP) : 0;
-            for (int64_t one = 0; one < count; ++one) put(row + static_cast<size_t>(index * GROUP + one) * SIZE, to + INPUTS * one);
-            for (int64_t one = count; one < GROUP; ++one) to[INPUTS * one] = 0;
+    const auto pack = [&](int64_t input, int64_t index) {
+        const char* from = matrix.data() + static_cast<size_t>(input * to_next_input + index * GROUP * to_next_output) * SIZE;
+        Number* to = all + static_cast<size_t>(index) * step + input / INPUTS * INPUTS * GROUP + input % INPUTS;
+        const int64_t count = input < inputs ? std::min(GROUP, outputs - index * GROUP) : 0;
+        for (int64_t one = 0; one < count; ++one) put(from + static_cast<size_t>(one * to_next_output) * SIZE, to + INPUTS * one);
+        for (int64_t one = count; one < GROUP; ++one) to[INPUTS * one] = 0;
+    };
+    // along the rows of the matrix, which lie on disk; of the transposed one, along as many as a group has
+    const int64_t rows = transposed ? groups() : padded(inputs), columns = transposed ? padded(inputs) : groups();
+    for (int64_t row = 0; row < rows; ++row) {
+        for (int64_t column = 0; column < columns; ++column) {
+            if (transposed) {
+                pack(column, row);
+            } else {
+                pack(row, column);
+            }
         }
     }
     if (epilogue.bias != nullptr) std::copy_n(epilogue.bias, outputs, bias_.begin());
@@ -56,7 +67,7 @@ template class GroupedMatrix<int8_t, 4>;
 
 IntegerMatrix::IntegerMatrix(std::string_view matrix, int64_t inputs, int64_t outputs, float input_scale, const float* scales,
                              const Epilogue& epilogue)
-    : GroupedMatrix(matrix, inputs, outputs, epilogue), input_scale_(input_scale),
+    : GroupedMatrix(matrix, inputs, outputs, false, epilogue), input_scale_(input_scale),
       scales_(static_cast<size_t>(groups() * GROUP)), starts_(scales_.size()) {
     std::transform(scales, scales + outputs, scales_.begin(), [&](float scale) { return scale * input_scale; });
     for (int64_t input = 0; input < inputs; ++input) {
@@ -210,21 +221,11 @@ constexpr ProductKernels<Matrix> kernels = {round, multiply};
 #pragma GCC pop_options
 #endif
 
-const ProductKernels<FloatMatrix>* float_kernels() {
-    return __builtin_cpu_supports("avx512f") ? &in_float32::kernels : nullptr;
-}
+const ProductKernels<FloatMatrix>* float_kernels() { return has_avx512f() ? &in_float32::kernels : nullptr; }
 
-const ProductKernels<Bfloat16Matrix>* bfloat16_kernels() {
-    const bool has = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                     __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16");
-    return has ? &in_bfloat16::kernels : nullptr;
-}
+const ProductKernels<Bfloat16Matrix>* bfloat16_kernels() { return has_avx512_bf16() ? &in_bfloat16::kernels : nullptr; }
 
-const ProductKernels<IntegerMatrix>* integer_kernels() {
-    const bool has = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                     __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
-    return has ? &in_int8::kernels : nullptr;
-}
+const ProductKernels<IntegerMatrix>* integer_kernels() { return has_avx512_vnni() ? &in_int8::kernels : nullptr; }
 
 #else
 

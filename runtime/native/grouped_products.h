@@ -27,8 +27,8 @@ public:
     using Number = Its;
     static constexpr int64_t GROUP = 48, TOGETHER = 1;  // groups that are multiplied together
 
-    // `matrix` are the bytes of INT8 or else float32 [inputs, outputs], wherever they lie.
-    GroupedMatrix(std::string_view matrix, int64_t inputs, int64_t outputs, const Epilogue& epilogue);
+    // `matrix` are the bytes of INT8 or else float32 [inputs, outputs], or `transposed`, wherever they lie.
+    GroupedMatrix(std::string_view matrix, int64_t inputs, int64_t outputs, bool transposed, const Epilogue& epilogue);
 
     int64_t inputs() const { return inputs_; }
     int64_t outputs() const { return outputs_; }

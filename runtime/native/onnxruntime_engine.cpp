@@ -204,8 +204,8 @@ public:
         }
         if (options.engine == BFLOAT16 && !operators_->has_bfloat16()) {
             throw Error(FS_ERROR_ENGINE, bundle.path.string() + ": has nothing that the engine '" + BFLOAT16 +
-                                             "' computes in bfloat16, which is MatMul with a constant matrix of float32; use"
-                                             " the engine 'onnxruntime'");
+                                             "' computes in bfloat16, which is MatMul or Gemm with a constant matrix of"
+                                             " float32; use the engine 'onnxruntime'");
         }
         if (cuda) {
             ort_.check(ort_.CreateMemoryInfo("Cuda", ORT_DEVICE_ALLOCATOR, 0, ORT_MEMORY_DEFAULT, device_info_.into()),

@@ -80,7 +80,7 @@ template <class Matrix>
 std::shared_ptr<const Matrix> pack(const ConstantProduct& product, Constants& constants) {
     const std::vector<float> bias = floats(product.bias, product.outputs, constants);
     return std::make_shared<const Matrix>(constants.bytes(product.matrix, numbers(product) * sizeof(float)), product.inputs,
-                                          product.outputs, epilogue(product, bias));
+                                          product.outputs, product.transposed, epilogue(product, bias));
 }
 
 template <>
@@ -131,7 +131,7 @@ public:
 private:
     // Where the constants of a matrix lie, and how they are to be read; graphs that say the same share one.
     using Place = std::pair<std::string, uint64_t>;
-    using Stored = std::tuple<Place, Place, Place, int64_t, int64_t, int64_t, int, bool, float>;
+    using Stored = std::tuple<Place, Place, Place, int64_t, int64_t, bool, int64_t, int, bool, float>;
 
     std::shared_ptr<const Matrix> one(const ConstantProduct& product, Constants& constants) {
         const OnnxTensor scales = product.scales.value_or(OnnxTensor()), bias = product.bias.value_or(OnnxTensor());
@@ -140,7 +140,7 @@ private:
         }
         const auto place = [](const OnnxTensor& tensor) { return Place(tensor.location, tensor.offset); };
         auto& matrix = matrices_[{place(product.matrix), place(scales), place(bias), product.inputs, product.outputs,
-                                  product.block, product.bits, product.gelu, product.input_scale}];
+                                  product.transposed, product.block, product.bits, product.gelu, product.input_scale}];
         if (matrix == nullptr) matrix = pack<Matrix>(product, constants);
         return matrix;
     }

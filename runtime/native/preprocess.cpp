@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "error.h"
+#include "processor.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -392,10 +393,7 @@ struct Preprocess::Impl {
 
 Simd fastest_simd() {
 #if defined(__x86_64__)
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    if (avx2) return avx512 ? Simd::avx512 : Simd::avx2;
+    if (has_avx2()) return has_avx512() ? Simd::avx512 : Simd::avx2;
 #endif
     return Simd::baseline;
 }

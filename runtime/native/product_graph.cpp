@@ -33,6 +33,7 @@ bool has_size(const ConstantProduct& what) {
 
 // The product, or nothing where the node is none of those that are replaced.
 std::optional<Place> block_place(const OnnxGraph& graph, const OnnxNode& product) {
+    if (!product.is("MatMul", 2)) return std::nullopt;
     const OnnxNode* dequantizer = graph.producer(product.inputs[1]);
     if (dequantizer == nullptr || !dequantizer->is("DequantizeLinear", 2) || !graph.is_between(product.inputs[1]) ||
         dequantizer->integer("axis") != 0 || !dequantizer->has_only({"axis", "block_size"})) {
@@ -56,16 +57,32 @@ std::optional<Place> block_place(const OnnxGraph& graph, const OnnxNode& product
     return place;
 }
 
+// The constant [outputs], where it is one.
+std::optional<OnnxTensor> bias_of(const OnnxGraph& graph, Text name, const ConstantProduct& what) {
+    auto bias = graph.constant(name);
+    const bool fits = bias && bias->is(OnnxType::float32) && bias->shape == std::vector<int64_t>{what.outputs};
+    return fits ? bias : std::nullopt;
+}
+
 std::optional<Place> float_place(const OnnxGraph& graph, const OnnxNode& product) {
+    const bool biased = product.is("Gemm", 3);
+    const bool plain = product.is("MatMul", 2) || ((biased || product.is("Gemm", 2)) && product.has_only({"transB"}));
+    if (!plain) return std::nullopt;
     auto matrix = graph.constant(product.inputs[1]);
     if (!matrix || !matrix->is(OnnxType::float32) || matrix->shape.size() != 2 || graph.constant(product.inputs[0])) {
         return std::nullopt;
     }
     Place place = {&product, {}, product.inputs[0], {}, {}};
-    place.what.inputs = matrix->shape[0];
-    place.what.outputs = matrix->shape[1];
-    if (!has_size(place.what)) return std::nullopt;
-    place.what.matrix = *std::move(matrix);
+    ConstantProduct& what = place.what;
+    what.transposed = product.integer("transB").value_or(0) != 0;
+    what.inputs = matrix->shape[what.transposed ? 1 : 0];
+    what.outputs = matrix->shape[what.transposed ? 0 : 1];
+    if (!has_size(what)) return std::nullopt;
+    what.matrix = *std::move(matrix);
+    if (biased) {
+        what.bias = bias_of(graph, product.inputs[2], what);
+        if (!what.bias) return std::nullopt;
+    }
     return place;
 }
 
@@ -85,6 +102,7 @@ std::optional<float> scale_of(const OnnxGraph& graph, const OnnxNode& quantizer)
 }
 
 std::optional<Place> integer_place(const OnnxGraph& graph, const OnnxNode& product) {
+    if (!product.is("MatMul", 2)) return std::nullopt;
     const OnnxNode *rounded = graph.producer(product.inputs[0]), *matrix = graph.producer(product.inputs[1]);
     if (rounded == nullptr || !rounded->is("DequantizeLinear", 3) || !rounded->attributes.empty() ||
         !graph.is_between(product.inputs[0]) || matrix == nullptr || !matrix->is("DequantizeLinear", 2) ||
@@ -142,17 +160,14 @@ Products replace_products(OnnxGraph& graph, size_t first, const char* by, const 
     std::vector<std::vector<Place>> groups;
     std::map<std::tuple<Text, int64_t, float>, size_t> numbers;  // of groups, by x and how it is rounded
     for (const OnnxNode& node : graph.nodes()) {
-        if (!node.is("MatMul", 2)) continue;
         auto place = place_of(graph, node);
         if (!place) continue;
         ConstantProduct& what = place->what;
-        if (const OnnxNode* addition = additions.of(node)) {
+        const OnnxNode* addition = additions.of(node);
+        if (addition != nullptr && !what.bias) {
             const auto& inputs = addition->inputs;
-            auto bias = graph.constant(inputs[0] == node.outputs[0] ? inputs[1] : inputs[0]);
-            if (bias && bias->is(OnnxType::float32) && bias->shape == std::vector<int64_t>{what.outputs}) {
-                place->behind.push_back(addition);
-                what.bias = std::move(bias);
-            }
+            what.bias = bias_of(graph, inputs[0] == node.outputs[0] ? inputs[1] : inputs[0], what);
+            if (what.bias) place->behind.push_back(addition);
         }
         const OnnxNode* gelu = gelus.of(place->last());
         if (gelu != nullptr && what.block == 0 && gelu->text("approximate") == "tanh" && gelu->has_only({"approximate"})) {

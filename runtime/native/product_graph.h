@@ -20,6 +20,7 @@ constexpr size_t MOST_PRODUCTS = 8;  // in one node
 struct ConstantProduct {
     int64_t inputs = 0, outputs = 0;
     OnnxTensor matrix;             // integers, or float32
+    bool transposed = false;       // it has the shape [outputs, inputs]
     std::optional<OnnxTensor> bias;
     bool gelu = false;             // by tanh, behind the bias
     int bits = 0;                  // of integers in blocks
@@ -28,8 +29,8 @@ struct ConstantProduct {
     float input_scale = 0;         // with which x is rounded to INT8; 0: it is not
 };
 
-// Every `MatMul` with a constant matrix of a kind, with the `Add` of a constant [outputs] where one follows, is replaced;
-// but with blocks, the `Gelu` behind as well. Those of one x, rounded alike, become one node
+// Every `MatMul` with a constant matrix of a kind (of float32, also a `Gemm` that does no more), with the `Add` of a constant
+// [outputs] where one follows, is replaced; but with blocks, the `Gelu` behind as well. Those of one x, rounded alike, become one node
 //     BlockProducts(x) -> y for each, or FloatProducts, Bfloat16Products, IntegerProducts
 // with the attribute `products`: a number from `first` on, at which the result has them.
 

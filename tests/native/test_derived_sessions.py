@@ -223,6 +223,26 @@ def test_any_number_of_rows_is_multiplied(bundle: GraphBundle, rows: int) -> Non
     assert (np.abs(found["y"] - left @ right) <= 1e-6 * (np.abs(left) @ np.abs(right))).all()
 
 
+@pytest.mark.parametrize("kind", [in_float32, in_bfloat16])
+@pytest.mark.parametrize(
+    ("attributes", "bias", "operators"),
+    [({}, [32], 1), ({"transB": 1}, [32], 1), ({}, [1, 32], 0), ({"beta": 0.5}, [32], 0), ({"transA": 0}, [32], 0)],
+    ids=["biased", "transposed", "a bias of two axes", "a share of a bias", "an attribute more"],
+)
+def test_a_gemm_is_replaced_where_it_is_a_product_with_a_bias(
+    bundle: GraphBundle, attributes: dict[str, float], bias: list[int], operators: int
+) -> None:
+    bundle.product("other", "z", (64, 32))
+    shape = (32, 64) if "transB" in attributes else (64, 32)
+    bundle.external("matrix", TensorProto.FLOAT, shape, 0, None)
+    bundle.constants.append(numpy_helper.from_array(numbers(*bias), "bias"))
+    bundle.nodes.append(helper.make_node("Gemm", ["x", "matrix", "bias"], ["sum"], **attributes))
+    bundle.constants.append(numpy_helper.from_array(numbers(32) + 1, "more"))
+    bundle.nodes.append(helper.make_node("Add", ["sum", "more"], ["y"]))  # a product takes one
+    bundle.write({"x": [64], "other": ["T", 64]}, {"y": [32], "z": ["T", 32]})
+    bundle.check({"x": numbers(64), "other": numbers(2, 64)}, 1 + operators)
+
+
 @kinds
 def test_a_graph_in_a_folder_reads_the_file_that_the_manifest_lists(bundle: GraphBundle) -> None:
     bundle.product("x", "y", (64, 32))

@@ -379,6 +379,7 @@ def tanh_gelu(x: np.ndarray) -> np.ndarray:
     seed=st.integers(0, 2**32 - 1),
     inputs=st.integers(1, 70),
     outputs=st.integers(1, 150),
+    transposed=st.booleans(),
     rows=st.integers(1, 21),
     part=st.integers(1, 4),
     biased=st.booleans(),
@@ -386,7 +387,16 @@ def tanh_gelu(x: np.ndarray) -> np.ndarray:
 )
 @hypothesis_settings
 def test_products_are_those_of_float64_with_both_operands_rounded(
-    parts: Parts, kind: type, seed: int, inputs: int, outputs: int, rows: int, part: int, biased: bool, gelu: bool
+    parts: Parts,
+    kind: type,
+    seed: int,
+    inputs: int,
+    outputs: int,
+    transposed: bool,
+    rows: int,
+    part: int,
+    biased: bool,
+    gelu: bool,
 ) -> None:
     in_float32 = kind is np.float32
     if not (parts.library.parts_multiplies_floats() if in_float32 else parts.library.parts_multiplies_bfloat16()):
@@ -396,7 +406,15 @@ def test_products_are_those_of_float64_with_both_operands_rounded(
     x = (rng.standard_normal((rows, inputs)) * np.exp(rng.normal(0, 3, (rows, 1)))).astype(np.float32)
     bias = rng.standard_normal(outputs).astype(np.float32) if biased else None
     y, rounded = np.full((rows, outputs), np.nan, np.float32), np.full((rows, inputs + inputs % 2), 99, kind)
-    operands = *sizes(inputs, outputs), *pointers(matrix, bias), int(gelu), *pointers(x), *sizes(rows, part)
+    stored = np.ascontiguousarray(matrix.T) if transposed else matrix
+    operands = (
+        *sizes(inputs, outputs),
+        int(transposed),
+        *pointers(stored, bias),
+        int(gelu),
+        *pointers(x),
+        *sizes(rows, part),
+    )
     if in_float32:
         parts.library.parts_multiply_floats(*operands, *pointers(y))
     else:
@@ -496,7 +514,7 @@ def test_gelu_of_any_number_is_that_of_float64_by_the_hyperbolic_tangent(parts: 
     count, y, none = len(bias), np.empty(len(bias), np.float32), np.zeros(1, np.float32)
     rounded = [np.empty(2, np.uint16)] if kind == "bfloat16" else []
     getattr(parts.library, f"parts_multiply_{kind}")(
-        *sizes(1, count), *pointers(np.zeros(count, np.float32), bias), 1, *pointers(none), *sizes(1, 100),
+        *sizes(1, count), 0, *pointers(np.zeros(count, np.float32), bias), 1, *pointers(none), *sizes(1, 100),
         *pointers(*rounded, y)
     )  # fmt: skip
     np.testing.assert_allclose(y, tanh_gelu(bias.astype(np.float64)), rtol=1e-6, atol=1e-7)
@@ -512,12 +530,12 @@ def test_every_number_is_rounded_to_the_nearest_ties_to_even_and_small_ones_to_z
     rounded, y = np.empty(1 << 16, ml_dtypes.bfloat16), np.empty(1, np.float32)
     column = np.zeros_like(numbers)
     bfloat16.library.parts_multiply_bfloat16(
-        *sizes(1 << 16, 1), *pointers(column, None), 0, *pointers(numbers), *sizes(1, 1), *pointers(rounded, y)
+        *sizes(1 << 16, 1), 0, *pointers(column, None), 0, *pointers(numbers), *sizes(1, 1), *pointers(rounded, y)
     )
     np.testing.assert_array_equal(rounded.astype(np.float32), expected)
     one, kept, products = np.ones(1, np.float32), np.empty(2, np.uint16), np.empty_like(numbers)
     bfloat16.library.parts_multiply_bfloat16(
-        *sizes(1, 1 << 16), *pointers(numbers, None), 0, *pointers(one), *sizes(1, 100), *pointers(kept, products)
+        *sizes(1, 1 << 16), 0, *pointers(numbers, None), 0, *pointers(one), *sizes(1, 100), *pointers(kept, products)
     )
     np.testing.assert_array_equal(products, expected)
 
@@ -529,7 +547,7 @@ def test_a_number_that_is_not_finite_stays_so_in_bfloat16(bfloat16: Parts, numbe
     {"x": x, "matrix": matrix}[place][5, 4] = number
     rounded, y = np.empty((9, 6), np.uint16), np.empty((9, 50), np.float32)
     bfloat16.library.parts_multiply_bfloat16(
-        *sizes(6, 50), *pointers(matrix, None), 0, *pointers(x), *sizes(9, 1), *pointers(rounded, y)
+        *sizes(6, 50), 0, *pointers(matrix, None), 0, *pointers(x), *sizes(9, 1), *pointers(rounded, y)
     )
     hit = np.zeros((9, 50), bool)
     hit[5 if place == "x" else slice(None), 4 if place == "matrix" else slice(None)] = True

@@ -235,19 +235,21 @@ int parts_multiplies_floats() { return float_kernels() != nullptr; }
 int parts_multiplies_bfloat16() { return bfloat16_kernels() != nullptr; }
 int parts_multiplies_integers() { return integer_kernels() != nullptr; }
 
-// y = x matrix + bias, and its GELU, in parts of so many groups.
-void parts_multiply_floats(int64_t inputs, int64_t outputs, const float* matrix, const float* bias, int gelu, const float* x,
-                           int64_t rows, int64_t part, float* y) {
+// y = x matrix + bias, and its GELU, in parts of so many groups; the matrix may be stored `transposed`.
+void parts_multiply_floats(int64_t inputs, int64_t outputs, int transposed, const float* matrix, const float* bias, int gelu,
+                           const float* x, int64_t rows, int64_t part, float* y) {
     const auto bytes = static_cast<size_t>(inputs * outputs) * sizeof(float);
-    const FloatMatrix packed({reinterpret_cast<const char*>(matrix), bytes}, inputs, outputs, {bias, gelu != 0});
+    const FloatMatrix packed({reinterpret_cast<const char*>(matrix), bytes}, inputs, outputs, transposed != 0,
+                              {bias, gelu != 0});
     multiply_in_parts(*float_kernels(), packed, x, rows, part, y);
 }
 
 // The same; `rounded` are x as they were rounded.
-void parts_multiply_bfloat16(int64_t inputs, int64_t outputs, const float* matrix, const float* bias, int gelu,
-                             const float* x, int64_t rows, int64_t part, uint16_t* rounded, float* y) {
+void parts_multiply_bfloat16(int64_t inputs, int64_t outputs, int transposed, const float* matrix, const float* bias,
+                              int gelu, const float* x, int64_t rows, int64_t part, uint16_t* rounded, float* y) {
     const auto bytes = static_cast<size_t>(inputs * outputs) * sizeof(float);
-    const Bfloat16Matrix packed({reinterpret_cast<const char*>(matrix), bytes}, inputs, outputs, {bias, gelu != 0});
+    const Bfloat16Matrix packed({reinterpret_cast<const char*>(matrix), bytes}, inputs, outputs, transposed != 0,
+                              {bias, gelu != 0});
     round_in_parts(*bfloat16_kernels(), packed, x, rows, rounded);
     multiply_in_parts(*bfloat16_kernels(), packed, rounded, rows, part, y);
 }
