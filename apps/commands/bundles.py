@@ -56,7 +56,7 @@ def export(
         str | None,
         typer.Option(
             help="fp32, or weights of 8 bits for CPUs: w8. Of a decoder also fp16, and weights of 4 bits: w4 for CPUs,"
-            " fp16+w4 for TensorRT. Default: fp32."
+            " fp16+w4 for GPUs. Default: fp32."
         ),
     ] = None,
     capacity: Annotated[int | None, typer.Option(help="Tokens that a decoder's cache holds. Default: 4096.")] = None,

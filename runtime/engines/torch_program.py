@@ -75,6 +75,7 @@ class Program:
         all_rings = self.rings * 2 == len(rings) and not any(node.op == "TensorScatter" for node in graph.nodes)
         self.prefills = all_rings and not scales  # there is no prefill into INT8
         graph, bits, steps = _with_memory(graph)
+        kept = scales | steps | _tables(graph)
         on_host = _host_values(graph)
         self._calls = _calls(graph, on_host, device)
         read = {name for call in self._calls for name in call.inputs} | set(graph.outputs)
@@ -85,7 +86,7 @@ class Program:
             value = torch.from_numpy(np.array(array))  # a copy: mapped files are read-only
             if name in bits:
                 value = pack_blocks(value.to(device), bits[name])
-            elif value.is_floating_point() and dtype is not None and name not in scales | steps:
+            elif value.is_floating_point() and dtype is not None and name not in kept:
                 value = value.to(dtype)
             if name in read:
                 self._constants[name] = value.to(device)
@@ -191,6 +192,20 @@ def _with_memory(graph: OnnxGraph) -> tuple[OnnxGraph, dict[str, int], set[str]]
     nodes = tuple(made.get(node.outputs, node) for node in graph.nodes)
     bits = {node.inputs[1]: int(node.attributes["bits"]) for node in products}
     return replace(graph, nodes=nodes), bits, {node.inputs[2] for node in products}
+
+
+def _tables(graph: OnnxGraph) -> set[str]:
+    """Constants of which rows are picked and only these are cast: embeddings in half precision need not be wider."""
+    users: dict[str, list[Node]] = {}
+    for node in graph.nodes:
+        for name in node.inputs:
+            users.setdefault(name, []).append(node)
+    cast = {name for name, nodes in users.items() if all(node.op == "Cast" for node in nodes)} - set(graph.outputs)
+
+    def picked(name: str, node: Node) -> bool:
+        return node.op == "Gather" and node.inputs[0] == name and node.outputs[0] in cast
+
+    return {name for name in graph.constants if name in users and all(picked(name, node) for node in users[name])}
 
 
 def _host_values(graph: OnnxGraph) -> set[str]:

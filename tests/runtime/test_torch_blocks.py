@@ -115,6 +115,19 @@ def test_every_matrix_of_a_decoder_stays_packed_and_is_one_product_a_token(
     assert sum(value.numel() for value in floats) == scales + tables  # of rotations; and no matrix
 
 
+@pytest.mark.parametrize(("precision", "kind"), [("fp16+w4", torch.float16), ("w4", torch.int8)])
+def test_the_table_of_embeddings_keeps_its_type_and_gives_the_same_rows(tmp_path, precision, kind):
+    path, tokens, found = write(tmp_path, decoder_models.qwen2(), precision), np.arange(0, 300, 7), []
+    for engine in ("torch:fp16", "onnxruntime"):
+        with framestep.load(path, engine=engine, device="cpu") as session, session.open_stream() as stream:
+            if engine != "onnxruntime":
+                constants = session._engine._own_programs["embed"]._constants.values()
+                table = max((value for value in constants if torch.is_tensor(value)), key=torch.Tensor.numel)
+                assert table.dtype == kind
+            found.append(stream.run("embed", {"tokens": tokens})["embeddings"])
+    assert found[0].dtype == np.float32 and np.array_equal(*found)
+
+
 def test_the_vision_tower_of_integers_sees_the_same(tmp_path, request):
     path, results = write(tmp_path, decoder_models.qwen2_5_vl(), "w8", frame_size=(56, 84)), []
     for way in ("widened", "packed"):
