@@ -143,7 +143,6 @@ class BuildBar:
         self._console.print(f"building {name}", highlight=False)
 
     def start(self, phase: str, parent: str | None, steps: int) -> None:
-        self._stopping.obey()
         # TensorRT starts some phases several times over: they share a bar
         if phase not in self._phases and len(self._phases) < MOST_PHASES:
             self._phases[phase] = self._bar.add_task(phase, total=steps)

@@ -18,10 +18,10 @@ import pytest
 from command_line import lines_of, video_frames
 
 from framestep.apps import run as run_module
-from framestep.apps.record import ArrayRecorder
 from framestep.apps.run import Summary, run
 from framestep.apps.run_options import RunOptions
 from framestep.apps.status import LaneStatus
+from framestep.apps.video_recorder import VideoRecorder
 from framestep.runtime.errors import FramestepError, SourceError
 from framestep.runtime.manifest import FORMAT, VERSION, FrameSpec, Graph, Labels, Manifest, Origin, Port
 from framestep.runtime.preprocess import Preprocess
@@ -544,19 +544,19 @@ def test_a_folder_that_is_removed_costs_its_files_and_no_others(
 def test_a_file_that_the_system_fails_to_finish_keeps_no_other_from_being_finished(
     stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*given) -> None:
-        raise OSError(errno.EIO, "Input/output error", "stick/out.npz")
+    close = VideoRecorder.close
 
-    monkeypatch.setattr(ArrayRecorder, "close", fail)
-    summary = stage.run(
-        StandInFile("clip.mp4", [DARK] * 5),
-        StandInFile("other.mp4", [DARK] * 5),
-        save_features=tmp_path / "out.npz",
-        save_masks=tmp_path / "masks",
-        record=tmp_path / "out.mp4",
-    )
-    assert [video_frames(tmp_path / f"out.{number}.mp4") for number in (0, 1)] == [5, 5]
-    assert summary.errors == ["stick/out.npz: cannot be written: Input/output error"]
+    def fail(recorder: VideoRecorder) -> None:
+        if recorder.path.name == "out.0.mp4":
+            raise OSError(errno.EIO, "Input/output error", "stick/out.0.mp4")
+        close(recorder)
+
+    monkeypatch.setattr(VideoRecorder, "close", fail)
+    files = [StandInFile(name, [DARK] * 5) for name in ("clip.mp4", "other.mp4")]
+    summary = stage.run(*files, record=tmp_path / "out.mp4", save_features=tmp_path / "out.npz")
+    assert video_frames(tmp_path / "out.1.mp4") == 5
+    assert [len(np.load(tmp_path / f"out.{number}.npz")["indices"]) for number in (0, 1)] == [5, 5]
+    assert summary.errors == ["stick/out.0.mp4: cannot be written: Input/output error"]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
