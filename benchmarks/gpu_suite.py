@@ -36,13 +36,14 @@ SECTIONS = {
     "bandwidth": 95,
     "streams": 60,
     "compare": 115,
+    "products": 100,
     "decoding": 30,
-    "decoder": 45,
+    "decoder": 60,
     "prime": 30,
     "tensorrt": 120,
     "onnxruntime": 30,
 }
-EXTRA = {"tune": 420}
+EXTRA = {"tune": 540}
 REHEARSAL_SECONDS = 300
 GRACE_SECONDS = 15  # past its time a section is stopped
 LIMIT_SECONDS = 470
@@ -94,7 +95,7 @@ def main() -> int:
 def run_section(options: argparse.Namespace) -> int:
     """In the process of one section."""
     import_checkout()
-    from framestep.benchmarks.gpu import bandwidth, checks, compiled, decoding, speaking, step, tune
+    from framestep.benchmarks.gpu import bandwidth, checks, compiled, decoding, products, speaking, step, tune
     from framestep.benchmarks.gpu.hardware import find_hardware
     from framestep.benchmarks.gpu.section import Section
     from framestep.benchmarks.gpu.sizes import FULL, SMALL
@@ -113,6 +114,7 @@ def run_section(options: argparse.Namespace) -> int:
         "onnxruntime": lambda: compiled.onnxruntime(section, hardware, sizes, options.work),
         "prime": lambda: step.prime(section, hardware, sizes, options.work),
         "decoding": lambda: decoding.run(section, hardware, sizes),
+        "products": lambda: products.run(section, hardware, sizes),
         "decoder": lambda: speaking.run(section, hardware, sizes, options.work),
         "compare": lambda: step.compare(section, hardware, sizes, options.work),
         "tune": lambda: tune.run(section, hardware, sizes),

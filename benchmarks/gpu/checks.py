@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...kernels import decode, prefill, reference, residual_norm, rotary, temporal
+from ...kernels import block_linear, decode, prefill, reference, residual_norm, rotary, temporal
 from ...kernels.temporal import Launch
 from .hardware import Hardware, poisoned
 from .section import Section
 from .sizes import Sizes
 
 LIMITS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+FEW_PRODUCTS = ((4, 32, 96, 37, 1, 1), (8, 64, 128, 20, 9, 2))
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
@@ -49,6 +52,7 @@ def run(section: Section, hardware: Hardware, sizes: Sizes) -> None:
             section.attempt("decode_attention", lambda d=dtype: _decode(section, inputs, d, small))
         section.attempt("residual_norm", lambda d=dtype: _norm(section, inputs, d, small))
         section.attempt("rotary", lambda d=dtype: _rotary(section, inputs, d, small))
+    section.attempt("block_linear", lambda: products(section, inputs, torch.float16, FEW_PRODUCTS))
     if not small:
         section.attempt("temporal_attention beyond 2^31", lambda: _far(section, inputs))
     section.facts["checks"] = len(section.rows.get("checks", []))
@@ -66,6 +70,10 @@ class Inputs:
 
     def integers(self, *shape: int) -> Tensor:
         return torch.randint(-127, 128, shape, generator=self._generator, device=self.device, dtype=torch.int8)
+
+    def words(self, *shape: int) -> Tensor:
+        """int32, every bit of them."""
+        return torch.randint(-(1 << 31), 1 << 31, shape, generator=self._generator, device=self.device).int()
 
     def qkv(self, *lead: int, heads: int, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """Slices of one product, as the engine has them."""
@@ -195,6 +203,30 @@ def _decode(section: Section, inputs: Inputs, dtype: torch.dtype, small: bool) -
         section.check(label, error(found, expected), LIMITS[dtype])
         for part, cache, right in zip(("keys", "values"), caches, wide, strict=True):
             section.check(f"{label}: cache of {part}", differs(cache, right), 0.0)
+
+
+def products(section: Section, inputs: Inputs, dtype: torch.dtype, shapes: Sequence[tuple[int, ...]]) -> None:
+    """`block_linear` and `widen_blocks`.
+
+    Args:
+        shapes: bits, block, inputs, outputs, tokens and parts.
+    """
+    for bits, block, K, N, T, splits in shapes:
+        weight = inputs.words(-(-K * bits // 256), N, 8)
+        scale = inputs.normal(K // block, N, dtype=torch.float16 if block == 64 else torch.float32)
+        x, bias = inputs.normal(T, 2 * K, dtype=dtype)[:, :K], inputs.normal(N, dtype=dtype)
+        cut = block_linear.plan(T, weight.shape[0], N, dtype.itemsize, 132)
+        with poisoned():
+            found = block_linear.launch(x, weight, scale, bias, bits, replace(cut, splits=splits))
+        wide = reference.unpack_blocks(weight[:, -1200:], scale[:, -1200:].double(), K, bits)
+        expected = torch.nn.functional.linear(x.double(), wide, bias[-1200:].double())
+        label = _label("block_linear", dtype, (T, K, N, f"{bits} bits"))
+        section.check(label, error(found[:, -1200:], expected), LIMITS[dtype])
+        again = block_linear.launch(x, weight, scale, bias, bits, replace(cut, splits=splits))
+        section.check(f"{label}: again", differs(found, again), 0.0)
+        matrix = torch.full((min(N, 1200), K), torch.nan, dtype=dtype, device=inputs.device)
+        block_linear.widen(weight, scale, matrix, bits, N - len(matrix))
+        section.check(_label("widen_blocks", dtype, (K, N, f"{bits} bits")), error(matrix, wide), LIMITS[dtype])
 
 
 def _norm(section: Section, inputs: Inputs, dtype: torch.dtype, small: bool) -> None:

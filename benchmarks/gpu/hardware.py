@@ -33,6 +33,7 @@ class Hardware(Protocol):
     def wall(self, call: Callable[[], Any], count: int) -> list[float]: ...
     def synchronize(self) -> None: ...
     def peak_bytes(self) -> int: ...
+    def held_bytes(self) -> int: ...
     def free(self) -> None: ...
 
 
@@ -92,6 +93,10 @@ class Cuda:
         """The most memory that was allocated since `free`."""
         return torch.cuda.max_memory_allocated()
 
+    def held_bytes(self) -> int:
+        """The memory that is allocated now."""
+        return torch.cuda.memory_allocated()
+
     def free(self) -> None:
         """Give back what is not used any more."""
         import gc
@@ -147,6 +152,9 @@ class Rehearsal:
         pass
 
     def peak_bytes(self) -> int:
+        return 0
+
+    def held_bytes(self) -> int:
         return 0
 
     def free(self) -> None:

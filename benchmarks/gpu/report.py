@@ -9,7 +9,9 @@ TITLES = {
     "temporal_attention": "temporal_attention, float16, ring full",
     "temporal_attention_int8": "temporal_attention over an int8 ring",
     "decode_attention": "decode_attention, float16",
-    "decoder": "A decoder of 0.5 billion weights in float16 through the engine, by new tokens and those in the cache",
+    "block_linear": "block_linear, float16 times weights of 4 and 8 bits in blocks",
+    "widen_blocks": "A prompt's product: widening a matrix, and multiplying by it",
+    "decoder": "A decoder of 0.5 billion weights through the engine, by weights, new tokens and those in the cache",
     "prime": "Priming a stream, float16",
     "step": "The step of the base model through the engine, one stream, host to host",
     "session": "The same through Session.step, float16",
@@ -19,6 +21,7 @@ TITLES = {
     "kernels": "Where a float16 step's time goes on the device",
     "tune": "Ways to cut temporal_attention: share of copy by streams x window, best rule first",
     "tune_parts": "Parts of a window: share of copy",
+    "tune_products": "Ways to cut block_linear, one token: share of copy by inputs x outputs, best rule first",
     "tune_decoder": "Parts of a decoder's cache: microseconds",
 }
 

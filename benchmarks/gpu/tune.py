@@ -2,7 +2,8 @@
 
 Every launch of `temporal_attention` is measured at every size, and the table has a line for each launch: the best rule
 is the first line, whose worst size is nearest to the best that any launch reached there. Parts of a window and of a
-decoder's cache have tables of their own: a line for each size, a column for each number of parts.
+decoder's cache have tables of their own: a line for each size, a column for each number of parts. Products with weights
+in blocks have a table like the first.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ...kernels import temporal
+from ...kernels import block_linear, temporal
 from ...kernels.temporal import Launch
-from . import decoding
+from . import decoding, products
 from .bandwidth import Filled, Ring, check_rows, fill, measure_copy, step
 from .hardware import Hardware
 from .section import Section
@@ -29,6 +31,9 @@ PARTED = ((1, 512), (1, 1024), (1, 4096), (4, 4096))
 PARTS = (1, 2, 3, 4, 8)
 DECODER_PARTS = (0.5, 1, 2, 4)  # of the planned number
 SECONDS = 0.03
+ROWS, UNITS = (16, 32, 64), (4, 8, 16)  # outputs of a program, and units of a tile, of `block_linear`
+PRODUCTS = ((3584, 37888), (3584, 3584), (18944, 3584), (896, 151936), (896, 9728), (896, 896))  # inputs, outputs
+PRODUCT_PARTS = (1, 2)
 
 
 def run(section: Section, hardware: Hardware, sizes: Sizes) -> None:
@@ -45,6 +50,36 @@ def run(section: Section, hardware: Hardware, sizes: Sizes) -> None:
                 continue
             section.attempt(name, lambda c=case, t=tokens: _decoder_parts(section, hardware, sizes, c, t))
             hardware.free()
+    _product_launches(section, hardware, copy)
+
+
+def _product_launches(section: Section, hardware: Hardware, copy: float) -> None:
+    small = hardware.rehearsal
+    tried = [products.Product(1, *matrix, 4, 64, torch.float16) for matrix in (((128, 40),) if small else PRODUCTS)]
+    shares: dict[str, dict[str, float]] = {}  # by launch and size
+    for product in tried:
+        filled = [products.fill(hardware, product, seed) for seed in range(hardware.sets(product.held()))]
+        planned = product.planned(hardware)
+        ways = itertools.product(ROWS, UNITS, STAGES, PRODUCT_PARTS)
+        for rows, units, stages, splits in [(16, 4, 2, 1), (32, 4, 2, 2)] if small else ways:
+            if section.left() < 10:
+                section.skip(f"block_linear {product.label}: no time left")
+                break
+            cut = block_linear.Launch(rows, units, splits, planned.warps, stages)
+            name = f"{rows} rows, {units} units, {stages} stages, {splits} parts"
+            try:
+                products.check_outputs(section, filled[0], product, cut)
+                spent = hardware.time([one.ours(cut) for one in filled], SECONDS)
+            except Exception as problem:  # more shared memory than there is; Triton's own kind of error
+                section.skip(f"{product.label}, {cut}: {str(problem)[:100]}")
+                continue
+            size = f"{product.inputs} x {product.outputs}"
+            shares.setdefault(name, {})[size] = product.moved() / spent / copy
+        section.facts[f"planned: {product.label}"] = str(planned)
+        section.rows["tune_products"] = rank(shares)
+        section.save()
+        del filled
+        hardware.free()
 
 
 def _launches(section: Section, hardware: Hardware, sizes: Sizes, copy: float) -> None:

@@ -17,7 +17,7 @@ gpu_suite = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(gpu_suite)
 
 
-REHEARSED = ("bandwidth", "step", "prime", "decoding", "decoder", "compare", "tune")
+REHEARSED = ("bandwidth", "step", "prime", "products", "decoding", "decoder", "compare", "tune")
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +44,8 @@ def test_a_rehearsal_runs_its_sections_and_every_result_is_right(rehearsal):
     rows = {table: found for section in results["sections"] for table, found in section["rows"].items()}
     assert {row["precision"] for row in rows["step"]} == {"fp16", "fp32"}
     assert {row["name"].split(",")[0] for row in rows["baselines"]} == {"eager", "torch.compile"}
+    assert {row["weights"] for row in rows["decoder"]} == {"fp16", "fp16+w4"}
+    assert len(rows["block_linear"]) == 8 and rows["widen_blocks"]
     assert any("flex microseconds" in row for row in rows["temporal_attention"])
     assert all(row["good"] for row in rows["checks"])
 
@@ -55,6 +57,7 @@ def test_the_best_way_to_cut_is_the_first_line_of_its_table(rehearsal):
     worst = [row["worst_of_best"] for row in rows["tune"]]
     assert worst == sorted(worst, reverse=True) and worst[0] > 0
     assert rows["tune_parts"][0]["1 parts"] and rows["tune_decoder"][0]["planned"]
+    assert len(rows["tune_products"]) == 2
 
 
 @pytest.mark.parametrize(
@@ -102,7 +105,13 @@ def test_without_a_gpu_it_says_so_and_runs_the_checks_that_need_none(suite, tmp_
     results = json.loads((tmp_path / "found" / "gpu.json").read_text())
     assert [section["name"] for section in results["sections"]] == ["checks"]
     kinds = {row["what"].split()[0] for row in results["sections"][0]["rows"]["checks"]}
-    assert kinds >= {"temporal_attention", "temporal_attention_int8", "causal_prefill", "decode_attention"}
+    assert kinds >= {
+        "temporal_attention",
+        "temporal_attention_int8",
+        "causal_prefill",
+        "decode_attention",
+        "block_linear",
+    }
 
 
 def section(**values):
