@@ -111,7 +111,7 @@ def calibrate(
             accuracies.append(accuracy)
             drifts += [drift] if drift else []
         report = Report(
-            source=str(bundle.path),
+            source=bundle.path.name,
             clips=[clip.name for clip in clips],
             frames=sum(len(clip.frames) for clip in clips),
             checked_on=[clip.name for clip in check],

@@ -11,6 +11,7 @@ import numpy as np
 from ..runtime.manifest import Manifest
 from ..runtime.preprocess import Preprocess
 from ..runtime.sources import open_source
+from ..runtime.sources.redaction import redacted
 from .errors import CalibrationError
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v")
@@ -24,7 +25,7 @@ class Clip:
     """A stretch of video.
 
     Attributes:
-        name: where it is from.
+        name: where it is from: a file's name, an address without its password.
         frames: uint8 [T, height, width, 3], at the model's size.
         truth: index of each frame's label among the bundle's labels, int64 [T]; None where it is not known.
         order: the frames as they are played, int64 of any length; None for each once.
@@ -104,7 +105,12 @@ def _read(name: str, manifest: Manifest, most: int) -> Clip:
             if len(frames) == most:
                 break
     stacked = np.stack(frames) if frames else np.zeros((0, *size), np.uint8)
-    return Clip(name, stacked, _truth(name, manifest, indices))
+    return Clip(_shown(name), stacked, _truth(name, manifest, indices))
+
+
+def _shown(name: str) -> str:
+    """As a report may name it, which travels with the bundle: no folder of this machine, no password."""
+    return redacted(name) if "://" in name or name.startswith("gst:") else Path(name).name
 
 
 def _truth(name: str, manifest: Manifest, indices: list[int]) -> np.ndarray | None:

@@ -48,6 +48,23 @@ def test_synthetic_and_single_files_are_clips_too(golden_bundle, tmp_path) -> No
     assert [len(clip.frames) for clip in clips] == [20, 12]
 
 
+def test_a_clip_is_named_without_folder_and_password(golden_bundle, tmp_path, monkeypatch) -> None:
+    from framestep.calibration import clips as module
+
+    manifest = Bundle.open(golden_bundle).manifest
+    file = write_video(tmp_path / "a.mp4", noise(12))
+    camera = "rtsp://user:secret@10.0.0.7/door"
+    opened = module.open_source
+    monkeypatch.setattr(
+        module, "open_source", lambda name, **more: opened("synthetic" if name == camera else name, **more)
+    )
+    assert [clip.name for clip in read_clips([file, "synthetic:frames=20", camera], manifest, 60)] == [
+        "a.mp4",
+        "synthetic:frames=20",
+        "rtsp://***@10.0.0.7/door",
+    ]
+
+
 @pytest.mark.parametrize("grey", [0, 128])
 def test_black_or_even_video_is_refused(golden_bundle, tmp_path, grey) -> None:
     file = write_video(tmp_path / "even.mp4", [np.full((64, 64, 3), grey, np.uint8)] * 20)
