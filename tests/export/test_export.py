@@ -19,16 +19,19 @@ from safetensors.torch import save_file
 from transformers.activations import ACT2FN
 
 import framestep
+from framestep.apps.demo import MODEL
 from framestep.export import export as export_module
 from framestep.export.checkpoint import Checkpoint, read_checkpoint
 from framestep.export.decoder_replay import EXACT_LEVEL, GraphRun
 from framestep.export.export import ExportOptions, export_streamformer
 from framestep.export.graph import ACTIVATIONS, GraphBuilder, WeightFile
+from framestep.export.labelling import LabelOptions
 from framestep.export.precision import Precision
 from framestep.export.streamformer import TINY, random_model
 from framestep.runtime.bundle import Bundle
 from framestep.runtime.errors import CheckpointError, FramestepError, OutputError, StateError
 from framestep.runtime.onnx_files import weight_blocks
+from framestep.runtime.text import read_labels
 
 
 def export(path: Path, options: ExportOptions, **changes: object) -> export_module.ExportReport:
@@ -199,6 +202,14 @@ def test_integer_weights_from_the_command_line(tmp_path, monkeypatch, capsys):
         floats, integers, widened = (np.stack([r[output] for r in found[n]]) for n in ("fp32", "w8", "torch"))
         assert 1e-5 < np.linalg.norm(integers - floats) < 0.03 * np.linalg.norm(floats)
         assert np.linalg.norm(widened - floats) < 0.03 * np.linalg.norm(floats)
+
+
+def test_a_trained_model_with_labels_is_kept_in_integers(tmp_path):
+    """Its scores are steep: of noise, a patch's may move by more than a tenth."""
+    labels = LabelOptions(read_labels(MODEL / "labels.txt"), text_embeddings=MODEL / "text_embeddings.safetensors")
+    options = ExportOptions(precision="w8", resize="stretch")
+    report = export_streamformer(read_checkpoint(str(MODEL)), tmp_path / "x", options, labels)
+    assert 1e-3 < report.difference < 0.05
 
 
 def test_integer_weights_that_two_graphs_use_are_stored_once(tmp_path):
