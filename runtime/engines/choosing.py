@@ -89,10 +89,10 @@ def choose_engine(manifest: Manifest, engine: str, device: str, precision: str =
         EngineError: unknown, or not usable here.
         BundleError: the bundle does not have that precision.
     """
-    name, _, variant = engine.partition(":")
+    name, colon, variant = engine.partition(":")
     if name not in ("auto", *ENGINES):
         raise EngineError(f"engine '{name}' is unknown; expected auto, {', '.join(ENGINES)}")
-    if variant and variant not in VARIANTS.get(name, ()):
+    if colon and variant not in VARIANTS.get(name, ()):
         known = ", ".join(f"{name}:{variant}" for name, variants in VARIANTS.items() for variant in variants)
         raise EngineError(f"engine '{engine}' is unknown; with ':' expected {known}")
     if device not in ("auto", *DEVICES):

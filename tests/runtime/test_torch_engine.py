@@ -446,6 +446,7 @@ def test_on_cuda_priming_runs_without_a_capture(cuda_session, arrays):
     [
         ({"engine": "torch:int4"}, "engine 'torch:int4' is unknown; with ':' expected torch:fp32, torch:tf32"),
         ({"engine": "onnxruntime:fp16"}, "engine 'onnxruntime:fp16' is unknown"),
+        ({"engine": "onnxruntime:"}, "engine 'onnxruntime:' is unknown"),
         ({"engine": "torch", "device": "tpu"}, "device 'tpu' is unknown"),
     ],
 )
