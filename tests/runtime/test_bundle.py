@@ -213,6 +213,7 @@ def test_external_files_are_those_that_onnx_knows(golden_bundle):
         (lambda m: m["states"][0].update(capacity=-16, rows_per_slot=-1), r"capacity \* rows_per_slot"),
         (lambda m: m["states"][0].update(shape=["S", 10**15, 16, 24]), "bytes a stream, more than"),
         (lambda m: m["graphs"]["backbone"]["outputs"][0].update(shape=[1, 16, 96]), "should have 'S' as its first axis"),
+        (lambda m: m["graphs"]["backbone"]["inputs"][1].update(shape=[]), "'position' should have 'S' as its first axis"),
         (lambda m: m["graphs"]["label"]["outputs"][0].update(name="pooled"), "two outputs have the same name"),
         (lambda m: m.update(text={"graph": "nope", "tokenizer": "label.onnx", "length": 64, "templates": [],
                                   "patch_templates": []}), "text.graph: there is no graph 'nope'"),

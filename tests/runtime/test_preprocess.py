@@ -57,6 +57,16 @@ def test_letterbox_keeps_the_whole_frame_between_grey_bars():
     assert (out[175:] == 128).all()
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_sliver_is_letterboxed_to_one_line(turned):
+    rgb = noise(300, 1) if turned else noise(1, 300)
+    out = resized(rgb, FrameSpec(64, 64, "letterbox"))
+    if turned:
+        out, rgb = out.transpose(1, 0, 2), rgb.transpose(1, 0, 2)
+    assert np.abs(out[32] - reference(np.ascontiguousarray(rgb), 1, 64)[0]).max() <= 0.51
+    assert (np.delete(out, 32, axis=0) == 128).all()
+
+
 def test_a_rectangular_model_takes_a_frame_of_its_shape_without_a_crop():
     rgb = noise(180, 320)
     out = resized(rgb, FrameSpec(144, 256))
