@@ -33,7 +33,10 @@ in_bfloat16 = pytest.param(
 in_integers = pytest.param(
     "integers", marks=pytest.mark.skipif(not cpu_has("avx512_vnni"), reason="this processor has no AVX512-VNNI")
 )
-kinds = pytest.mark.parametrize("kind", ["blocks", in_integers, in_float32, in_bfloat16])
+in_blocks = pytest.param(
+    "blocks", marks=pytest.mark.skipif(not cpu_has("avx2", "fma"), reason="this processor has no AVX2")
+)
+kinds = pytest.mark.parametrize("kind", [in_blocks, in_integers, in_float32, in_bfloat16])
 
 Shapes = dict[str, list[str | int]]
 
