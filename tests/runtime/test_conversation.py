@@ -398,6 +398,29 @@ def test_a_model_without_the_states_answers_when_it_is_asked(tmp_path):
         assert session.open_stream().slot == 0  # each gave its place back
 
 
+def test_a_model_that_is_asked_survives_nan_and_leaves_out_what_is_withdrawn(tmp_path):
+    from framestep.runtime.session import NonFiniteOutputError
+
+    plain = dialogue_models.export(decoder_models.qwen2_5_vl(), tmp_path, states=False, capacity=256)
+    with framestep.load(plain.path) as session:
+        with Conversation(session, Film(range(6)), DialogueOptions(max_tokens=2, frames=1)) as conversation:
+            numbers = [conversation.ask(Question(text, 1.0 + at)) for at, text in enumerate(("One?", "Two?", "Three?"))]
+            assert conversation.questions() == dict(zip(numbers, ("One?", "Two?", "Three?"), strict=True))
+            assert not conversation.withdraw(numbers[1])
+            take = conversation.decoder.take
+
+            def fail_once(pieces):
+                conversation.decoder.take = take
+                raise NonFiniteOutputError((conversation._stream,), ("logits",), {})
+
+            conversation.decoder.take = fail_once
+            events = list(conversation)
+    assert [event.text for event in events if isinstance(event, Asked)] == ["One?", "Three?"]
+    (notice,) = [event for event in events if isinstance(event, Notice)]
+    assert notice.time == 2.0 and "NaN or infinity in logits" in notice.text
+    assert sum(isinstance(event, Answer) for event in events) == 1
+
+
 def test_a_question_that_leaves_no_room_for_all_frames_says_so(tmp_path):
     plain = dialogue_models.export(decoder_models.qwen2_5_vl(), tmp_path, states=False, capacity=160)
     options = DialogueOptions(system="", max_tokens=5)

@@ -370,6 +370,80 @@ def test_a_frame_that_is_not_finite_is_told_and_the_stream_goes_on(made):
     assert sorted({frame for row in recorder._rows for frame in row[1]}) == [4, 5, 6, 7, 8]
 
 
+def test_text_that_is_not_finite_is_told_and_the_next_question_is_answered(made):
+    def fail() -> None:
+        raise NonFiniteOutputError((following._stream,), ("logits",), {})
+
+    following, _ = follow(made, Pictures(20))
+    say(following, "ab", fail)
+    events = []
+    with following:
+        following.ask(Question("what?", 1.0))
+        following.ask(Question("and now?", 5.0))
+        for event in following:
+            events.append(event)
+            if isinstance(event, Notice):
+                say(following, "cd")
+    (told,) = [event.text for event in events if isinstance(event, Notice)]
+    assert told.startswith("stream 0: the model gave NaN or infinity in logits;")
+    assert told.endswith("; the conversation begins again")
+    assert [event.text for event in events if isinstance(event, Asked)] == ["what?", "and now?"]
+    assert [event.text for event in events if isinstance(event, Answer)] == ["cd"]
+    assert next(event.frame for event in events if isinstance(event, Spoken)) == 10  # of second 5
+
+
+def test_a_live_source_that_breaks_ends_the_events_with_its_error(made):
+    class Broken(Pictures):
+        def read(self, timeout: float | None = None) -> Frame | None:
+            if self._next == 2:
+                raise SourceError("pictures: gone")
+            return super().read(timeout)
+
+    source, shown = Broken(9, live=True), []
+    following, _ = follow(made, source)
+    source.come()
+    with following, pytest.raises(SourceError, match="^pictures: gone$"):
+        for event in following:
+            shown.append(event)
+            source.come()
+    assert [event.index for event in shown] == [0, 1]
+
+
+def test_an_answer_is_ended_when_it_is_asked_to_stop(made):
+    count = 0
+
+    def before() -> None:
+        nonlocal count
+        count += 1
+        if count == 3:
+            following.ask_to_stop()
+
+    following, _ = follow(made, Pictures(40))
+    say(following, "abcdef", before)
+    with following:
+        following.ask(Question("what?", 1.0))
+        following.ask(Question("and now?", 12.0))
+        events = list(following)
+    (answer,) = [event for event in events if isinstance(event, Answer)]
+    assert (answer.text, answer.reason, answer.tokens) == ("ab", "interrupted", 2)
+    assert [event.text for event in events if isinstance(event, Asked)] == ["what?"]
+    assert max(event.index for event in events if isinstance(event, FrameShown)) < 10
+
+
+def test_a_question_that_is_withdrawn_before_its_time_is_not_asked(made):
+    following, _ = follow(made, Pictures(12))
+    say(following, "a")
+    with following:
+        first, second = (following.ask(Question(text, 2.0)) for text in ("what?", "and now?"))
+        assert following.questions() == {first: "what?", second: "and now?"}
+        assert not following.withdraw(first)
+        assert following.questions() == {second: "and now?"}
+        with pytest.raises(FramestepError, match=f"there is no question {first}; expected {second}"):
+            following.withdraw(first)
+        events = list(following)
+    assert [event.text for event in events if isinstance(event, Asked)] == ["and now?"]
+
+
 def test_a_frame_path_that_gives_infinity_is_noticed_before_text_reads_it(made, tmp_path):
     folder = shutil.copytree(made, tmp_path / "copy")
     streamchat_models.change_weights(
