@@ -26,6 +26,7 @@ CHANGES = {
     ),
     "unknown key": (lambda m: m["language"]["cross"].update(frames=3), "language.cross.frames: unknown key"),
     "missing key": (lambda m: m["language"]["cross"].pop("rebase"), "language.cross.rebase: missing"),
+    "unknown decoder": (lambda m: m["language"].update(decoder="brain"), "there is no graph 'brain'"),
     "unknown states": (
         lambda m: m["graphs"]["frame"]["inputs"][1].update(states="audio"),
         "'write_index' speaks of the states 'audio', and there are none",
@@ -66,6 +67,23 @@ def test_what_does_not_fit_is_named(bundle, tmp_path, read, name):
     with pytest.raises(BundleError) as raised:
         read(folder)
     assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("visual", "eyes", "language.visual: no graph has the output 'eyes'"),
+        ("positions", 0, "language.positions: expected at least 1, found 0"),
+        ("chunk", 0, "language.chunk: expected at least 1, found 0"),
+    ],
+)
+def test_what_only_a_dialogue_reads_is_named(bundle, tmp_path, key, value, message):
+    folder = shutil.copytree(bundle, tmp_path / "copy")
+    manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+    manifest["language"][key] = value
+    (folder / "manifest.json").write_text(json.dumps(manifest), "utf-8")
+    with pytest.raises(BundleError, match=message):
+        Bundle.open(folder)
 
 
 @pytest.mark.parametrize("read", [Bundle.open, open_natively])
