@@ -59,9 +59,9 @@ class ExportReport:
     """What an export gave.
 
     Attributes:
-        difference: between PyTorch and the bundle over the replayed frames: the largest absolute one in fp32; in w8,
-            whose integers change more, the largest relative error of an output (of scores the absolute one), root mean
-            square.
+        difference: between PyTorch and the bundle over the replayed frames: in fp32 the largest of any number, as a
+            share of the output's largest number where that is above 1; in w8, whose integers change more, the largest
+            relative error of an output (of scores the absolute one), root mean square.
         frames: frames replayed.
         precision: of the bundle.
     """
@@ -185,7 +185,8 @@ def replay(checkpoint: Checkpoint, bundle: Bundle, head: TaskHead | None = None)
                 wanted = value.numpy()
                 off = result[name] - wanted
                 if manifest.precision == "fp32":
-                    found = float(np.abs(off).max())
+                    # rounding goes by the size of what is summed: trained models have features far above 1
+                    found = float(np.abs(off).max() / max(1.0, np.abs(wanted).max()))
                 else:  # scores are from 0 to 1, and nearly all of them may be as good as 0
                     size = np.sqrt(off.size) if name in labelled else np.linalg.norm(wanted)
                     found = float(np.linalg.norm(off) / size)

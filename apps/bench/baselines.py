@@ -26,7 +26,8 @@ class Baseline:
         title: for plots and tables.
         description: what is measured, in one sentence.
         precision: of its arithmetic.
-        tolerance: largest accepted difference from the session's outputs; None: the difference is reported only.
+        tolerance: largest accepted difference from the session's outputs, times their largest number where that is
+            above 1; None: the difference is reported only.
         environment: variables of its process.
         make: sets it up.
     """

@@ -233,16 +233,16 @@ class _Run:
             if checked.result is None:
                 self._problem(_with_name(name, checked.error))
                 continue
+            difference, largest = float(checked.result["difference"]), checked.result.get("largest_output")
             limit = BASELINES[name].tolerance
-            difference = float(checked.result["difference"])
-            found = Verification(
-                int(checked.result["frames"]), float(f"{difference:.3g}"), limit, checked.result.get("largest_output")
-            )
+            if limit is not None:
+                limit *= max(1.0, largest or 1.0)  # rounding goes by the size of what is summed
+            found = Verification(int(checked.result["frames"]), float(f"{difference:.3g}"), limit, largest)
             precision = checked.result.get("precision") or BASELINES[name].precision
             if not math.isfinite(difference) or (limit is not None and difference > limit):
                 self._problem(
                     f"{name}: not measured, its outputs differ from the session's by {difference:.1e}"
-                    f" over {counted(found.frames, 'frame')} (at most {limit or 0:.0e} is accepted);"
+                    f" over {counted(found.frames, 'frame')} (at most {limit or 0:.1e} is accepted);"
                     " is it the same checkpoint?"
                 )
                 continue

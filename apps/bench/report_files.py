@@ -98,7 +98,7 @@ def _verified(path: PathReport) -> str:
     against = "its definition" if path.name == "pytorch-bidirectional" else "the session"
     text = f"Largest difference from {against} over {counted(found.frames, 'frame')}: {found.difference:.1e}"
     if found.tolerance is not None:
-        return f"{text} (accepted: {found.tolerance:.0e})."
+        return f"{text} (accepted: {found.tolerance:.1e})."
     if found.largest_output is not None:
         return f"{text}, where the largest output is {found.largest_output:.1f} (lower precision; not held to a limit)."
     return f"{text}."

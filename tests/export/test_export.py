@@ -150,6 +150,17 @@ def test_the_replay_notices_a_wrong_weight(tmp_path):
     assert export_module.replay(checkpoint, bundle)[0] > 1e-3
 
 
+def test_features_of_any_size_agree_to_as_many_digits(tmp_path):
+    checkpoint = Checkpoint(random_model(TINY), "random")
+    with torch.no_grad():
+        checkpoint.model.post_layernorm.weight *= 1e4
+    report = export_streamformer(checkpoint, tmp_path / "x", ExportOptions(window=4))
+    assert report.difference < 2e-5
+    with torch.no_grad():
+        checkpoint.model.post_layernorm.weight[3] *= 1.01
+    assert export_module.replay(checkpoint, Bundle.open(report.path))[0] > 1e-3
+
+
 def test_integer_weights_are_those_of_pytorch_rounded(tmp_path):
     model = decoder_models.unfolded_streamformer(TINY)
     report = export_streamformer(Checkpoint(model, "random"), tmp_path / "x", ExportOptions(window=3, precision="w8"))
