@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_LENGTH = 64  # tokens; StreamFormer's labels were tokenised to this length
-TOLERANCE = 2e-4  # between PyTorch and the text graph, max abs
+TOLERANCE = 2e-4  # between PyTorch and the text graph
 
 # Texts on which a converted tokenizer must agree with the original before it is written.
 PROBES = (
@@ -222,14 +222,15 @@ def write_text_graph(model: TextModel, path: Path) -> None:
 
 
 def compare_text_graph(model: TextModel, graph: Path, tokenizer: Path) -> float:
-    """Largest difference between the features of PyTorch and of the written files, over texts of every kind.
+    """Largest difference between the features of PyTorch and of the written files, over texts of every kind; as a share
+    of the largest feature where that is above 1.
 
     Raises:
         BundleError: they disagree.
     """
     texts = list(PROBES)
-    found = TextEncoder(graph, tokenizer, model.length).features(texts)
-    difference = float(np.abs(found - model.features(texts)).max())
+    found, wanted = TextEncoder(graph, tokenizer, model.length).features(texts), model.features(texts)
+    difference = float(np.abs(found - wanted).max() / max(1.0, np.abs(wanted).max()))
     if not difference <= TOLERANCE:  # NaN too
         raise BundleError(
             f"{graph}: text features differ from PyTorch's by {difference:.2g}, more than {TOLERANCE:.0e}"
