@@ -41,7 +41,8 @@ class Comparison:
         """Percentage points of accuracy lost against the reference."""
         if self.hits is None or self.reference_hits is None:
             return None
-        return float(100 * (self.reference_hits.mean() - self.hits.mean()))
+        lost = int(self.reference_hits.sum()) - int(self.hits.sum())
+        return 100 * lost / len(self.hits)  # whole numbers first: five of a hundred are 5 and no more
 
 
 def engine_of(bundle: Bundle) -> str:

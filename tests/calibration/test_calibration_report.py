@@ -71,7 +71,7 @@ def test_accuracy_is_told_in_shares_of_the_frames() -> None:
     told = Accuracy.of("int8", comparison, at("int8"), at("fp32"), timed=True)
     assert (told.frames, told.cosine, told.lowest_cosine) == (200, 0.99, 0.98)
     assert (told.agreement, told.reference_accuracy, told.accuracy) == (0.75, 0.95, 0.9)
-    assert comparison.drop == pytest.approx(5.0)
+    assert comparison.drop == 5.0  # to the last bit: a limit of 5 allows it
     assert (told.reference_ms, told.ms) == (2.0, 1.0)
     assert told.bytes < told.reference_bytes
     untimed = Accuracy.of("int8", found(cosine), at("int8"), at("fp32"), timed=False)
