@@ -46,8 +46,9 @@ class CalibrationOptions:
         method: how ranges are taken: "minmax", "percentile" or "entropy".
         percentile: of absolute values, for "percentile".
         smooth: whether outlier channels move into the weights.
-        max_drop: percentage points of accuracy that INT8 may lose on labelled clips; None for no budget.
-        min_cosine: least mean cosine of `pooled`; None for no budget.
+        max_drop: percentage points of accuracy that "int8" and "int8+kv8" may lose on labelled clips; None for no
+            budget.
+        min_cosine: least mean cosine of `pooled` with either; None for no budget.
         drift_frames: length of the stream on which drift is measured; 0 for none.
     """
 
@@ -95,7 +96,7 @@ def calibrate(
         seen, smoothed = _observe(bundle, models, clips, options)
         noise = layer_noise(models, seen)
         trials: list[Trial] = []
-        compared: dict[tuple[str, ...], Comparison] = {}
+        compared: dict[tuple[str, tuple[str, ...]], Comparison] = {}
         if any(INT8 in precision for precision in options.precisions):
             trials, compared = _choose(bundle, models, seen, noise, check, options, progress)
         kept = trials[-1].kept if trials else ()
@@ -106,7 +107,7 @@ def calibrate(
         for precision in options.precisions:
             progress(f"comparing {precision} with fp32")
             written = Bundle(writer.folder, manifest.at(precision))
-            known = compared.get(kept) if precision == INT8 else None
+            known = compared.get((precision, kept))
             accuracy, drift = _measure(bundle, written, check, options, models, seen, kept, known)
             accuracies.append(accuracy)
             drifts += [drift] if drift else []
@@ -143,6 +144,12 @@ def _check_options(bundle: Bundle, options: CalibrationOptions, check: Sequence[
         raise CalibrationError(
             f"{bundle.path}: is quantized already ({found}); calibrate the float32 bundle of its checkpoint"
         )
+    budget = "--max-drop" if options.max_drop is not None else "--min-cosine"
+    if _has_budget(options) and not any(INT8 in precision for precision in options.precisions):
+        raise CalibrationError(
+            f"{budget}: leaves layers in float that would be INT8, and {', '.join(options.precisions)} has none;"
+            " leave it out, or give a --precision with int8"
+        )
     if options.max_drop is not None and any(clip.truth is None for clip in check):
         raise CalibrationError(
             "--max-drop: needs the truth about every frame: put CLIP.labels.txt beside CLIP.mp4, one label a line,"
@@ -150,6 +157,15 @@ def _check_options(bundle: Bundle, options: CalibrationOptions, check: Sequence[
         )
     if HALF + INT8_MEMORY in options.precisions:
         choose_engine(bundle.manifest, "torch", "cpu")  # measures it; better missing now than after the observation
+
+
+def _has_budget(options: CalibrationOptions) -> bool:
+    return options.max_drop is not None or options.min_cosine is not None
+
+
+def _tried(options: CalibrationOptions) -> tuple[str, ...]:
+    """The precisions that have to keep a budget; INT8 stands for those of FP16."""
+    return tuple(one for one in options.precisions if one in (INT8, INT8 + INT8_MEMORY)) or (INT8,)
 
 
 def _read_models(bundle: Bundle) -> dict[str, onnx.ModelProto]:
@@ -203,24 +219,27 @@ def _choose(
     check: Sequence[Clip],
     options: CalibrationOptions,
     progress: Callable[[str], None],
-) -> tuple[list[Trial], dict[tuple[str, ...], Comparison]]:
-    """The layers that stay in float, by trials of whole graphs; what each comparison found, by the layers left."""
-    compared: dict[tuple[str, ...], Comparison] = {}
-    if options.max_drop is None and options.min_cosine is None:
+) -> tuple[list[Trial], dict[tuple[str, tuple[str, ...]], Comparison]]:
+    """The layers that stay in float, by trials of whole graphs; the comparisons, by precision and layers left."""
+    compared: dict[tuple[str, tuple[str, ...]], Comparison] = {}
+    if not _has_budget(options):
         return [], compared
     of_backbone = [item for item in noise if item.graph != "patch_label"]  # the only one that the budget sees
 
-    def trial(kept: tuple[str, ...]) -> Trial:
+    def trial_of(precision: str, kept: tuple[str, ...]) -> Trial:
         with tempfile.TemporaryDirectory(prefix="framestep-") as folder:
-            only = replace(options, precisions=(INT8,), keep_float=False)
+            only = replace(options, precisions=(precision,), keep_float=False)
             manifest, _ = _write(Path(folder), bundle, models, seen, kept, only)
-            found = compared[kept] = compare(bundle, Bundle(Path(folder), manifest), check)
+            found = compared[precision, kept] = compare(bundle, Bundle(Path(folder), manifest), check)
         drop = found.drop
         reached, told = float(found.cosine.mean()), f"cosine {found.cosine.mean():.5f}"
         if options.max_drop is not None and drop is not None:
             reached, told = -drop, f"{drop:.2f} points of accuracy lost"
-        progress(f"{counted(len(kept), 'layer')} in float: {told}")
+        progress(f"{precision}, {counted(len(kept), 'layer')} in float: {told}")
         return Trial(kept, reached, round(found.ms, 2))
+
+    def trial(kept: tuple[str, ...]) -> Trial:
+        return min((trial_of(precision, kept) for precision in _tried(options)), key=lambda one: one.reached)
 
     if options.max_drop is not None:
         most = options.max_drop

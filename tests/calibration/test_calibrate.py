@@ -225,6 +225,13 @@ def test_an_accuracy_out_of_reach_says_what_was_reached(golden_bundle, clips, tm
     assert not list(tmp_path.iterdir())
 
 
+def test_a_budget_for_layers_is_refused_where_none_becomes_int8(golden_bundle, clips, tmp_path) -> None:
+    options = CalibrationOptions(("fp16", "fp32+kv8"), min_cosine=0.9)
+    with pytest.raises(CalibrationError, match=r"--min-cosine: .* fp16, fp32\+kv8 has none; leave it out"):
+        calibrate(Bundle.open(golden_bundle), clips, clips, tmp_path / "q.bundle", options)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_quantized_bundle_is_not_quantized_again(golden_bundle, clips, tmp_path) -> None:
     bundle = Bundle.open(golden_bundle)
     calibrate(bundle, clips, clips, tmp_path / "q.bundle", CalibrationOptions(drift_frames=0))

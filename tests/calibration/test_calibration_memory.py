@@ -17,10 +17,12 @@ from torch import Tensor
 
 import framestep
 from framestep.apps.inspect import describe
+from framestep.calibration import calibrate as calibrate_module
 from framestep.calibration.calibrate import CalibrationOptions, calibrate
 from framestep.calibration.clips import Clip
 from framestep.calibration.compare import compare, long_clip
 from framestep.calibration.errors import CalibrationError
+from framestep.calibration.memory import head_scales
 from framestep.export.checkpoint import read_checkpoint
 from framestep.export.rewriting import initializer, set_initializer
 from framestep.export.streamformer import StreamFormer
@@ -355,3 +357,16 @@ def test_nan_on_its_way_into_memory_names_the_state(broken, clips, tmp_path) -> 
     with pytest.raises(CalibrationError, match=r"step 0: NaN or infinity enters the state layer1\.key"):
         calibrate(bundle, clips, clips, tmp_path / "q.bundle", CalibrationOptions(("fp16+kv8",)))
     assert not (tmp_path / "q.bundle").exists()
+
+
+def test_a_budget_counts_what_int8_memory_loses(golden_bundle, clips, tmp_path, monkeypatch) -> None:
+    def coarse(*arguments):
+        return {name: 16 * scale for name, scale in head_scales(*arguments).items()}
+
+    monkeypatch.setattr(calibrate_module, "head_scales", coarse)
+    bundle, lines = Bundle.open(golden_bundle), []
+    options = CalibrationOptions(("int8", "int8+kv8"), min_cosine=0.999, drift_frames=0)
+    with pytest.raises(CalibrationError, match=r"--min-cosine 0\.999: not reached"):
+        calibrate(bundle, clips, clips[:1], tmp_path / "q.bundle", options, progress=lines.append)
+    tried = [line.partition(",")[0] for line in lines if " in float: " in line]
+    assert tried == ["int8", "int8+kv8"] * (len(tried) // 2)

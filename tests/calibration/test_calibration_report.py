@@ -131,7 +131,7 @@ def choose(monkeypatch, max_drop: float) -> list:
     noise.insert(0, LayerNoise("patch_label", "projection", 1.0, 1.0, 1.0))  # no budget sees what it gives
     options = CalibrationOptions(max_drop=max_drop)
     trials, compared = calibrate_module._choose(at("fp32"), {}, {}, noise, [], options, lambda line: None)
-    assert set(compared) == {trial.kept for trial in trials}
+    assert set(compared) == {("int8", trial.kept) for trial in trials}
     return trials
 
 
