@@ -1,5 +1,6 @@
 #include "engine_choice.h"
 
+#include <algorithm>
 #include <set>
 
 #include "grouped_products.h"
@@ -63,7 +64,9 @@ EngineChoice choose_bfloat16(const Bundle& bundle, const std::string& device, co
     if (bfloat16_kernels() == nullptr) {
         throw Error(FS_ERROR_ENGINE, name + "needs AVX512-BF16, which this processor does not have; use 'onnxruntime'");
     }
-    const Manifest& manifest = bundle.choose(precision == "auto" ? "fp32" : precision, "cpu");
+    const bool has_float = std::any_of(bundle.precisions.begin(), bundle.precisions.end(),
+                                       [](const Manifest& each) { return each.precision == "fp32"; });
+    const Manifest& manifest = bundle.choose(precision == "auto" && has_float ? "fp32" : precision, "cpu");
     if (manifest.precision != "fp32" && manifest.precision != "fp32+kv8") {
         throw Error(FS_ERROR_ENGINE, name + "computes precision fp32 in bfloat16, not '" + manifest.precision + "'");
     }

@@ -603,7 +603,12 @@ const Manifest& Bundle::choose(const std::string& precision, const std::string& 
             if (manifest->precision == name) return *manifest;
         }
     }
-    return known.empty() ? precisions.front() : *known.front();
+    if (!known.empty()) return *known.front();
+    for (const Manifest& manifest : precisions) {
+        // A CPU reads INT8 memory beside float32 alone.
+        if (device != "cpu" || manifest.precision.rfind("fp16", 0) != 0) return manifest;
+    }
+    return precisions.front();
 }
 
 std::string Bundle::state_key(const Manifest& manifest) const {

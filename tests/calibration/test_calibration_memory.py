@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,6 +14,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from native_parts import cpu_has
 from torch import Tensor
 
 import framestep
@@ -30,7 +32,11 @@ from framestep.export.tensorrt import build
 from framestep.export.tensorrt_network import BuildOptions
 from framestep.runtime.bundle import Bundle, BundleWriter, file_entry
 from framestep.runtime.engines.choosing import choose_engine, choose_precision
+from framestep.runtime.engines.onnxruntime import shared_library
 from framestep.runtime.errors import EngineError, StateError
+from framestep.runtime.library import library
+from framestep.runtime.manifest import Manifest
+from framestep.runtime.schema import to_json
 
 WINDOW = 16
 HEADS, HEAD_DIM = 4, 24
@@ -322,6 +328,47 @@ def test_auto_takes_it_only_where_there_is_nothing_else(calibrated) -> None:
     for integers in (manifest.at("int8+kv8"), manifest.at("fp32+kv8")):
         assert choose_engine(integers, "auto", "cpu").engine == "onnxruntime"
         assert choose_precision(integers, "auto", "cpu", "onnxruntime") == integers.precision
+
+
+def test_in_c_auto_takes_what_it_takes_in_python(calibrated) -> None:
+    path = calibrated[0]
+    whole = Bundle.open(path).manifest
+    for main, other in (("fp16+kv8", "int8+kv8"), ("fp16+kv8", "fp32+kv8"), ("int8+kv8", "fp16+kv8")):
+        manifest = replace(whole.at(main), variants={other: whole.variants[other]})
+        taken = choose_precision(manifest, "auto", "cpu", "onnxruntime")
+        assert precision_in_c(path, manifest) == taken != "fp16+kv8"
+    assert precision_in_c(path, whole) == choose_precision(whole, "auto", "cpu", "onnxruntime") == "fp32"
+
+
+@pytest.mark.skipif(not cpu_has("avx512_bf16"), reason="needs AVX512-BF16")
+def test_in_c_products_in_bfloat16_run_beside_int8_memory_without_being_asked(calibrated) -> None:
+    path = calibrated[0]
+    manifest = Bundle.open(path).manifest
+    assert precision_in_c(path, manifest, "onnxruntime:bf16") == "fp32"
+    assert precision_in_c(path, manifest.at("fp32+kv8"), "onnxruntime:bf16") == "fp32+kv8"
+
+
+def precision_in_c(path, manifest: Manifest, engine: str = "onnxruntime") -> str:
+    """The precision of a session that the C functions open where none is asked for."""
+    native = library()
+    options, session, info = (
+        native.new("fs_session_options"),
+        native.ffi.new("fs_session *"),
+        native.new("fs_session_info"),
+    )
+    texts = {"engine": engine, "device": "cpu", "library": shared_library(), "manifest": json.dumps(to_json(manifest))}
+    kept = {name: native.ffi.new("char[]", text.encode()) for name, text in texts.items()}
+    for name, text in kept.items():
+        setattr(options, name, text)
+    output = native.ffi.new("char[]", b"pooled")
+    outputs = native.ffi.new("char *[]", [output])
+    options.outputs, options.output_count, options.trust_files = outputs, 1, 1
+    native.check(native.functions.fs_session_open(os.fsencode(path), options, session))
+    try:
+        native.check(native.functions.fs_session_describe(session[0], info))
+        return native.text(info.precision)
+    finally:
+        native.check(native.functions.fs_session_close(session[0]))
 
 
 @pytest.fixture
