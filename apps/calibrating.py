@@ -81,7 +81,7 @@ def as_text(facts: dict[str, Any]) -> str:
     """The facts for a person."""
     lines = [
         f"{facts['bundle']}: {', '.join(facts['precisions'])}; {facts['bytes'] / 1e6:.1f} MB"
-        f" ({facts['bytes'] / facts['bytes_before']:.2f} of the float32 bundle),"
+        f" ({facts['bytes'] / facts['bytes_before']:.2f} of {facts['source']}),"
         f" ranges from {counted(facts['frames'], 'frame')} in {facts['calibration_seconds']:g} s"
     ]
     for item in facts["accuracy"]:

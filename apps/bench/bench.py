@@ -219,7 +219,9 @@ class _Run:
         if answer.result is not None:
             usable.append(FRAMESTEP)
             self.step_s = answer.result["step_ms"] / 1e3
-            self.engine = f"{self.reason}, {answer.result['precision']}"
+            taken = self.bundle.manifest.at(answer.result["precision"])  # of a bundle's several
+            self.bundle = replace(self.bundle, manifest=taken)
+            self.engine = f"{self.reason}, {taken.precision}"
         else:
             self._problem(f"{FRAMESTEP}: {answer.error}")
         for name in expand_compare(self.options.compare):
@@ -240,10 +242,11 @@ class _Run:
             found = Verification(int(checked.result["frames"]), float(f"{difference:.3g}"), limit, largest)
             precision = checked.result.get("precision") or BASELINES[name].precision
             if not math.isfinite(difference) or (limit is not None and difference > limit):
+                ours = self.bundle.manifest.precision
+                advice = "is it the same checkpoint?" if ours == "fp32" else f"take a bundle in fp32, not {ours}"
                 self._problem(
                     f"{name}: not measured, its outputs differ from the session's by {difference:.1e}"
-                    f" over {counted(found.frames, 'frame')} (at most {limit or 0:.1e} is accepted);"
-                    " is it the same checkpoint?"
+                    f" over {counted(found.frames, 'frame')} (at most {limit or 0:.1e} is accepted); {advice}"
                 )
                 continue
             self.verified[name] = (found, precision)

@@ -29,7 +29,10 @@ from framestep.apps.bench.process import Answer, Task, run_process
 from framestep.apps.bench.progress import BenchProgress, bench_status_for
 from framestep.apps.bench.report import Latency, Report, read_report
 from framestep.apps.bench.report_files import markdown
+from framestep.export.half import add_half
+from framestep.runtime.bundle import Bundle
 from framestep.runtime.errors import FramestepError, OutputError
+from framestep.runtime.manifest import Variant
 
 DOCS = Path(__file__).parents[2] / "docs" / "bench-report.md"
 
@@ -334,6 +337,31 @@ def test_another_checkpoint_is_found_out(golden_bundle: Path, tmp_path: Path, he
     report = bench(asked, Lines())
     assert report.path("pytorch-recompute") is None
     assert any("differ" in line and "same checkpoint" in line for line in report.problems)
+
+
+def test_of_several_precisions_the_report_is_of_the_one_that_ran(
+    golden_bundle: Path, tmp_path: Path, here: None
+) -> None:
+    shutil.copytree(golden_bundle, tmp_path / "both.bundle")
+    bundle = add_half(Bundle.open(tmp_path / "both.bundle"))
+    exact = bundle.manifest.at("fp32")
+    floats = {"fp32": Variant(exact.graphs, exact.states)}
+    bundle.rewrite_manifest(dataclasses.replace(bundle.manifest.at("fp16"), variants=floats))
+    report = bench(options(bundle.path, tmp_path / "report", frames=(1,)), Lines())
+    assert report.engine.endswith(", fp32")  # a CPU's choice
+    assert (report.bundle.precision, report.path("framestep").precision) == ("fp32", "float32")
+    assert report.bundle.state_bytes == sum(state.bytes_per_stream() for state in exact.states)
+
+
+def test_a_baseline_in_float32_is_not_compared_with_rounded_weights(
+    tmp_path: Path, here: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "w8.bundle"
+    assert main(monkeypatch, "export", golden.CHECKPOINT, "-o", path, "--precision", "w8") == 0
+    asked = options(path, tmp_path / "report", frames=(1,), compare=("pytorch-recompute",))
+    report = bench(asked, Lines())
+    assert report.path("pytorch-recompute") is None
+    assert any("differ" in line and line.endswith("take a bundle in fp32, not w8") for line in report.problems)
 
 
 def test_bundle_for_a_device_that_is_not_here_still_gives_a_report(golden_bundle: Path, tmp_path: Path) -> None:
