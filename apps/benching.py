@@ -17,7 +17,8 @@ from .bench.following import bench_following
 from .bench.progress import bench_status_for
 from .output_places import check_outside_bundles
 
-OF_STREAMS = ("streams", "processes", "steady", "every_frame", "budget_s")  # options that say nothing to a decoder
+# options that say nothing to a decoder
+OF_STREAMS = ("streams", "processes", "steady", "every_frame", "budget_s", "precision")
 
 
 @dataclass(frozen=True)

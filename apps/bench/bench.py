@@ -66,6 +66,7 @@ class BenchOptions:
     engine: str
     device: str
     budget_s: float
+    precision: str = "auto"
     threads: int | None = None
     checkpoint: str | None = None
 
@@ -151,7 +152,7 @@ class _Run:
         self.done_s = 0.0
         self.reason = ""
         try:
-            choice = choose_engine(bundle.manifest, options.engine, options.device)
+            choice = choose_engine(bundle.manifest, options.engine, options.device, options.precision)
             self.device, self.reason = choice.device, choice.reason
         except FramestepError:
             self.device = options.device  # our own processes will say what is wrong
@@ -304,7 +305,15 @@ class _Run:
 
     def _job(self, kind: str, name: str, **more: Any) -> Job:
         options = self.options
-        spec = PathSpec(name, str(options.bundle), options.checkpoint, options.engine, self.device, self.threads)
+        spec = PathSpec(
+            name,
+            str(options.bundle),
+            options.checkpoint,
+            options.engine,
+            self.device,
+            self.threads,
+            options.precision,
+        )
         return Job(kind, spec, reference=str(self.reference), **more)
 
     def _run(self, task: Task) -> Answer:
@@ -380,6 +389,7 @@ class _Run:
         words += ["--samples", str(options.samples), "--processes", str(options.processes)]
         words += ["--steady", str(options.steady), *(["--every-frame"] if options.every_frame else [])]
         words += ["--threads", str(self.threads), "--engine", options.engine, "--device", options.device]
+        words += ["--precision", options.precision] if options.precision != "auto" else []
         words += ["--budget-s", f"{options.budget_s:g}"]
         words += ["--checkpoint", Path(options.checkpoint).name] if options.checkpoint else []
         return Asked(
@@ -395,6 +405,7 @@ class _Run:
             engine=options.engine,
             device=self.device,
             budget_s=options.budget_s,
+            precision=options.precision,
         )
 
     def _problem(self, line: str) -> None:

@@ -321,7 +321,7 @@ def measure_streams(job: Job, emit: Emit) -> dict[str, Any]:
     """N streams in one step, and one stream alone in a session of N, in turns with a session of one stream."""
     one = FramestepPath(job.path)
     manifest = one.manifest
-    needed = job.streams * Bundle.open(job.path.bundle, verify=False).bytes_per_stream()
+    needed = job.streams * one.session.bundle.bytes_per_stream()
     if needed > MEMORY_MARGIN * memory_available():
         raise FramestepError(
             f"{counted(job.streams, 'stream')}: {needed / 1e9:.1f} GB of state memory are needed, which are not free"

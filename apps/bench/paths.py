@@ -69,6 +69,7 @@ class PathSpec:
     engine: str
     device: str
     threads: int
+    precision: str = "auto"
 
 
 def frame_at(manifest: Manifest, index: int) -> Array:
@@ -96,7 +97,7 @@ class FramestepPath:
 
         bundle = Bundle.open(spec.bundle, verify=False)
         self.manifest = bundle.manifest
-        self.session = Session(bundle, spec.engine, spec.device, streams, OUTPUTS, spec.threads)
+        self.session = Session(bundle, spec.engine, spec.device, streams, OUTPUTS, spec.threads, spec.precision)
         self.stream = self.session.open_stream()
         self._filled = False
 

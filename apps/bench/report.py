@@ -250,6 +250,7 @@ class Asked:
     engine: str
     device: str
     budget_s: float
+    precision: str = "auto"
 
 
 @dataclass(frozen=True)

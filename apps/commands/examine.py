@@ -57,6 +57,7 @@ def bench(
         bool, typer.Option("--every-frame", help="Let the steady run go on to the last of --frames.")
     ] = False,
     budget_s: Annotated[float, typer.Option(min=0, help="Seconds that one baseline may take.")] = 600,
+    precision: Annotated[str, typer.Option(help="One of the bundle's precisions.")] = "auto",
     engine: EngineOption = "auto",
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
@@ -84,6 +85,7 @@ def bench(
         engine=engine,
         device=device,
         budget_s=budget_s,
+        precision=precision,
         threads=threads,
         checkpoint=checkpoint,
     )

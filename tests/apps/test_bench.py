@@ -351,6 +351,12 @@ def test_of_several_precisions_the_report_is_of_the_one_that_ran(
     assert report.engine.endswith(", fp32")  # a CPU's choice
     assert (report.bundle.precision, report.path("framestep").precision) == ("fp32", "float32")
     assert report.bundle.state_bytes == sum(state.bytes_per_stream() for state in exact.states)
+    asked = bench(options(bundle.path, tmp_path / "asked", frames=(1,), streams=(2,), precision="fp16"), Lines())
+    assert asked.engine.endswith(", fp16") and "--precision fp16" in asked.asked.command
+    assert asked.bundle.precision == "fp16" and asked.bundle.state_bytes == report.bundle.state_bytes // 2
+    missing = bench(options(bundle.path, tmp_path / "missing", frames=(1,), precision="w4"), Lines())
+    assert missing.path("framestep") is None
+    assert any("w4" in line and "fp32" in line for line in missing.problems)
 
 
 def test_a_baseline_in_float32_is_not_compared_with_rounded_weights(
