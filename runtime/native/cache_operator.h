@@ -13,6 +13,7 @@ public:
     static constexpr const char* NAME = CACHE_OPERATOR;
     static constexpr size_t INPUTS = 10, OUTPUTS = 4;
     static OrtElement input_type(size_t index);
+    static OrtElement output_type(size_t) { return ORT_FLOAT; }
 
     CacheKernel(const Ort& ort, const Shared*, const OrtKernelInfo* info);
     void compute(OrtKernelContext* context) const;

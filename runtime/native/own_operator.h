@@ -7,7 +7,6 @@
 #include <exception>
 #include <new>
 #include <string>
-#include <type_traits>
 
 #include "onnx_graph.h"
 #include "ort_api.h"
@@ -146,19 +145,9 @@ OrtStatus* guarded(const Ort& ort, const char* name, const Call& call) {
 // The operator of a Kernel, which has
 //     Shared             what all kernels of a session read; it outlives them
 //     NAME, INPUTS, OUTPUTS (0: one or more)
-//     input_type(index)  an OrtElement; outputs are float32,
-//     output_type(index)  where it has that, what this says
+//     input_type(index), output_type(index)  an OrtElement
 //     Kernel(const Ort&, const Shared*, const OrtKernelInfo*)
 //     void compute(OrtKernelContext*) const
-template <class Kernel, class = void>
-struct OutputsOf {
-    static OrtElement type(size_t) { return ORT_FLOAT; }
-};
-template <class Kernel>
-struct OutputsOf<Kernel, std::void_t<decltype(Kernel::output_type(0))>> {
-    static OrtElement type(size_t index) { return Kernel::output_type(index); }
-};
-
 template <class Kernel>
 OwnOperator<Kernel> own_operator(const Ort& ort, const typename Kernel::Shared* shared) {
     static constexpr int REQUIRED = 0, VARIADIC = 2;
@@ -171,7 +160,7 @@ OwnOperator<Kernel> own_operator(const Ort& ort, const typename Kernel::Shared* 
     made.GetInputTypeCount = [](const OrtCustomOp*) { return Kernel::INPUTS; };
     made.GetInputType = [](const OrtCustomOp*, size_t index) { return static_cast<int>(Kernel::input_type(index)); };
     made.GetOutputTypeCount = [](const OrtCustomOp*) { return std::max(Kernel::OUTPUTS, size_t{1}); };
-    made.GetOutputType = [](const OrtCustomOp*, size_t index) { return static_cast<int>(OutputsOf<Kernel>::type(index)); };
+    made.GetOutputType = [](const OrtCustomOp*, size_t index) { return static_cast<int>(Kernel::output_type(index)); };
     made.GetInputCharacteristic = [](const OrtCustomOp*, size_t) { return REQUIRED; };
     made.GetOutputCharacteristic = [](const OrtCustomOp*, size_t) { return Kernel::OUTPUTS == 0 ? VARIADIC : REQUIRED; };
     made.GetVariadicOutputMinArity = [](const OrtCustomOp*) { return 1; };

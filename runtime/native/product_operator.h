@@ -21,6 +21,7 @@ public:
     using Shared = std::vector<PackedProducts<Matrix>>;  // by the attribute `products`
     static constexpr size_t INPUTS = 1, OUTPUTS = 0;
     static OrtElement input_type(size_t) { return ORT_FLOAT; }
+    static OrtElement output_type(size_t) { return ORT_FLOAT; }
 
     ProductsKernel(const Ort& its, const Shared* shared, const OrtKernelInfo* info)
         : ort(its), products_(shared->at(static_cast<size_t>(KernelCalls(its).integer(info, "products")))) {}
