@@ -283,8 +283,7 @@ def _write(
     for precision, variant in variants.items():
         for name, graph in variant.graphs.items():
             onnx.checker.check_model(str(folder / graph.file), full_check=True)
-            counted_before = {item.graph for item in products}
-            if precision.removesuffix(INT8_MEMORY) == INT8 and name not in counted_before:
+            if precision.removesuffix(INT8_MEMORY) == INT8 and all(item.graph != name for item in products):
                 products.append(integer_products(folder / graph.file, name, quantized[precision, name]))
     if options.keep_float:
         variants[FLOAT] = Variant({name: old.graphs[name] for name in models}, old.states)
