@@ -1,7 +1,7 @@
-"""The baselines of `--compare`: what a user would run without framestep.
+"""The baselines of `--compare`: what a user would run without framestep, and the other precisions of the bundle.
 
-They are written as one would write them with their library, with the library's default settings: float32, inference
-mode, the same weights and the same number of threads.
+The former are written as one would write them with their library, with the library's default settings: float32,
+inference mode, the same weights and the same number of threads.
 """
 
 from __future__ import annotations
@@ -48,7 +48,32 @@ def make_path(spec: PathSpec) -> MeasuredPath:
     """
     if spec.name == FRAMESTEP:
         return FramestepPath(spec)
-    return BASELINES[spec.name].make(spec)
+    return find_baseline(spec.name).make(spec)
+
+
+def find_baseline(name: str) -> Baseline:
+    """One of `BASELINES`, or a session in another precision of the bundle, named as `precision_path` does."""
+    if name in BASELINES:
+        return BASELINES[name]
+    stored = name.removeprefix(precision_path(""))
+    return Baseline(
+        f"framestep, {stored}",
+        f"A session of one stream in the bundle's precision {stored}.",
+        precision_name(stored),
+        None,
+        {},
+        lambda spec: FramestepPath(replace(spec, precision=stored)),
+    )
+
+
+def precision_path(stored: str) -> str:
+    """The path of a precision of the bundle, as `--compare` names it."""
+    return f"{FRAMESTEP}-{stored}"
+
+
+def precision_name(stored: str) -> str:
+    """A precision as reports name it."""
+    return {"fp32": "float32", "fp16": "float16"}.get(stored, stored)
 
 
 AGREEMENT = 2e-4
@@ -121,6 +146,7 @@ BASELINES: dict[str, Baseline] = {
     ),
 }
 
+PRECISIONS = "precisions"  # of `--compare`: every other precision of the bundle
 # what `--compare` takes: a path, or a path in each of its variants
 GROUPS: dict[str, tuple[str, ...]] = {
     "pytorch-recompute": ("pytorch-recompute",),

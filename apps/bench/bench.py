@@ -20,7 +20,15 @@ from ...runtime.counted import counted
 from ...runtime.engines.choosing import BFLOAT16, choose_engine
 from ...runtime.errors import FramestepError, OutputError
 from . import results
-from .baselines import BASELINES, BFLOAT16_PRODUCTS, GROUPS
+from .baselines import (
+    BASELINES,
+    BFLOAT16_PRODUCTS,
+    GROUPS,
+    PRECISIONS,
+    find_baseline,
+    precision_name,
+    precision_path,
+)
 from .figures import make_folder
 from .fixed_work import ONE_THREAD_EACH
 from .machine import examine_machine
@@ -44,7 +52,7 @@ class BenchOptions:
 
     Attributes:
         frames: stream positions, the first frame being 1.
-        compare: keys of `GROUPS` or of `BASELINES`, or "all".
+        compare: what `expand_compare` takes.
         samples: latencies at each position in each process.
         processes: fresh processes for each path.
         steady: frames of the steady run; 0 for none.
@@ -119,23 +127,30 @@ def parse_numbers(text: str, option: str) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-def expand_compare(names: Iterable[str]) -> tuple[str, ...]:
+def expand_compare(names: Iterable[str], precisions: Sequence[str]) -> tuple[str, ...]:
     """The paths behind the names of `--compare`, each once.
+
+    Args:
+        names: keys of `GROUPS` or of `BASELINES`, `framestep-` and a precision, "precisions" for each of these, "all".
+        precisions: of the bundle.
 
     Raises:
         FramestepError: an unknown name.
     """
     found: dict[str, None] = {}
+    stored = tuple(precision_path(precision) for precision in precisions)
     for name in names:
         if name == "all":
-            group: Sequence[str] = tuple(BASELINES)
+            group: Sequence[str] = (*BASELINES, *stored)
+        elif name == PRECISIONS:
+            group = stored
         elif name in GROUPS:
             group = GROUPS[name]
-        elif name in BASELINES:
+        elif name in (*BASELINES, *stored):
             group = (name,)
         else:
-            known = ", ".join(dict.fromkeys((*GROUPS, *BASELINES)))
-            raise FramestepError(f"--compare: '{name}' is unknown; expected all, {known}")
+            known = ", ".join(dict.fromkeys((*GROUPS, *BASELINES, *stored)))
+            raise FramestepError(f"--compare: '{name}' is unknown; expected all, {PRECISIONS}, {known}")
         found.update(dict.fromkeys(group))
     return tuple(found)
 
@@ -145,6 +160,8 @@ class _Run:
 
     def __init__(self, options: BenchOptions, bundle: Bundle, scratch: Path, status: BenchStatus) -> None:
         self.options, self.bundle, self.status = options, bundle, status
+        self.compared = expand_compare(options.compare, bundle.manifest.precisions)
+        self.precision, self.stored = options.precision, bundle.manifest.precisions
         self.threads = options.threads or len(os.sched_getaffinity(0))
         self.reference = scratch / "reference.npz"
         self.problems: list[str] = []
@@ -220,15 +237,18 @@ class _Run:
         if answer.result is not None:
             usable.append(FRAMESTEP)
             self.step_s = answer.result["step_ms"] / 1e3
-            taken = self.bundle.manifest.at(answer.result["precision"])  # of a bundle's several
+            self.precision = answer.result["precision"]  # of a bundle's several
+            taken = self.bundle.manifest.at(self.precision)
             self.bundle = replace(self.bundle, manifest=taken)
             self.engine = f"{self.reason}, {taken.precision}"
         else:
             self._problem(f"{FRAMESTEP}: {answer.error}")
-        for name in expand_compare(self.options.compare):
+        for name in self.compared:
+            if name == precision_path(self.precision):
+                continue  # that is the session itself
             if answer.result is None:
                 self._problem(f"{name}: not checked against the session, which does not run here")
-                self.verified[name] = (None, BASELINES[name].precision)
+                self.verified[name] = (None, find_baseline(name).precision)
                 usable.append(name)
                 continue
             task = Task(f"checking {name}", self._job("difference", name), _environment(name), START_S)
@@ -237,14 +257,15 @@ class _Run:
                 self._problem(_with_name(name, checked.error))
                 continue
             difference, largest = float(checked.result["difference"]), checked.result.get("largest_output")
-            limit = BASELINES[name].tolerance
+            limit = find_baseline(name).tolerance
             if limit is not None:
                 limit *= max(1.0, largest or 1.0)  # rounding goes by the size of what is summed
             found = Verification(int(checked.result["frames"]), float(f"{difference:.3g}"), limit, largest)
-            precision = checked.result.get("precision") or BASELINES[name].precision
+            precision = checked.result.get("precision") or find_baseline(name).precision
             if not math.isfinite(difference) or (limit is not None and difference > limit):
                 ours = self.bundle.manifest.precision
                 advice = "is it the same checkpoint?" if ours == "fp32" else f"take a bundle in fp32, not {ours}"
+                advice = "add --precision fp32" if ours != "fp32" and "fp32" in self.stored else advice
                 self._problem(
                     f"{name}: not measured, its outputs differ from the session's by {difference:.1e}"
                     f" over {counted(found.frames, 'frame')} (at most {limit or 0:.1e} is accepted); {advice}"
@@ -312,7 +333,7 @@ class _Run:
             options.engine,
             self.device,
             self.threads,
-            options.precision,
+            self.precision,
         )
         return Job(kind, spec, reference=str(self.reference), **more)
 
@@ -335,13 +356,12 @@ class _Run:
         if name == FRAMESTEP:
             title, description = "framestep", f"a session of one stream, {self.engine}."
             environment: dict[str, str] = {}
-            stored = self.bundle.manifest.precision
-            precision = {"fp32": "float32", "fp16": "float16"}.get(stored, stored)
+            precision = precision_name(self.bundle.manifest.precision)
             if self.options.engine == BFLOAT16:
                 precision = BFLOAT16_PRODUCTS
             verification = None
         else:
-            baseline = BASELINES[name]
+            baseline = find_baseline(name)
             title, description, environment = baseline.title, baseline.description, baseline.environment
             verification, precision = self.verified[name]
         stopped = None
@@ -415,7 +435,7 @@ class _Run:
 
 
 def _environment(name: str) -> dict[str, str]:
-    return {} if name == FRAMESTEP else BASELINES[name].environment
+    return {} if name == FRAMESTEP else find_baseline(name).environment
 
 
 def _with_name(name: str, error: str | None) -> str:
@@ -443,4 +463,3 @@ def _check(options: BenchOptions) -> None:
     ):
         if value is not None and not value >= least:
             raise FramestepError(f"{name}: expected at least {least}, found {value}")
-    expand_compare(options.compare)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,8 @@ class OpenVinoRing:
         except ImportError:
             raise MissingPackageError(f"{spec.name}: pip install 'framestep[openvino]'") from None
         bundle = Bundle.open(spec.bundle, verify=False)
+        if spec.precision != "auto":
+            bundle = replace(bundle, manifest=bundle.manifest.at(spec.precision))
         self._manifest = bundle.manifest
         settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": spec.threads}
         if precision is not None:

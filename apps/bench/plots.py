@@ -31,6 +31,14 @@ STYLES: dict[str, tuple[str, str, str]] = {
     "openvino-default": ("#5bc0d0", "--", "*"),
     "framestep-bf16": ("#5bb596", "--", "o"),
 }
+# of the bundle's other precisions, in the report's order
+PRECISION_STYLES = (
+    ("#74b816", "-", "p"),
+    ("#a9c934", "--", "h"),
+    ("#2f9e44", "-.", "d"),
+    ("#94a3b8", ":", "<"),
+    ("#5c940d", "--", ">"),
+)
 
 
 def draw(report: Report, folder: Path) -> list[Path]:
@@ -48,6 +56,13 @@ def draw(report: Report, folder: Path) -> list[Path]:
     return files
 
 
+def _style(report: Report, path: PathReport) -> tuple[str, str, str]:
+    if path.name in STYLES:
+        return STYLES[path.name]
+    others = [each.name for each in report.paths if each.name not in STYLES]
+    return PRECISION_STYLES[others.index(path.name) % len(PRECISION_STYLES)]
+
+
 def _latency(report: Report, paths: list[PathReport], file: Path) -> Path:
     """Figure 3 of the StreamFormer paper (arXiv 2504.20041), redrawn with our line."""
     figure, axes = _figure(report, "Latency of the newest frame against its position in the stream")
@@ -55,7 +70,7 @@ def _latency(report: Report, paths: list[PathReport], file: Path) -> Path:
     for path in paths:
         x, y = _series(path, lambda entry: entry.latency_ms.p50)
         ours = path.name == FRAMESTEP
-        colour, dash, marker = STYLES[path.name]
+        colour, dash, marker = _style(report, path)
         axes.plot(
             x,
             y,
@@ -77,7 +92,7 @@ def _latency(report: Report, paths: list[PathReport], file: Path) -> Path:
         lines.append((x[-1], y[-1], path, f"{_number(y[-1])} ms"))
     _position_axis(axes, report)
     _value_axis(axes, "p50 latency, ms")
-    _name_lines(axes, lines)
+    _name_lines(axes, report, lines)
     notes = ["p50, median over processes; logarithmic axes"]
     if any(path.stopped for path in paths):
         notes.append("a bar ends a line that ran out of time or memory")
@@ -91,13 +106,13 @@ def _memory(report: Report, paths: list[PathReport], file: Path) -> Path:
     lines = []
     for path in paths:
         x, y = _series(path, lambda entry: entry.peak_bytes / 1e6)
-        colour, dash, marker = STYLES[path.name]
+        colour, dash, marker = _style(report, path)
         ours = path.name == FRAMESTEP
         axes.plot(x, y, dash, color=colour, marker=marker, markersize=5, linewidth=2.8 if ours else 1.6)
         lines.append((x[-1], y[-1], path, f"{y[-1]:,.0f} MB"))
     _position_axis(axes, report)
     _value_axis(axes, "peak resident memory, MB")
-    _name_lines(axes, lines)
+    _name_lines(axes, report, lines)
     return _save(figure, file, "weights and libraries included; logarithmic axes")
 
 
@@ -198,12 +213,12 @@ def _value_axis(axes: Axes, label: str) -> None:
     axes.set_ylabel(label)
 
 
-def _name_lines(axes: Axes, lines: list[tuple[float, float, PathReport, str]]) -> None:
+def _name_lines(axes: Axes, report: Report, lines: list[tuple[float, float, PathReport, str]]) -> None:
     """Name each line at the right, in the order of the lines' ends, joined to them by their colour and marker."""
     ordered = sorted(lines, key=lambda line: -line[1])
     height = min(0.095, 0.9 / max(1, len(ordered)))
     for row, (x, _, path, value) in enumerate(ordered):
-        colour, dash, marker = STYLES[path.name]
+        colour, dash, marker = _style(report, path)
         y = 0.97 - row * height
         axes.plot(
             [1.03, 1.07],

@@ -45,7 +45,10 @@ def bench(
     ] = "1,4,16,64,256,1024,4096",
     streams: Annotated[str, typer.Option(help="Numbers of streams in one step.")] = "1,2,4,8",
     compare: Annotated[
-        list[str] | None, typer.Option(help="Baselines to measure beside it: all, or names; repeat or use commas.")
+        list[str] | None,
+        typer.Option(
+            help="What to measure beside it: all, precisions (the bundle's others), or names; repeat or use commas."
+        ),
     ] = None,
     checkpoint: Annotated[
         str | None, typer.Option(help="The bundle's checkpoint, which the PyTorch baselines need.")

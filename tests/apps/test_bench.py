@@ -359,6 +359,36 @@ def test_of_several_precisions_the_report_is_of_the_one_that_ran(
     assert any("w4" in line and "fp32" in line for line in missing.problems)
 
 
+def test_a_bundles_other_precisions_are_compared_like_baselines(
+    golden_bundle: Path, tmp_path: Path, here: None
+) -> None:
+    shutil.copytree(golden_bundle, tmp_path / "both.bundle")
+    bundle = add_half(Bundle.open(tmp_path / "both.bundle"))
+    asked = options(bundle.path, tmp_path / "report", frames=(1, 4), streams=(1,), compare=("precisions",))
+    report = bench(asked, Lines())
+    assert [path.name for path in report.paths] == ["framestep", "framestep-fp16"]  # what ran, and the rest
+    half = report.path("framestep-fp16")
+    assert (half.title, half.precision) == ("framestep, fp16", "float16")
+    assert half.verification is not None and half.verification.tolerance is None
+    assert 1e-5 < half.verification.difference < 5e-2  # FP16's rounding, not float32's and not another model
+    assert [entry.position for entry in half.positions] == [1, 4]
+    assert [pair.other for pair in report.interleaved] == ["framestep-fp16"]
+    assert (tmp_path / "report" / "latency.png").exists()
+
+
+def test_baselines_have_the_graph_of_the_measured_precision(golden_bundle: Path, tmp_path: Path, here: None) -> None:
+    pytest.importorskip("openvino")
+    shutil.copytree(golden_bundle, tmp_path / "both.bundle")
+    bundle = add_half(Bundle.open(tmp_path / "both.bundle"))
+    exact = bundle.manifest.at("fp32")
+    floats = {"fp32": Variant(exact.graphs, exact.states)}
+    bundle.rewrite_manifest(dataclasses.replace(bundle.manifest.at("fp16"), variants=floats))
+    asked = options(bundle.path, tmp_path / "report", frames=(1,), streams=(1,), compare=("openvino-f32",))
+    assert bench(asked, Lines()).path("openvino-f32").verification.difference <= golden.TOLERANCE
+    wrong = dataclasses.replace(asked, output=tmp_path / "half", precision="fp16")
+    assert any(line.endswith("add --precision fp32") for line in bench(wrong, Lines()).problems)
+
+
 def test_a_baseline_in_float32_is_not_compared_with_rounded_weights(
     tmp_path: Path, here: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -481,8 +511,11 @@ def test_numbers_are_sorted_and_counted_once() -> None:
 
 
 def test_compare_expands_variants() -> None:
-    assert expand_compare(["all"]) == tuple(BASELINES)
-    assert expand_compare(["openvino", "openvino-f32"]) == ("openvino-f32", "openvino-default")
+    assert expand_compare(["all"], ("fp32",)) == (*BASELINES, "framestep-fp32")
+    assert expand_compare(["openvino", "openvino-f32"], ("fp32",)) == ("openvino-f32", "openvino-default")
+    assert expand_compare(["precisions"], ("int8", "int8+kv8")) == ("framestep-int8", "framestep-int8+kv8")
+    with pytest.raises(FramestepError, match="'framestep-w8' is unknown; expected all, .*framestep-int8$"):
+        expand_compare(["framestep-w8"], ("int8",))
     assert set(BASELINES) == {name for group in GROUPS.values() for name in group}
 
 
