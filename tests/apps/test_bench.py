@@ -465,7 +465,7 @@ def test_output_that_is_a_file_is_refused(golden_bundle: Path, tmp_path: Path) -
         ({"processes": 0}, "--processes"),
         ({"threads": 0}, "--threads"),
         ({"budget_s": 0.0}, "--budget-s"),
-        ({"compare": ("tensorflow",)}, "'tensorflow' is unknown; expected all, pytorch-recompute"),
+        ({"compare": ("tensorflow",)}, "'tensorflow' is unknown; expected all, precisions, pytorch-recompute"),
     ],
 )
 def test_options_that_make_no_sense_are_named(
