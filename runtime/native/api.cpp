@@ -1,21 +1,17 @@
 // The C functions: handles to sessions, structs to values, exceptions to statuses.
 #include <algorithm>
 #include <cstdio>
-#include <cstring>
 #include <memory>
-#include <mutex>
 #include <new>
-#include <shared_mutex>
 #include <string>
 #include <vector>
 
+#include "arguments.h"
 #include "framestep.h"
+#include "handles.h"
 #include "log.h"
 #include "session.h"
-
-#ifndef FRAMESTEP_VERSION
-#error "the build gives FRAMESTEP_VERSION"
-#endif
+#include "structs.h"
 
 namespace framestep {
 namespace {
@@ -43,198 +39,11 @@ fs_status call(Function function) noexcept {
     }
 }
 
-// The number that a caller put where an enum is: any, though C++ may take it to be one of the enum's.
-template <class Enum>
-int number_of(const Enum& value) {
-    int number;
-    static_assert(sizeof number == sizeof value, "an enum of the header is an int");
-    std::memcpy(&number, &value, sizeof number);
-    return number;
-}
-
-void need(const void* pointer, const char* name) {
-    if (pointer == nullptr) throw Error(FS_ERROR_ARGUMENT, std::string(name) + ": is null");
-}
-
-// The size that a struct had when it was first given out; it may have grown since.
-template <class Struct>
-constexpr size_t FIRST_SIZE = sizeof(Struct);
-template <>
-constexpr size_t FIRST_SIZE<fs_graph_info> = offsetof(fs_graph_info, own_operators);
-
-void check_size(size_t size, size_t expected, const char* name) {
-    if (size < expected) {
-        throw Error(FS_ERROR_ARGUMENT, std::string(name) + ": struct_size is " + std::to_string(size) + ", expected " +
-                                           std::to_string(expected) + "; set it to sizeof the struct");
-    }
-}
-
-// A caller's struct as this library knows it.
-template <class Struct>
-Struct read_struct(const void* given, const char* name) {
-    need(given, name);
-    size_t size;
-    std::memcpy(&size, given, sizeof size);
-    check_size(size, FIRST_SIZE<Struct>, name);
-    const auto* bytes = static_cast<const unsigned char*>(given);
-    constexpr size_t MAX_SIZE = 4096;
-    const size_t known = std::min(size, sizeof(Struct));
-    if (size > MAX_SIZE || std::any_of(bytes + known, bytes + size, [](unsigned char byte) { return byte != 0; })) {
-        throw Error(FS_ERROR_ARGUMENT, std::string(name) + ": struct_size is " + std::to_string(size) +
-                                           ", and it has members that this library of version " FRAMESTEP_VERSION
-                                           " does not know");
-    }
-    Struct value{};
-    std::memcpy(&value, given, known);
-    return value;
-}
-
-// What the caller's struct keeps is its size and what lies beyond this library's members.
-template <class Struct>
-void check_out(const Struct* out, const char* name) {
-    need(out, name);
-    check_size(out->struct_size, FIRST_SIZE<Struct>, name);
-}
-
-template <class Struct>
-void write_struct(Struct* out, Struct value) {
-    value.struct_size = out->struct_size;
-    std::memcpy(out, &value, std::min(value.struct_size, sizeof value));
-}
-
-// Which numbers are sessions and streams. A number has the place in the table, a count of how often that place was
-// given out, and its kind: one that was closed never comes back (not before 2^28 others took its place).
-class Handles {
-public:
-    enum Kind : uint64_t { session_kind = 1, stream_kind = 2 };
-
-    uint64_t add(Kind kind, std::shared_ptr<Session> session) {
-        const std::lock_guard guard(lock_);
-        size_t place = 0;
-        while (place < entries_.size() && entries_[place].session != nullptr) ++place;
-        if (place == entries_.size()) entries_.emplace_back();
-        Entry& entry = entries_[place];
-        entry.count = (entry.count + 1) & COUNT_MASK;
-        entry.session = std::move(session);
-        entry.handle = kind << 60 | entry.count << 32 | (place + 1);
-        return entry.handle;
-    }
-
-    std::shared_ptr<Session> find(Kind kind, uint64_t handle) {
-        const std::shared_lock guard(lock_);
-        const size_t place = (handle & PLACE_MASK) - 1;
-        if (handle == 0 || handle >> 60 != kind || place >= entries_.size() || entries_[place].handle != handle ||
-            entries_[place].session == nullptr) {
-            const char* what = kind == session_kind ? "session" : "stream";
-            throw Error(FS_ERROR_HANDLE, std::string("not an open ") + what + ": it was closed, or is no " + what + " at all");
-        }
-        return entries_[place].session;
-    }
-
-    void remove(uint64_t handle) {
-        std::shared_ptr<Session> last;  // freed after the lock
-        const std::lock_guard guard(lock_);
-        for (Entry& entry : entries_) {
-            if (entry.handle == handle && entry.session != nullptr) last = std::move(entry.session);
-        }
-    }
-
-    // A session's handle, and those of its streams.
-    void remove_all(const std::shared_ptr<Session>& session) {
-        const std::lock_guard guard(lock_);
-        for (Entry& entry : entries_) {
-            if (entry.session == session) entry.session.reset();  // the caller holds one more
-        }
-    }
-
-private:
-    static constexpr uint64_t COUNT_MASK = (uint64_t{1} << 28) - 1;
-    static constexpr uint64_t PLACE_MASK = (uint64_t{1} << 32) - 1;
-
-    struct Entry {
-        std::shared_ptr<Session> session;
-        uint64_t handle = 0;
-        uint64_t count = 0;
-    };
-
-    std::shared_mutex lock_;
-    std::vector<Entry> entries_;
-};
-
-Handles& handles() {
-    static auto& all = *new Handles;  // never freed: other threads may still call while the process ends
-    return all;
-}
-
-std::shared_ptr<Session> session_of(fs_session session) { return handles().find(Handles::session_kind, session); }
-std::shared_ptr<Session> stream_of(fs_stream stream) { return handles().find(Handles::stream_kind, stream); }
-
 void check_index(size_t index, size_t count, const char* what) {
     if (index >= count) {
         throw Error(FS_ERROR_ARGUMENT,
                     std::string(what) + " " + std::to_string(index) + ": this session has " + std::to_string(count));
     }
-}
-
-std::string text_or(const char* text, const char* otherwise) { return text == nullptr ? otherwise : text; }
-
-SessionOptions options_of(const fs_session_options* given) {
-    SessionOptions options;
-    if (given == nullptr) return options;
-    const auto known = read_struct<fs_session_options>(given, "options");
-    options.engine = text_or(known.engine, "auto");
-    options.device = text_or(known.device, "auto");
-    options.precision = text_or(known.precision, "auto");
-    options.library = text_or(known.library, "");
-    options.streams = known.streams == 0 ? 1 : known.streams;
-    options.threads = known.threads;
-    options.trust_files = known.trust_files != 0;
-    options.manifest = text_or(known.manifest, "");
-    if (known.output_count != 0) need(known.outputs, "options.outputs");
-    for (size_t index = 0; index < known.output_count; ++index) {
-        need(known.outputs[index], "options.outputs");
-        options.outputs.emplace_back(known.outputs[index]);
-    }
-    if (known.graph_count != 0) need(known.graphs, "options.graphs");
-    for (size_t index = 0; index < known.graph_count; ++index) {
-        need(known.graphs[index], "options.graphs");
-        options.graphs.emplace_back(known.graphs[index]);
-    }
-    return options;
-}
-
-constexpr int32_t MAX_SIDE = 1 << 14;  // pixels
-
-Frame frame_of(const fs_frame& given, size_t index) {
-    const auto refused = [&](fs_status status, const std::string& why) {
-        return Error(status, "frames[" + std::to_string(index) + "]: " + why);
-    };
-    if (given.data == nullptr) throw refused(FS_ERROR_ARGUMENT, "data is null");
-    Frame frame{};
-    frame.stream = given.stream;
-    const int format = number_of(given.format);
-    switch (format) {
-        case FS_RGB: frame.picture.format = PixelFormat::rgb; break;
-        case FS_BGR: frame.picture.format = PixelFormat::bgr; break;
-        case FS_GREY: frame.picture.format = PixelFormat::grey; break;
-        default: throw refused(FS_ERROR_FRAME, "the format " + std::to_string(format) + " is unknown");
-    }
-    if (given.width < 1 || given.width > MAX_SIDE || given.height < 1 || given.height > MAX_SIDE) {
-        throw refused(FS_ERROR_FRAME, "expected 1 to " + std::to_string(MAX_SIDE) + " pixels a side, found " +
-                                          std::to_string(given.width) + " by " + std::to_string(given.height));
-    }
-    const int64_t row = int64_t{given.width} * (format == FS_GREY ? 1 : 3);
-    constexpr int64_t MAX_STRIDE = int64_t{1} << 32;
-    const int64_t stride = given.stride == 0 ? row : given.stride;
-    if (stride > MAX_STRIDE || stride < row) {
-        throw refused(FS_ERROR_FRAME, "a stride of " + std::to_string(given.stride) + " bytes; expected 0, or at least " +
-                                          std::to_string(row) + " for its width");
-    }
-    frame.picture.data = given.data;
-    frame.picture.width = given.width;
-    frame.picture.height = given.height;
-    frame.picture.stride = stride;
-    return frame;
 }
 
 fs_status step(fs_session handle, fs_frame* frames, size_t count) {
@@ -273,27 +82,7 @@ fs_status step(fs_session handle, fs_frame* frames, size_t count) {
 
 fs_status run(fs_stream handle, size_t graph, const fs_input* inputs, size_t count) {
     const std::shared_ptr<Session> session = stream_of(handle);
-    constexpr size_t MAX_INPUTS = 256;
-    if (count > MAX_INPUTS) throw Error(FS_ERROR_ARGUMENT, "inputs: " + std::to_string(count) + " are too many");
-    if (count != 0) need(inputs, "inputs");
-    std::vector<NamedTensor> named;
-    const size_t size = count != 0 ? inputs->struct_size : 0;
-    if (count != 0) check_size(size, sizeof(fs_input), "inputs");
-    const auto* place = reinterpret_cast<const unsigned char*>(inputs);
-    for (size_t index = 0; index < count; ++index) {
-        const auto given = read_struct<fs_input>(place + index * size, "inputs");
-        if (given.struct_size != size) throw Error(FS_ERROR_ARGUMENT, "inputs: structs of different sizes");
-        need(given.name, "inputs");
-        need(given.data, given.name);
-        if (given.rank < 0 || given.rank > FS_MAX_RANK) {
-            throw Error(FS_ERROR_ARGUMENT, std::string(given.name) + ": a rank of " + std::to_string(given.rank));
-        }
-        const int dtype = number_of(given.dtype);
-        if (dtype < FS_UINT8 || dtype > FS_FLOAT32) {
-            throw Error(FS_ERROR_ARGUMENT, std::string(given.name) + ": the dtype " + std::to_string(dtype) + " is unknown");
-        }
-        named.push_back({given.name, given.dtype, {given.data, {given.shape, given.shape + given.rank}}});
-    }
+    const std::vector<NamedTensor> named = inputs_of(inputs, count);
     const fs_status status = session->run(handle, graph, named);
     if (status == FS_ERROR_NONFINITE) {
         return fail(status, "the model gave NaN or infinity; the states that the graph writes were zeroed for this stream");
@@ -303,33 +92,8 @@ fs_status run(fs_stream handle, size_t graph, const fs_input* inputs, size_t cou
 
 void set_labels(fs_session handle, const fs_labels* given) {
     const std::shared_ptr<Session> session = session_of(handle);
-    const auto known = read_struct<fs_labels>(given, "labels");
-    if (known.count == 0) throw Error(FS_ERROR_ARGUMENT, "labels: expected at least one");
-    need(known.text_embeddings, "labels.text_embeddings");
-    need(known.patch_text_embeddings, "labels.patch_text_embeddings");
-    const std::optional<Scoring>& scoring = session->bundle().scoring;
-    if ((known.logit_scale == nullptr || known.logit_bias == nullptr) && !scoring) {
-        throw Error(FS_ERROR_BUNDLE, session->bundle().path.string() + ": has no scoring; give labels.logit_scale and"
-                                                                       " labels.logit_bias");
-    }
-    constexpr size_t MAX_LABELS = size_t{1} << 20, MAX_HIDDEN = size_t{1} << 16;
-    if (known.count > MAX_LABELS || known.text_hidden - 1 >= MAX_HIDDEN || known.patch_text_hidden - 1 >= MAX_HIDDEN) {
-        throw Error(FS_ERROR_ARGUMENT, "labels: sizes that are not possible");
-    }
-    LabelInputs labels;
-    labels.count = known.count;
-    labels.text_hidden = known.text_hidden;
-    labels.patch_text_hidden = known.patch_text_hidden;
-    labels.text_embeddings.assign(known.text_embeddings, known.text_embeddings + known.count * known.text_hidden);
-    labels.patch_text_embeddings.assign(known.patch_text_embeddings,
-                                        known.patch_text_embeddings + known.count * known.patch_text_hidden);
-    labels.logit_scale = known.logit_scale != nullptr ? *known.logit_scale : static_cast<float>(scoring->logit_scale);
-    labels.logit_bias = known.logit_bias != nullptr ? *known.logit_bias : static_cast<float>(scoring->logit_bias);
-    std::vector<std::string> names(known.count);
-    for (size_t index = 0; known.names != nullptr && index < known.count; ++index) {
-        need(known.names[index], "labels.names");
-        names[index] = known.names[index];
-    }
+    std::vector<std::string> names;
+    LabelInputs labels = labels_of(given, session->bundle(), names);
     session->set_labels(std::move(labels), std::move(names));
 }
 

@@ -7,17 +7,9 @@
 #include <string>
 #include <vector>
 
-#include "manifest.h"
+#include "plan.h"
 
 namespace framestep {
-
-// What of a bundle runs.
-struct Plan {
-    std::vector<const Graph*> graphs;   // first those of a step, each after those that feed it, then those run by themselves
-    size_t step_graphs = 0;
-    std::vector<const State*> states;   // those that these graphs touch, in the manifest's order
-    std::vector<const Port*> outputs;   // to be brought to the host
-};
 
 // ONNX Runtime with no operator but its own, and with products of float32 in bfloat16.
 constexpr const char* PLAIN = "onnxruntime:plain";

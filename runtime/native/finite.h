@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "framestep.h"
+
 namespace framestep {
 
 constexpr uint32_t FLOAT32_EXPONENT = 0x7F800000;
@@ -20,6 +22,13 @@ bool all_finite(const void* data, size_t bytes, Bits exponent) {
         bad |= static_cast<Bits>((bits & exponent) == exponent);
     }
     return bad == 0;
+}
+
+// Of integers all are.
+inline bool all_finite(const void* data, size_t bytes, fs_dtype dtype) {
+    if (dtype == FS_FLOAT32) return all_finite(data, bytes, FLOAT32_EXPONENT);
+    if (dtype == FS_FLOAT16) return all_finite(data, bytes, FLOAT16_EXPONENT);
+    return true;
 }
 
 }  // namespace framestep

@@ -10,162 +10,15 @@
 #include <utility>
 
 #include "engine.h"
-#include "ort_api.h"
+#include "ort_memory.h"
+#include "ort_ports.h"
+#include "ort_session.h"
 #include "own_operators.h"
 
 namespace framestep {
 namespace {
 
-constexpr size_t ALIGNMENT = 64;        // bytes: a cache line
 constexpr size_t MOST_BINDINGS = 1024;  // ranges of slots that stay bound: all of 44 streams'
-// MatMulAddFusion makes a Gemm with a float bias, which is no integer product; CommonSubexpressionElimination merges the
-// quantizers of layers that share an input, and a shared one is not fused. Such layers would run in float.
-constexpr const char* BREAK_INTEGER_PRODUCTS = "MatMulAddFusion;CommonSubexpressionElimination";
-
-int element_of(fs_dtype dtype) {
-    switch (dtype) {
-        case FS_UINT8: return ORT_UINT8;
-        case FS_INT8: return ORT_INT8;
-        case FS_INT32: return ORT_INT32;
-        case FS_INT64: return ORT_INT64;
-        case FS_BOOL: return ORT_BOOL;
-        case FS_FLOAT16: return ORT_FLOAT16;
-        case FS_FLOAT32: return ORT_FLOAT;
-    }
-    return 0;
-}
-
-// An object of ONNX Runtime's, released with it.
-template <class T>
-class Owned {
-public:
-    Owned() = default;
-    explicit Owned(void (*release)(T*)) : release_(release) {}
-    Owned(Owned&& other) noexcept : object_(std::exchange(other.object_, nullptr)), release_(other.release_) {}
-    Owned& operator=(Owned&& other) noexcept {
-        std::swap(object_, other.object_);
-        std::swap(release_, other.release_);
-        return *this;
-    }
-    ~Owned() {
-        if (object_ != nullptr) release_(object_);
-    }
-
-    T* get() const { return object_; }
-    T** into() { return &object_; }
-
-private:
-    T* object_ = nullptr;
-    void (*release_)(T*) = nullptr;
-};
-
-Owned<OrtSessionOptions> session_options(const Ort& ort, const EngineOptions& engine, bool integer) {
-    Owned<OrtSessionOptions> options(ort.ReleaseSessionOptions);
-    const std::string what = "ONNX Runtime's options";
-    const auto entry = [&](const char* key, const char* value) {
-        ort.check(ort.AddSessionConfigEntry(options.get(), key, value), what);
-    };
-    ort.check(ort.CreateSessionOptions(options.into()), what);
-    ort.check(ort.SetIntraOpNumThreads(options.get(), engine.threads), what);
-    ort.check(ort.SetInterOpNumThreads(options.get(), 1), what);  // a step graph is a chain: nothing runs side by side
-    ort.check(ort.SetSessionExecutionMode(options.get(), ORT_SEQUENTIAL), what);
-    ort.check(ort.SetSessionGraphOptimizationLevel(options.get(), ORT_ENABLE_ALL), what);
-    ort.check(ort.SetSessionLogSeverityLevel(options.get(), ORT_WARNING), what);
-    // spin between operators, where a wake-up would cost more than it saves, but not between frames
-    entry("session.intra_op.allow_spinning", "1");
-    entry("session.force_spinning_stop", "1");
-    // weights in blocks of integers: multiply integers (4), not floats; only such layers are concerned
-    entry("session.qdq_matmulnbits_accuracy_level", "4");
-    if (integer) entry("optimization.disable_specified_optimizers", BREAK_INTEGER_PRODUCTS);
-    if (engine.device == "cuda") {
-        Owned<OrtCudaOptions> cuda(ort.ReleaseCUDAProviderOptions);
-        ort.check(ort.CreateCUDAProviderOptions(cuda.into()), "ONNX Runtime could not use CUDA");
-        // unless told otherwise it rounds the factors of float32 products to 10 bits
-        const char *const keys[] = {"use_tf32"}, *const values[] = {"0"};
-        ort.check(ort.UpdateCUDAProviderOptions(cuda.get(), keys, values, 1), "ONNX Runtime could not use CUDA");
-        ort.check(ort.SessionOptionsAppendExecutionProvider_CUDA_V2(options.get(), cuda.get()),
-                  "ONNX Runtime could not use CUDA");
-    }
-    return options;
-}
-
-// Zeroed memory that starts on a cache line; of the host, or of a device through ONNX Runtime's allocator.
-class Memory {
-public:
-    Memory() = default;
-    explicit Memory(size_t bytes) : bytes_(bytes) {
-        const size_t rounded = std::max(ALIGNMENT, (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
-        data_ = rounded < bytes ? nullptr : std::aligned_alloc(ALIGNMENT, rounded);
-        if (data_ == nullptr) fail("the host");
-        std::memset(data_, 0, rounded);
-    }
-    Memory(const Ort& ort, OrtAllocator* allocator, size_t bytes) : bytes_(bytes), ort_(&ort), allocator_(allocator) {
-        OrtStatus* status = ort.AllocatorAlloc(allocator, std::max(ALIGNMENT, bytes), &data_);
-        if (status != nullptr) ort.ReleaseStatus(status);
-        if (status != nullptr || data_ == nullptr) fail("the device");
-    }
-    Memory(Memory&& other) noexcept { *this = std::move(other); }
-    Memory& operator=(Memory&& other) noexcept {
-        std::swap(data_, other.data_);
-        std::swap(bytes_, other.bytes_);
-        std::swap(ort_, other.ort_);
-        std::swap(allocator_, other.allocator_);
-        return *this;
-    }
-    ~Memory() {
-        if (data_ == nullptr) return;
-        if (allocator_ == nullptr) {
-            std::free(data_);
-        } else if (OrtStatus* status = ort_->AllocatorFree(allocator_, data_)) {
-            ort_->ReleaseStatus(status);
-        }
-    }
-
-    uint8_t* data() const { return static_cast<uint8_t*>(data_); }
-    size_t bytes() const { return bytes_; }
-
-private:
-    [[noreturn]] void fail(const char* where) const {
-        throw Error(FS_ERROR_MEMORY, std::string("no memory on ") + where + " for a buffer of " + std::to_string(bytes_) +
-                                         " bytes; open the session with fewer streams");
-    }
-
-    void* data_ = nullptr;
-    size_t bytes_ = 0;
-    const Ort* ort_ = nullptr;
-    OrtAllocator* allocator_ = nullptr;
-};
-
-// A tensor in memory. Its first axis is that of the slots where it has a row for each.
-struct Buffer {
-    Memory memory;
-    std::vector<int64_t> shape;
-    fs_dtype dtype = FS_FLOAT32;
-    bool of_slots = false;
-    bool on_device = false;
-
-    size_t row() const {  // bytes of a slot
-        size_t total = bytes_of(dtype);
-        for (size_t axis = 1; axis < shape.size(); ++axis) total *= static_cast<size_t>(shape[axis]);
-        return total;
-    }
-};
-
-// An ONNX model of one Identity, float16 or another type, one axis of any size: y = x. It moves memory from and to a
-// device, for which the C interface has nothing else.
-std::string identity_model(int element) {
-    const auto field = [](int number, const std::string& content) {
-        return std::string(1, static_cast<char>(number << 3 | 2)) + static_cast<char>(content.size()) + content;
-    };
-    const auto value = [&](int number, const char* name) {
-        const std::string shape = field(2, field(1, field(2, "n")));
-        const std::string type = field(1, std::string("\x08") + static_cast<char>(element) + shape);
-        return field(number, field(1, name) + field(2, type));
-    };
-    const std::string node = field(1, field(1, "x") + field(2, "y") + field(4, "Identity"));
-    const std::string graph = node + field(2, "copy") + value(11, "x") + value(12, "y");
-    return std::string("\x08\x08") + field(7, graph) + field(8, field(1, "") + "\x10\x0d");  // IR 8, opset 13
-}
 
 class OnnxRuntimeEngine : public Engine {
 public:
@@ -200,7 +53,7 @@ public:
                            : ort_.CreateSessionFromArray(ort_.env, derived.model.data(), derived.model.size(), session.get(),
                                                          sessions_.back().into()),
                        path + ": ONNX Runtime " + ort_.version + " cannot load it");
-            check_ports(path, *graph, manifest, sessions_.back().get());
+            check_ports(ort_, sessions_.back().get(), path, *graph, manifest);
         }
         if (options.engine == BFLOAT16 && !operators_->has_bfloat16()) {
             throw Error(FS_ERROR_ENGINE, bundle.path.string() + ": has nothing that the engine '" + BFLOAT16 +
@@ -538,87 +391,6 @@ private:
         }));
     }
 
-    // Buffers are bound by the manifest alone: compare it with the graph.
-    void check_ports(const std::string& path, const Graph& graph, const Manifest& manifest, OrtNativeSession* session) const {
-        using Declared = std::map<std::string, std::pair<int, std::vector<Dim>>>;
-        Declared inputs, outputs;
-        for (const Port& port : graph.inputs) inputs[port.name] = {element_of(port.dtype), port.shape};
-        for (const Port& port : graph.outputs) outputs[port.name] = {element_of(port.dtype), port.shape};
-        for (const StateUse& use : graph.states) {
-            const auto state = std::find_if(manifest.states.begin(), manifest.states.end(),
-                                            [&](const State& one) { return one.name == use.state; });
-            std::vector<Dim> shape = {{0, 'S'}};
-            for (const int64_t size : state->shape) shape.push_back({size, 0});
-            if (!use.input.empty()) inputs[use.input] = {element_of(state->dtype), shape};
-            if (!use.output.empty()) outputs[use.output] = {element_of(state->dtype), shape};
-        }
-        size_t count = 0;
-        ort_.check(ort_.SessionGetInputCount(session, &count), path);
-        check_side(path, "input", inputs, session, count, ort_.SessionGetInputName, ort_.SessionGetInputTypeInfo);
-        ort_.check(ort_.SessionGetOutputCount(session, &count), path);
-        check_side(path, "output", outputs, session, count, ort_.SessionGetOutputName, ort_.SessionGetOutputTypeInfo);
-    }
-
-    template <class Declared, class GetName, class GetType>
-    void check_side(const std::string& path, const std::string& kind, const Declared& declared, OrtNativeSession* session,
-                    size_t count, GetName get_name, GetType get_type) const {
-        const auto refuse = [&](const std::string& name, const std::string& in_graph, const std::string& in_manifest) {
-            throw Error(FS_ERROR_BUNDLE, path + ": " + kind + " '" + name + "' is " + in_graph + " in the graph and " +
-                                             in_manifest + " in the manifest; export the bundle again");
-        };
-        OrtAllocator* allocator = nullptr;
-        ort_.check(ort_.GetAllocatorWithDefaultOptions(&allocator), path);
-        std::map<std::string, bool> seen;
-        for (size_t index = 0; index < count; ++index) {
-            char* text = nullptr;
-            ort_.check(get_name(session, index, allocator, &text), path);
-            const std::string name = text;
-            ort_.check(ort_.AllocatorFree(allocator, text), path);
-            const auto found = declared.find(name);
-            Owned<OrtTypeInfo> type(ort_.ReleaseTypeInfo);
-            ort_.check(get_type(session, index, type.into()), path);
-            const auto actual = describe(type.get(), path);
-            if (found == declared.end()) refuse(name, text_of(actual), "absent");
-            if (actual != found->second) refuse(name, text_of(actual), text_of(found->second));
-            seen[name] = true;
-        }
-        for (const auto& item : declared) {
-            if (seen.count(item.first) == 0) refuse(item.first, "absent", text_of(item.second));
-        }
-    }
-
-    // "float32 [S, 96]"
-    static std::string text_of(const std::pair<int, std::vector<Dim>>& port) {
-        std::string sizes, kind = "of type " + std::to_string(port.first);
-        for (const fs_dtype dtype : {FS_UINT8, FS_INT8, FS_INT32, FS_INT64, FS_BOOL, FS_FLOAT16, FS_FLOAT32}) {
-            if (element_of(dtype) == port.first) kind = name_of(dtype);
-        }
-        for (const Dim& dim : port.second) {
-            sizes += (sizes.empty() ? "" : ", ") + (dim.symbol != 0 ? std::string(1, dim.symbol) : std::to_string(dim.size));
-        }
-        return kind + " [" + sizes + "]";
-    }
-
-    std::pair<int, std::vector<Dim>> describe(const OrtTypeInfo* type, const std::string& path) const {
-        const OrtTensorInfo* tensor = nullptr;
-        ort_.check(ort_.CastTypeInfoToTensorInfo(type, &tensor), path);
-        if (tensor == nullptr) return {0, {}};
-        int element = 0;
-        size_t rank = 0;
-        ort_.check(ort_.GetTensorElementType(tensor, &element), path);
-        ort_.check(ort_.GetDimensionsCount(tensor, &rank), path);
-        std::vector<int64_t> sizes(rank);
-        std::vector<const char*> symbols(rank);
-        ort_.check(ort_.GetDimensions(tensor, sizes.data(), rank), path);
-        ort_.check(ort_.GetSymbolicDimensions(tensor, symbols.data(), rank), path);
-        std::vector<Dim> shape;
-        for (size_t axis = 0; axis < rank; ++axis) {
-            const bool named = sizes[axis] < 0 && symbols[axis] != nullptr && std::strlen(symbols[axis]) == 1;
-            shape.push_back(sizes[axis] >= 0 ? Dim{sizes[axis], 0} : Dim{0, named ? symbols[axis][0] : '?'});
-        }
-        return {element, shape};
-    }
-
     const Ort& ort_;
     const EngineOptions options_;
     const Plan plan_;
@@ -645,29 +417,6 @@ private:
 std::unique_ptr<Engine> make_onnxruntime_engine(const Bundle& bundle, const Manifest& manifest, const Plan& plan,
                                                 const EngineOptions& options) {
     return std::make_unique<OnnxRuntimeEngine>(bundle, manifest, plan, options);
-}
-
-bool onnxruntime_has_device(const std::string& library, const std::string& device) {
-    const Ort& ort = load_ort(library);
-    if (device == "cpu") return true;
-    char** names = nullptr;
-    int count = 0;
-    ort.check(ort.GetAvailableProviders(&names, &count), "ONNX Runtime's providers");
-    bool built_in = false;  // it says what it was built with, whether there is a GPU or not
-    for (int index = 0; index < count; ++index) built_in |= std::strcmp(names[index], "CUDAExecutionProvider") == 0;
-    ort.check(ort.ReleaseAvailableProviders(names, count), "ONNX Runtime's providers");
-    if (!built_in) return false;
-    try {
-        EngineOptions engine;
-        engine.device = device;
-        const Owned<OrtSessionOptions> options = session_options(ort, engine, false);
-        Owned<OrtNativeSession> session(ort.ReleaseSession);
-        const std::string model = identity_model(ORT_FLOAT);
-        ort.check(ort.CreateSessionFromArray(ort.env, model.data(), model.size(), options.get(), session.into()), "CUDA");
-        return true;
-    } catch (const Error&) {
-        return false;  // no GPU, no driver, or one that does not fit
-    }
 }
 
 }  // namespace framestep

@@ -4,13 +4,11 @@
 
 #include <algorithm>
 #include <cmath>
-#include <set>
 #include <thread>
 
 #include "engine_choice.h"
 #include "finite.h"
 #include "labels.h"
-#include "state_file.h"
 
 namespace framestep {
 namespace {
@@ -19,8 +17,6 @@ using Clock = std::chrono::steady_clock;
 
 constexpr int MAX_STREAMS = 4096;
 constexpr int64_t MAX_POSITION = int64_t{1} << 62;
-const std::set<std::string> LABEL_ROLES = {"text_embeddings", "patch_text_embeddings", "logit_scale", "logit_bias"};
-const std::set<std::string> FED_ROLES = {"frame", "position", "output"};
 
 double milliseconds(Clock::time_point from, Clock::time_point to) {
     return std::chrono::duration<double, std::milli>(to - from).count();
@@ -32,111 +28,7 @@ int usable_cores() {
     return static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
 }
 
-bool finite(const void* data, size_t bytes, fs_dtype dtype) {
-    if (dtype == FS_FLOAT32) return all_finite(data, bytes, FLOAT32_EXPONENT);
-    if (dtype == FS_FLOAT16) return all_finite(data, bytes, FLOAT16_EXPONENT);
-    return true;
-}
-
-std::vector<std::string> default_outputs(const Manifest& manifest, bool labelled) {
-    std::vector<std::string> names;
-    // of the scores only those of whole frames, [S, C], which cost next to nothing
-    for (const auto& [port, needs_labels] : available_outputs(manifest)) {
-        if (!needs_labels || (labelled && port->shape.size() == 2)) names.push_back(port->name);
-    }
-    return names;
-}
-
-void check_outputs(const std::vector<std::string>& outputs, const Manifest& manifest) {
-    const auto available = available_outputs(manifest);
-    std::string known;
-    for (const auto& item : available) known += (known.empty() ? "" : ", ") + item.first->name;
-    for (const std::string& name : outputs) {
-        const auto found = std::find_if(available.begin(), available.end(),
-                                        [&](const auto& item) { return item.first->name == name; });
-        if (found == available.end()) {
-            throw Error(FS_ERROR_ARGUMENT, "outputs: '" + name + "' is unknown; this bundle has " + known);
-        }
-        if (std::count(outputs.begin(), outputs.end(), name) > 1) {
-            throw Error(FS_ERROR_ARGUMENT, "outputs: '" + name + "' stands twice");
-        }
-    }
-}
-
-// What steps and runs need. `others` are the names of graphs to be run by themselves.
-Plan make_plan(const Bundle& bundle, const Manifest& manifest, const std::vector<std::string>& outputs,
-               const std::vector<std::string>& others) {
-    if (outputs.empty() && others.empty()) {
-        throw Error(FS_ERROR_BUNDLE, bundle.path.string() + ": has no output that frames give");
-    }
-    Plan plan;
-    plan.graphs = graphs_for(manifest, outputs);
-    plan.step_graphs = plan.graphs.size();
-    for (const std::string& name : others) {
-        const auto found = std::find_if(manifest.graphs.begin(), manifest.graphs.end(),
-                                        [&](const Graph& graph) { return graph.name == name; });
-        if (found == manifest.graphs.end()) {
-            std::string known;
-            for (const Graph& graph : manifest.graphs) known += (known.empty() ? "" : ", ") + graph.name;
-            throw Error(FS_ERROR_ARGUMENT, "graphs: '" + name + "' is unknown; this bundle has " + known);
-        }
-        if (std::find(plan.graphs.begin(), plan.graphs.end(), &*found) == plan.graphs.end()) plan.graphs.push_back(&*found);
-    }
-    for (const State& state : manifest.states) {
-        for (const Graph* graph : plan.graphs) {
-            const bool used = std::any_of(graph->states.begin(), graph->states.end(),
-                                          [&](const StateUse& use) { return use.state == state.name; });
-            if (used) {
-                plan.states.push_back(&state);
-                break;
-            }
-        }
-    }
-    for (const std::string& name : outputs) {
-        for (const Graph* graph : plan.graphs) {
-            for (const Port& port : graph->outputs) {
-                if (port.name == name) plan.outputs.push_back(&port);
-            }
-        }
-    }
-    return plan;
-}
-
-// What only a frame graph's input can say: that it takes frames of the bundle's size.
-void check_frame_ports(const Plan& plan, const Bundle& bundle) {
-    const std::vector<Dim> frame = {{0, 'S'}, {bundle.height, 0}, {bundle.width, 0}, {3, 0}};
-    const std::vector<Dim> position = {{0, 'S'}};
-    for (size_t index = 0; index < plan.step_graphs; ++index) {
-        const Graph* graph = plan.graphs[index];
-        for (const Port& port : graph->inputs) {
-            const bool fits = port.role == "frame"      ? port.shape == frame && port.dtype == FS_UINT8
-                              : port.role == "position" ? port.shape == position && port.dtype == FS_INT64
-                                                        : FED_ROLES.count(port.role) + LABEL_ROLES.count(port.role) > 0;
-            if (!fits) {
-                throw Error(FS_ERROR_BUNDLE, (bundle.path / graph->file).string() + ": input '" + port.name +
-                                                 "' is not one that frames and labels can feed");
-            }
-        }
-    }
-}
-
 }  // namespace
-
-std::vector<std::pair<const Port*, bool>> available_outputs(const Manifest& manifest) {
-    std::vector<std::pair<const Port*, bool>> found;
-    for (const Graph& graph : manifest.graphs) {
-        bool fed = true, labelled = false, of_streams = false;
-        for (const Port& port : graph.inputs) {
-            const bool label = LABEL_ROLES.count(port.role) != 0;
-            labelled |= label;
-            of_streams |= FED_ROLES.count(port.role) != 0;
-            fed &= label || FED_ROLES.count(port.role) != 0;
-        }
-        if (!fed || !of_streams) continue;
-        for (const Port& port : graph.outputs) found.emplace_back(&port, labelled);
-    }
-    return found;
-}
 
 Session::Session(const std::string& path, const SessionOptions& options)
     : bundle_(Bundle::open(path, options.manifest, options.trust_files)) {
@@ -157,12 +49,8 @@ Session::Session(const std::string& path, const SessionOptions& options)
     engine_options_.library = options.library;
     engine_options_.streams = options.streams;
     engine_options_.threads = options.threads == 0 ? usable_cores() : options.threads;
-    const std::vector<std::string> outputs =
-        options.outputs.empty() ? default_outputs(*manifest_, bundle_.labels.has_value()) : options.outputs;
-    check_outputs(outputs, *manifest_);
-    plan_ = make_plan(bundle_, *manifest_, outputs, options.graphs);
+    plan_ = make_plan(bundle_, *manifest_, options.outputs, options.graphs);
     make_lanes();
-    check_frame_ports(plan_, bundle_);
     state_key_ = bundle_.state_key(*manifest_);
     engine_ = make_engine(bundle_, *manifest_, plan_, engine_options_);
     if (!engine_->runs_graphs() && plan_.step_graphs != plan_.graphs.size()) {
@@ -181,22 +69,6 @@ Session::Session(const std::string& path, const SessionOptions& options)
         label_names_ = bundle_.labels->names;
     }
 }
-
-// A stream taken by this thread for one call; refused where another thread has it.
-class Session::Guard {
-public:
-    Guard(Session& session, fs_stream stream) : session_(session), stream_(stream), slot(session.take(stream)) {}
-    ~Guard() { session_.release(slot, stream_); }
-    Guard(const Guard&) = delete;
-    Guard& operator=(const Guard&) = delete;
-
-private:
-    Session& session_;
-    const fs_stream stream_;
-
-public:
-    const int slot;
-};
 
 // The same for all streams of a step; allocates nothing.
 class Session::StepGuard {
@@ -389,7 +261,7 @@ uint64_t Session::nonfinite_outputs(int slot) const {
     for (size_t index = 0; index < outputs.size(); ++index) {
         const Output& output = outputs[index];
         const uint64_t bit = uint64_t{1} << std::min<size_t>(index, 63);
-        if (!finite(output.data + slot * output.bytes, output.bytes, output.dtype)) bad |= bit;
+        if (!all_finite(output.data + slot * output.bytes, output.bytes, output.dtype)) bad |= bit;
     }
     return bad;
 }
@@ -445,111 +317,6 @@ bool Session::output_valid(fs_stream stream, uint64_t generation) {
            });
 }
 
-// Sizes of the axes of any size, by symbol. Throws where a tensor is not what the port takes.
-static void match_shape(const Graph& graph, const Port& port, const NamedTensor& given, std::map<char, int64_t>& sizes) {
-    const std::vector<int64_t>& shape = given.tensor.shape;
-    bool fits = given.dtype == port.dtype && shape.size() == port.shape.size();
-    for (size_t axis = 0; fits && axis < shape.size(); ++axis) {
-        const Dim& dim = port.shape[axis];
-        fits = dim.symbol == 0 ? shape[axis] == dim.size : sizes.emplace(dim.symbol, shape[axis]).first->second == shape[axis];
-        fits &= shape[axis] >= 1 && shape[axis] <= INT32_MAX;
-    }
-    if (fits) return;
-    const auto text = [](const auto& item) { return item.symbol != 0 ? std::string(1, item.symbol) : std::to_string(item.size); };
-    std::string expected, found;
-    for (const Dim& dim : port.shape) {
-        if (dim.symbol != 'S') expected += (expected.empty() ? "" : ", ") + text(dim);
-    }
-    const size_t first = !port.shape.empty() && port.shape[0].symbol == 'S' ? 1 : 0;
-    for (size_t axis = first; axis < shape.size(); ++axis) found += (axis == first ? "" : ", ") + std::to_string(shape[axis]);
-    throw Error(FS_ERROR_ARGUMENT, "graph '" + graph.name + "': input '" + port.name + "' takes " + name_of(port.dtype) +
-                                       " [" + expected + "], found " + name_of(given.dtype) + " [" + found + "]");
-}
-
-fs_status Session::run(fs_stream stream, size_t index, const std::vector<NamedTensor>& inputs) {
-    if (index >= plan_.graphs.size()) {
-        throw Error(FS_ERROR_ARGUMENT,
-                    "graph " + std::to_string(index) + ": this session has " + std::to_string(plan_.graphs.size()));
-    }
-    const Graph& graph = *plan_.graphs[index];
-    std::map<char, int64_t> sizes;
-    std::vector<HostTensor> tensors;
-    for (const Port& port : graph.inputs) {
-        const auto given = std::find_if(inputs.begin(), inputs.end(),
-                                        [&](const NamedTensor& tensor) { return tensor.name == port.name; });
-        if (given == inputs.end()) {
-            throw Error(FS_ERROR_ARGUMENT, "graph '" + graph.name + "': the input '" + port.name + "' is missing");
-        }
-        NamedTensor whole = *given;
-        if (!port.shape.empty() && port.shape[0].symbol == 'S') whole.tensor.shape.insert(whole.tensor.shape.begin(), 1);
-        match_shape(graph, port, whole, sizes);
-        if (reinterpret_cast<uintptr_t>(whole.tensor.data) % bytes_of(port.dtype) != 0) {
-            throw Error(FS_ERROR_ARGUMENT, "graph '" + graph.name + "': input '" + port.name + "' is not aligned to its numbers");
-        }
-        tensors.push_back(std::move(whole.tensor));
-    }
-    for (const NamedTensor& given : inputs) {
-        const auto same = [&](const auto& other) { return other.name == given.name; };
-        if (std::none_of(graph.inputs.begin(), graph.inputs.end(), same)) {
-            throw Error(FS_ERROR_ARGUMENT, "graph '" + graph.name + "': has no input '" + given.name + "'");
-        }
-        if (std::count_if(inputs.begin(), inputs.end(), same) > 1) {
-            throw Error(FS_ERROR_ARGUMENT, "graph '" + graph.name + "': input '" + given.name + "' stands twice");
-        }
-    }
-    std::vector<std::vector<int64_t>> shapes;
-    for (const Port& port : graph.outputs) {
-        shapes.emplace_back();
-        for (const Dim& dim : port.shape) {
-            const auto size = dim.symbol == 'S' ? sizes.end() : sizes.find(dim.symbol);
-            if (dim.symbol != 0 && dim.symbol != 'S' && size == sizes.end()) {
-                throw Error(FS_ERROR_BUNDLE, "output '" + port.name + "' has an axis that no input gives a size");
-            }
-            shapes.back().push_back(dim.symbol == 0 ? dim.size : dim.symbol == 'S' ? 1 : size->second);
-        }
-    }
-    const std::lock_guard guard(lane(index));
-    if (closed()) throw Error(FS_ERROR_HANDLE, "this session is closed");
-    const int slot = slot_of(stream);
-    RunResult& result = slots_[slot]->runs[index];
-    result.generation.store(0, std::memory_order_release);
-    engine_->run_graph(index, slot, tensors, shapes);
-    bool bad = false;
-    for (size_t output = 0; output < shapes.size(); ++output) {
-        size_t bytes = bytes_of(graph.outputs[output].dtype);
-        for (const int64_t size : shapes[output]) bytes *= static_cast<size_t>(size);
-        bad |= !finite(engine_->graph_output(index, slot, output), bytes, graph.outputs[output].dtype);
-    }
-    result.shapes = std::move(shapes);
-    result.generation.store(generations_.fetch_add(1, std::memory_order_relaxed) + 1, std::memory_order_release);
-    if (!bad) return FS_OK;
-    for (const size_t state : written_[index]) engine_->zero_state(state, slot);
-    return FS_ERROR_NONFINITE;
-}
-
-void Session::run_output(fs_stream stream, size_t index, size_t output, fs_tensor& tensor) {
-    if (index >= plan_.graphs.size() || output >= plan_.graphs[index]->outputs.size()) {
-        throw Error(FS_ERROR_ARGUMENT, "graph " + std::to_string(index) + " has no output " + std::to_string(output));
-    }
-    const Port& port = plan_.graphs[index]->outputs[output];
-    const std::lock_guard guard(lane(index));
-    if (closed()) throw Error(FS_ERROR_HANDLE, "this session is closed");
-    const int slot = slot_of(stream);
-    const RunResult& result = slots_[slot]->runs[index];
-    tensor.generation = result.generation.load(std::memory_order_acquire);
-    if (tensor.generation == 0) {
-        throw Error(FS_ERROR_STALE, "graph '" + plan_.graphs[index]->name + "': was not run for this stream yet");
-    }
-    const std::vector<int64_t>& shape = result.shapes[output];
-    const size_t first = !port.shape.empty() && port.shape[0].symbol == 'S' ? 1 : 0;
-    tensor.data = engine_->graph_output(index, slot, output);
-    tensor.dtype = port.dtype;
-    tensor.rank = static_cast<int32_t>(shape.size() - first);
-    std::copy(shape.begin() + static_cast<std::ptrdiff_t>(first), shape.end(), tensor.shape);
-    tensor.bytes = bytes_of(port.dtype);
-    for (const int64_t size : shape) tensor.bytes *= static_cast<size_t>(size);
-}
-
 void Session::reset(fs_stream stream) {
     const Guard taken(*this, stream);
     const auto guard = lock_open();
@@ -567,82 +334,6 @@ void Session::seek(fs_stream stream, int64_t position) {
     }
     const Guard taken(*this, stream);
     const auto guard = lock_open();
-    engine_->positions()[taken.slot] = position;
-}
-
-static void check_state(const Plan& plan, size_t index, size_t bytes) {
-    if (index >= plan.states.size()) {
-        throw Error(FS_ERROR_ARGUMENT,
-                    "state " + std::to_string(index) + ": this session has " + std::to_string(plan.states.size()));
-    }
-    const State& state = *plan.states[index];
-    if (bytes != state.bytes()) {
-        throw Error(FS_ERROR_ARGUMENT, "state '" + state.name + "': expected " + std::to_string(state.bytes()) +
-                                           " bytes, found " + std::to_string(bytes));
-    }
-}
-
-void Session::read_state(fs_stream stream, size_t index, void* data, size_t bytes) {
-    check_state(plan_, index, bytes);
-    const Guard taken(*this, stream);
-    const auto lanes = lock_lanes();
-    const auto guard = lock_open();
-    engine_->read_state(index, taken.slot, data);
-}
-
-void Session::write_state(fs_stream stream, size_t index, const void* data, size_t bytes) {
-    check_state(plan_, index, bytes);
-    const Guard taken(*this, stream);
-    const auto lanes = lock_lanes();
-    const auto guard = lock_open();
-    engine_->write_state(index, taken.slot, data);
-}
-
-// Room for a stream's memory, and views of it for the state file.
-struct StateCopy {
-    explicit StateCopy(const Plan& plan) {
-        for (const State* state : plan.states) {
-            memory.emplace_back(state->bytes());
-            views.push_back({state->name, name_of(state->dtype), state->shape, memory.back().data(),
-                             memory.back().size()});
-        }
-    }
-
-    std::vector<std::vector<uint8_t>> memory;
-    std::vector<TensorView> views;
-};
-
-void Session::check_state_key() const {
-    if (state_key_.empty()) throw Error(FS_ERROR_STATE, bundle_.path.string() + ": its manifest does not list its files");
-}
-
-void Session::save_state(fs_stream stream, const std::string& path) {
-    check_state_key();
-    StateCopy copy(plan_);
-    const Guard taken(*this, stream);
-    int64_t position = 0;
-    {
-        const auto lanes = lock_lanes();
-        const auto guard = lock_open();
-        for (size_t index = 0; index < copy.memory.size(); ++index) {
-            engine_->read_state(index, taken.slot, copy.memory[index].data());
-        }
-        position = engine_->positions()[taken.slot];
-    }
-    framestep::write_state(path, state_key_, position, copy.views);  // other streams go on meanwhile
-}
-
-void Session::load_state(fs_stream stream, const std::string& path) {
-    check_state_key();
-    StateCopy copy(plan_);
-    const Guard taken(*this, stream);
-    const int64_t position = framestep::read_state(path, state_key_, copy.views);
-    const auto lanes = lock_lanes();
-    const auto guard = lock_open();
-    engine_->positions()[taken.slot] = 0;  // should the engine fail, what is half written is out of sight
-    for (size_t index = 0; index < copy.memory.size(); ++index) {
-        engine_->write_state(index, taken.slot, copy.memory[index].data());
-    }
     engine_->positions()[taken.slot] = position;
 }
 

@@ -119,8 +119,21 @@ private:
             : latencies{}, preprocess(height, width, resize), runs(graphs) {}
     };
 
-    // A stream taken by this thread, for one call.
-    class Guard;
+    // A stream taken by this thread for one call; refused where another thread has it.
+    class Guard {
+    public:
+        Guard(Session& session, fs_stream stream) : session_(session), stream_(stream), slot(session.take(stream)) {}
+        ~Guard() { session_.release(slot, stream_); }
+        Guard(const Guard&) = delete;
+        Guard& operator=(const Guard&) = delete;
+
+    private:
+        Session& session_;
+        const fs_stream stream_;
+
+    public:
+        const int slot;
+    };
     class StepGuard;
 
     int slot_of(fs_stream stream) const;
@@ -154,8 +167,5 @@ private:
     std::atomic<bool> closed_{false};
     std::atomic<uint64_t> generations_{0};
 };
-
-// Names of the outputs that come from frames, and whether they need labels.
-std::vector<std::pair<const Port*, bool>> available_outputs(const Manifest& manifest);
 
 }  // namespace framestep
