@@ -78,6 +78,11 @@ def cpu_has(*sets: str) -> bool:
     return CPU.is_file() and set(sets) <= set(CPU.read_text("utf-8").split())
 
 
+def cpu_multiplies_integers() -> bool:
+    """Whether products of INT8 are operators of ours here: with AVX512-VNNI, and with AVX2 where no VNNI is."""
+    return cpu_has("avx512_vnni") or (cpu_has("avx2", "fma") and not cpu_has("avx_vnni"))
+
+
 def own_operators(session: Any) -> dict[str, int]:
     """How many parts of each graph of a session operators of ours run."""
     native, info, found = library(), library().new("fs_graph_info"), {}

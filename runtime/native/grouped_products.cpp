@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -94,13 +95,14 @@ namespace in_float32 {
 using Matrix = FloatMatrix;
 using Weights = __m512;
 using Sums = __m512;
-constexpr int64_t INPUTS = 1, LANES = 16;
+constexpr int64_t INPUTS = 1, LANES = 16, ROWS = 8, AT_ONCE = 3;  // 24 of 32 registers hold sums
 
 inline Weights load(const float* at) { return _mm512_load_ps(at); }
 inline Weights spread(const float* one) { return _mm512_set1_ps(*one); }
 inline Sums begin(const Matrix& matrix, int64_t output) { return _mm512_loadu_ps(matrix.bias() + output); }
 inline Sums add(Sums sums, Weights left, Weights right) { return _mm512_fmadd_ps(left, right, sums); }
 inline __m512 end(const Matrix&, int64_t, Sums sums, const Matrix::Number*) { return sums; }
+inline void store(float* to, __m512 results) { _mm512_storeu_ps(to, results); }
 
 #include "grouped_products.inc"
 
@@ -120,7 +122,7 @@ namespace in_bfloat16 {
 using Matrix = Bfloat16Matrix;
 using Weights = __m512bh;
 using Sums = __m512;
-constexpr int64_t INPUTS = 2, LANES = 16;
+constexpr int64_t INPUTS = 2, LANES = 16, ROWS = 8, AT_ONCE = 3;
 
 inline Weights load(const uint16_t* at) { return (Weights)_mm512_load_si512(at); }
 inline Weights spread(const uint16_t* two) {
@@ -131,6 +133,7 @@ inline Weights spread(const uint16_t* two) {
 inline Sums begin(const Matrix& matrix, int64_t output) { return _mm512_loadu_ps(matrix.bias() + output); }
 inline Sums add(Sums sums, Weights left, Weights right) { return _mm512_dpbf16_ps(sums, left, right); }
 inline __m512 end(const Matrix&, int64_t, Sums sums, const Matrix::Number*) { return sums; }
+inline void store(float* to, __m512 results) { _mm512_storeu_ps(to, results); }
 
 #include "grouped_products.inc"
 
@@ -164,12 +167,12 @@ constexpr ProductKernels<Matrix> kernels = {round, multiply};
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512vnni")
 #endif
 namespace {
-namespace in_int8 {
+namespace in_int8_vnni {
 
 using Matrix = IntegerMatrix;
 using Weights = __m512i;
 using Sums = int32_t __attribute__((vector_size(64)));
-constexpr int64_t INPUTS = 4, LANES = 16;
+constexpr int64_t INPUTS = 4, LANES = 16, ROWS = 8, AT_ONCE = 3;
 
 inline Weights load(const int8_t* at) { return _mm512_load_si512(at); }
 inline Weights spread(const int8_t* four) {
@@ -185,6 +188,7 @@ inline __m512 end(const Matrix& matrix, int64_t output, Sums sums, const int8_t*
     return _mm512_fmadd_ps(_mm512_cvtepi32_ps((__m512i)sums), _mm512_loadu_ps(matrix.scales() + output),
                            _mm512_add_ps(_mm512_loadu_ps(matrix.bias() + output), _mm512_set1_ps(added)));
 }
+inline void store(float* to, __m512 results) { _mm512_storeu_ps(to, results); }
 
 #include "grouped_products.inc"
 
@@ -213,7 +217,79 @@ void round(const Matrix& matrix, const float* x, int64_t first, int64_t stop, in
 
 constexpr ProductKernels<Matrix> kernels = {round, multiply};
 
-}  // namespace in_int8
+}  // namespace in_int8_vnni
+}  // namespace
+#if defined(__clang__)
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+namespace {
+// Integers are widened to 16 bits, for the one product of 8 that there is without VNNI saturates.
+namespace in_int8_avx2 {
+
+using Matrix = IntegerMatrix;
+using Weights = __m256i;
+using Sums = __m256i;  // of 4 outputs, in two parts each
+constexpr int64_t INPUTS = 4, LANES = 4, ROWS = 4, AT_ONCE = 3;  // 12 of 16 registers hold sums
+
+inline Weights load(const int8_t* at) {
+    return _mm256_cvtepi8_epi16(_mm_load_si128(reinterpret_cast<const __m128i*>(at)));
+}
+inline Weights spread(const int8_t* four) {
+    int32_t all;
+    std::memcpy(&all, four, sizeof all);
+    return _mm256_cvtepu8_epi16(_mm_set1_epi32(all));
+}
+inline Sums begin(const Matrix& matrix, int64_t output) {
+    return _mm256_cvtepu32_epi64(_mm_loadu_si128(reinterpret_cast<const __m128i*>(matrix.starts() + output)));
+}
+inline Sums add(Sums sums, Weights rows, Weights weights) {
+    return _mm256_add_epi32(sums, _mm256_madd_epi16(rows, weights));
+}
+inline __m128 end(const Matrix& matrix, int64_t output, Sums sums, const int8_t* behind_row) {
+    float added;
+    std::memcpy(&added, behind_row, sizeof added);
+    const __m256i whole = _mm256_permute4x64_epi64(_mm256_hadd_epi32(sums, sums), 0b1000);
+    return _mm_fmadd_ps(_mm_cvtepi32_ps(_mm256_castsi256_si128(whole)), _mm_loadu_ps(matrix.scales() + output),
+                        _mm_add_ps(_mm_loadu_ps(matrix.bias() + output), _mm_set1_ps(added)));
+}
+inline void store(float* to, __m128 results) { _mm_storeu_ps(to, results); }
+
+#include "grouped_products.inc"
+
+// As QuantizeLinear does, and 128 more; but for NaN.
+void round(const Matrix& matrix, const float* x, int64_t first, int64_t stop, int8_t* rows) {
+    constexpr int64_t EIGHT = 8;
+    const int64_t inputs = matrix.inputs(), size = Matrix::padded(inputs);
+    const __m256 scale = _mm256_set1_ps(matrix.input_scale());
+    for (int64_t row = first; row < stop; ++row) {
+        const float* from = x + row * inputs;
+        int8_t* to = rows + row * Matrix::row_size(inputs);
+        __m256 nan = _mm256_setzero_ps();
+        for (int64_t input = 0; input < size; input += EIGHT) {
+            float last[EIGHT] = {};
+            const bool whole = input + EIGHT <= inputs;
+            if (!whole) std::copy(from + input, from + inputs, last);
+            __m256 scaled = _mm256_div_ps(_mm256_loadu_ps(whole ? from + input : last), scale);
+            nan = _mm256_or_ps(nan, _mm256_cmp_ps(scaled, scaled, _CMP_UNORD_Q));
+            scaled = _mm256_min_ps(_mm256_max_ps(scaled, _mm256_set1_ps(-128)), _mm256_set1_ps(127));
+            const __m256i integers = _mm256_add_epi32(_mm256_cvtps_epi32(scaled), _mm256_set1_epi32(128));
+            const __m128i shorts = _mm_packus_epi32(_mm256_castsi256_si128(integers), _mm256_extracti128_si256(integers, 1));
+            const int64_t bytes = _mm_cvtsi128_si64(_mm_packus_epi16(shorts, shorts));
+            std::memcpy(to + input, &bytes, static_cast<size_t>(std::min(EIGHT, size - input)));
+        }
+        const float added = _mm256_movemask_ps(nan) == 0 ? 0.0f : NAN;
+        std::memcpy(to + size, &added, sizeof added);
+    }
+}
+
+constexpr ProductKernels<Matrix> kernels = {round, multiply};
+
+}  // namespace in_int8_avx2
 }  // namespace
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -225,13 +301,23 @@ const ProductKernels<FloatMatrix>* float_kernels() { return has_avx512f() ? &in_
 
 const ProductKernels<Bfloat16Matrix>* bfloat16_kernels() { return has_avx512_bf16() ? &in_bfloat16::kernels : nullptr; }
 
-const ProductKernels<IntegerMatrix>* integer_kernels() { return has_avx512_vnni() ? &in_int8::kernels : nullptr; }
+const ProductKernels<IntegerMatrix>* integer_kernels_with(IntegerSimd simd) {
+    if (simd == IntegerSimd::avx2) return has_avx2() ? &in_int8_avx2::kernels : nullptr;
+    return has_avx512_vnni() ? &in_int8_vnni::kernels : nullptr;
+}
+
+const ProductKernels<IntegerMatrix>* integer_kernels() {
+    const ProductKernels<IntegerMatrix>* fastest = integer_kernels_with(IntegerSimd::avx512_vnni);
+    return fastest == nullptr && !has_avx_vnni() ? integer_kernels_with(IntegerSimd::avx2) : fastest;
+}
 
 #else
 
 const ProductKernels<FloatMatrix>* float_kernels() { return nullptr; }
 
 const ProductKernels<Bfloat16Matrix>* bfloat16_kernels() { return nullptr; }
+
+const ProductKernels<IntegerMatrix>* integer_kernels_with(IntegerSimd) { return nullptr; }
 
 const ProductKernels<IntegerMatrix>* integer_kernels() { return nullptr; }
 

@@ -85,9 +85,13 @@ struct ProductKernels {
                      float* y);
 };
 
-// Null where this processor has no such instructions: AVX-512, and AVX512-BF16 or AVX512-VNNI beside it.
+// Null where this processor has no such instructions: AVX-512, and AVX512-BF16 beside it.
 const ProductKernels<FloatMatrix>* float_kernels();
 const ProductKernels<Bfloat16Matrix>* bfloat16_kernels();
+
+enum class IntegerSimd { avx2, avx512_vnni };
+const ProductKernels<IntegerMatrix>* integer_kernels_with(IntegerSimd simd);
+// The fastest; null also where ONNX Runtime's own are faster.
 const ProductKernels<IntegerMatrix>* integer_kernels();
 
 }  // namespace framestep

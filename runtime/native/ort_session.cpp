@@ -2,6 +2,8 @@
 
 #include <cstring>
 
+#include "processor.h"
+
 namespace framestep {
 namespace {
 
@@ -41,6 +43,7 @@ Owned<OrtSessionOptions> session_options(const Ort& ort, const EngineOptions& en
     entry("session.force_spinning_stop", "1");
     // weights in blocks of integers: multiply integers (4), not floats; only such layers are concerned
     entry("session.qdq_matmulnbits_accuracy_level", "4");
+    if (!has_exact_int8_products()) entry("session.x64quantprecision", "1");
     if (integer) entry("optimization.disable_specified_optimizers", BREAK_INTEGER_PRODUCTS);
     if (engine.device == "cuda") {
         Owned<OrtCudaOptions> cuda(ort.ReleaseCUDAProviderOptions);

@@ -426,15 +426,17 @@ def test_products_are_those_of_float64_with_both_operands_rounded(
     assert (np.abs(y - (tanh_gelu(expected) if gelu else expected)) <= 2e-6 * largest).all()
 
 
-@pytest.fixture
-def integer_parts(parts: Parts) -> Parts:
-    if not parts.library.parts_multiplies_integers():
+@pytest.fixture(params=["avx2", "avx512_vnni"])
+def integer_parts(parts: Parts, request: pytest.FixtureRequest) -> tuple[Parts, int]:
+    """The library, and its kernels."""
+    simd = request.param_index
+    if not parts.library.parts_multiplies_integers(simd):
         pytest.skip("this processor has no such instructions")
-    return parts
+    return parts, simd
 
 
 def multiply_integers(
-    parts: Parts,
+    integer_parts: tuple[Parts, int],
     x: np.ndarray,
     matrix: np.ndarray,
     input_scale: np.float32,
@@ -446,8 +448,9 @@ def multiply_integers(
     """The products, and x as it was rounded, 128 added."""
     (rows, inputs), outputs = x.shape, matrix.shape[1]
     y, rounded = np.full((rows, outputs), 99, np.float32), np.full((rows, (inputs + 3) // 4 * 4 + 4), 99, np.uint8)
+    parts, simd = integer_parts
     parts.library.parts_multiply_integers(
-        *sizes(inputs, outputs), *pointers(matrix, bias), int(gelu), *pointers(x), *sizes(rows, part),
+        simd, *sizes(inputs, outputs), *pointers(matrix, bias), int(gelu), *pointers(x), *sizes(rows, part),
         *pointers(rounded, y), ctypes.c_float(input_scale), *pointers(scales)
     )  # fmt: skip
     return y, rounded
@@ -464,7 +467,14 @@ def multiply_integers(
 )
 @hypothesis_settings
 def test_products_of_integers_are_exact_and_then_scaled(
-    integer_parts: Parts, seed: int, inputs: int, outputs: int, rows: int, part: int, biased: bool, gelu: bool
+    integer_parts: tuple[Parts, int],
+    seed: int,
+    inputs: int,
+    outputs: int,
+    rows: int,
+    part: int,
+    biased: bool,
+    gelu: bool,
 ) -> None:
     rng = np.random.default_rng(seed)
     matrix = rng.choice([-128, -127, 0, 127, rng.integers(-128, 128)], (inputs, outputs)).astype(np.int8)
@@ -487,7 +497,7 @@ def test_products_of_integers_are_exact_and_then_scaled(
 @pytest.mark.parametrize("number", [np.nan, -np.nan])
 @pytest.mark.parametrize("inputs", [1, 16, 37])
 def test_nan_in_a_row_makes_its_products_of_integers_nan_and_no_others(
-    integer_parts: Parts, inputs: int, number: float, gelu: bool
+    integer_parts: tuple[Parts, int], inputs: int, number: float, gelu: bool
 ) -> None:
     """In each place of a row, also where no integer follows that fills it up; infinity is rounded like what is too large."""
     rng = np.random.default_rng(0)

@@ -233,7 +233,7 @@ void parts_multiply(int simd, int bits, int64_t inputs, int64_t outputs, int64_t
 
 int parts_multiplies_floats() { return float_kernels() != nullptr; }
 int parts_multiplies_bfloat16() { return bfloat16_kernels() != nullptr; }
-int parts_multiplies_integers() { return integer_kernels() != nullptr; }
+int parts_multiplies_integers(int simd) { return integer_kernels_with(static_cast<IntegerSimd>(simd)) != nullptr; }
 
 // y = x matrix + bias, and its GELU, in parts of so many groups; the matrix may be stored `transposed`.
 void parts_multiply_floats(int64_t inputs, int64_t outputs, int transposed, const float* matrix, const float* bias, int gelu,
@@ -255,14 +255,15 @@ void parts_multiply_bfloat16(int64_t inputs, int64_t outputs, int transposed, co
 }
 
 // The same of integers with a scale for each output.
-void parts_multiply_integers(int64_t inputs, int64_t outputs, const int8_t* matrix, const float* bias, int gelu,
+void parts_multiply_integers(int simd, int64_t inputs, int64_t outputs, const int8_t* matrix, const float* bias, int gelu,
                              const float* x, int64_t rows, int64_t part, int8_t* rounded, float* y, float input_scale,
                              const float* scales) {
     const auto bytes = static_cast<size_t>(inputs * outputs);
     const IntegerMatrix packed({reinterpret_cast<const char*>(matrix), bytes}, inputs, outputs, input_scale, scales,
                                {bias, gelu != 0});
-    round_in_parts(*integer_kernels(), packed, x, rows, rounded);
-    multiply_in_parts(*integer_kernels(), packed, rounded, rows, part, y);
+    const ProductKernels<IntegerMatrix>& kernels = *integer_kernels_with(static_cast<IntegerSimd>(simd));
+    round_in_parts(kernels, packed, x, rows, rounded);
+    multiply_in_parts(kernels, packed, rounded, rows, part, y);
 }
 
 // What a kernel's call gives when a thread of ONNX Runtime's, for which one stands here, gets no memory in it.
