@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .bench import BenchOptions, bench
+from .bench import bench
+from .options import BenchOptions
 from .report import Report
 
 __all__ = ["BenchOptions", "Report", "bench"]

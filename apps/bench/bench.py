@@ -6,11 +6,10 @@ import datetime
 import importlib.util
 import math
 import os
-import shlex
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +19,12 @@ from ...runtime.counted import counted
 from ...runtime.engines.choosing import BFLOAT16, choose_engine
 from ...runtime.errors import FramestepError, OutputError
 from . import results
-from .baselines import (
-    BASELINES,
-    BFLOAT16_PRODUCTS,
-    GROUPS,
-    PRECISIONS,
-    find_baseline,
-    precision_name,
-    precision_path,
-)
+from .baselines import BFLOAT16_PRODUCTS, find_baseline, precision_name, precision_path
 from .figures import make_folder
 from .fixed_work import ONE_THREAD_EACH
 from .machine import examine_machine
 from .measure import BLOCK, GUARANTEED, Job
+from .options import BenchOptions, expand_compare
 from .paths import FRAMESTEP, PathSpec, window_of
 from .process import Answer, Task, run_process
 from .progress import BenchStatus
@@ -41,42 +33,8 @@ from .report_files import write_report
 
 MOST_ROUNDS = 10  # of interleaved turns
 MOST_TURNS = 200  # of frames and fixed work
-MOST = 10**9  # of positions, and of streams
 NO_PLOTS = "plots: they need matplotlib: pip install 'framestep[bench]'"
 START_S = 4.0  # guess of what it takes to start a process and load a model
-
-
-@dataclass(frozen=True, kw_only=True)
-class BenchOptions:
-    """What `framestep bench` was asked for; see its help.
-
-    Attributes:
-        frames: stream positions, the first frame being 1.
-        compare: what `expand_compare` takes.
-        samples: latencies at each position in each process.
-        processes: fresh processes for each path.
-        steady: frames of the steady run; 0 for none.
-        every_frame: the steady run goes on to the last of `frames`.
-        threads: None for every core.
-        checkpoint: of the PyTorch baselines; None where the bundle's origin says how to make it again.
-        budget_s: seconds for each baseline over all of its processes; positions up to 64 are taken anyway.
-    """
-
-    bundle: Path
-    output: Path
-    frames: tuple[int, ...]
-    streams: tuple[int, ...]
-    compare: tuple[str, ...]
-    samples: int
-    processes: int
-    steady: int
-    every_frame: bool
-    engine: str
-    device: str
-    budget_s: float
-    precision: str = "auto"
-    threads: int | None = None
-    checkpoint: str | None = None
 
 
 def bench(options: BenchOptions, status: BenchStatus) -> Report:
@@ -89,7 +47,7 @@ def bench(options: BenchOptions, status: BenchStatus) -> Report:
         FramestepError: the options make no sense, the bundle cannot be read, the folder not written, or nothing could
             be measured and the folder has an earlier report, which stays.
     """
-    _check(options)
+    options.check()
     bundle = Bundle.open(options.bundle)
     make_folder(options.output)
     with tempfile.TemporaryDirectory(prefix="framestep-bench-") as scratch:
@@ -108,51 +66,6 @@ def bench(options: BenchOptions, status: BenchStatus) -> Report:
     except OSError as error:
         raise OutputError(f"{options.output}: cannot be written: {error.strerror}") from None
     return report
-
-
-def parse_numbers(text: str, option: str) -> tuple[int, ...]:
-    """`1,4,16` as ascending numbers without repeats.
-
-    Raises:
-        FramestepError: something else.
-    """
-    try:
-        numbers = sorted({int(part) for part in text.split(",") if part.strip()})
-    except ValueError:
-        raise FramestepError(f"{option}: expected numbers such as 1,4,16, found '{text}'") from None
-    if not numbers or numbers[0] < 1:
-        raise FramestepError(f"{option}: expected numbers of at least 1, found '{text}'")
-    if numbers[-1] > MOST:
-        raise FramestepError(f"{option}: expected numbers of at most {MOST}, found '{text}'")
-    return tuple(numbers)
-
-
-def expand_compare(names: Iterable[str], precisions: Sequence[str]) -> tuple[str, ...]:
-    """The paths behind the names of `--compare`, each once.
-
-    Args:
-        names: keys of `GROUPS` or of `BASELINES`, `framestep-` and a precision, "precisions" for each of these, "all".
-        precisions: of the bundle.
-
-    Raises:
-        FramestepError: an unknown name.
-    """
-    found: dict[str, None] = {}
-    stored = tuple(precision_path(precision) for precision in precisions)
-    for name in names:
-        if name == "all":
-            group: Sequence[str] = (*BASELINES, *stored)
-        elif name == PRECISIONS:
-            group = stored
-        elif name in GROUPS:
-            group = GROUPS[name]
-        elif name in (*BASELINES, *stored):
-            group = (name,)
-        else:
-            known = ", ".join(dict.fromkeys((*GROUPS, *BASELINES, *stored)))
-            raise FramestepError(f"--compare: '{name}' is unknown; expected all, {PRECISIONS}, {known}")
-        found.update(dict.fromkeys(group))
-    return tuple(found)
 
 
 class _Run:
@@ -403,17 +316,8 @@ class _Run:
 
     def _asked(self) -> Asked:
         options = self.options
-        words: list[str] = ["framestep", "bench", options.bundle.name, "-o", options.output.name]
-        words += ["--frames", ",".join(map(str, options.frames)), "--streams", ",".join(map(str, options.streams))]
-        words += ["--compare", ",".join(options.compare)] if options.compare else []
-        words += ["--samples", str(options.samples), "--processes", str(options.processes)]
-        words += ["--steady", str(options.steady), *(["--every-frame"] if options.every_frame else [])]
-        words += ["--threads", str(self.threads), "--engine", options.engine, "--device", options.device]
-        words += ["--precision", options.precision] if options.precision != "auto" else []
-        words += ["--budget-s", f"{options.budget_s:g}"]
-        words += ["--checkpoint", Path(options.checkpoint).name] if options.checkpoint else []
         return Asked(
-            command=shlex.join(words),
+            command=options.command(self.threads),
             frames=options.frames,
             streams=options.streams,
             compare=options.compare,
@@ -451,15 +355,3 @@ def _draw(report: Report, folder: Path, status: BenchStatus) -> list[Path] | Non
     from .plots import draw
 
     return draw(report, folder)
-
-
-def _check(options: BenchOptions) -> None:
-    for name, value, least in (
-        ("--samples", options.samples, 1),
-        ("--processes", options.processes, 1),
-        ("--steady", options.steady, 0),
-        ("--threads", options.threads, 1),
-        ("--budget-s", options.budget_s, 1),
-    ):
-        if value is not None and not value >= least:
-            raise FramestepError(f"{name}: expected at least {least}, found {value}")

@@ -72,7 +72,7 @@ def bench(
     measured.
     """
     from ..bench import BenchOptions
-    from ..bench.bench import parse_numbers
+    from ..bench.options import parse_numbers
     from ..benching import bench as measure
 
     options = BenchOptions(

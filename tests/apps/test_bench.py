@@ -22,9 +22,9 @@ from command_line import main
 import framestep
 from framestep.apps.bench import BenchOptions, bench
 from framestep.apps.bench.baselines import BASELINES, GROUPS
-from framestep.apps.bench.bench import expand_compare, parse_numbers
 from framestep.apps.bench.fixed_work import FixedWork
 from framestep.apps.bench.measure import JOBS, PositionSamples
+from framestep.apps.bench.options import expand_compare, parse_numbers
 from framestep.apps.bench.process import Answer, Task, run_process
 from framestep.apps.bench.progress import BenchProgress, bench_status_for
 from framestep.apps.bench.report import Latency, Report, read_report
