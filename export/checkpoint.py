@@ -2,7 +2,8 @@
 
 - a folder (or Hugging Face hub id) with `config.json` and `model.safetensors`, sharded or not;
 - a training checkpoint: `.pt`, `.pth` or `.bin` whose `model` entry holds the backbone under `timesformer.`, task heads
-  and the text encoder beside it, with a `config.json` next to it.
+  and the text encoder beside it, with a `config.json` next to it;
+- a module in memory, such as the reference implementation's in a notebook.
 
 Every weight is accounted for. Nothing is unpickled except tensors and plain containers.
 """
@@ -14,7 +15,7 @@ import json
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from .streamformer import PatchProjections, StreamFormer, StreamFormerConfig
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 BESIDE_BACKBONE = ("text_encoder.", "task_heads.", "logit_scale", "logit_bias")
+WRAPPERS = ("module.", "_orig_mod.")  # before every key: of DistributedDataParallel and torch.compile
 MOST_LISTED = 5  # weights that a message names
 
 
@@ -79,9 +81,48 @@ def read_checkpoint(source: str, config: Path | None = None) -> Checkpoint:
     weights: dict[str, Tensor] = {}
     for file in files:
         weights.update(read_weights(file))
-    backbone, heads = _split(weights, source)
-    task_heads = {name: _task_head(name, sizes, found, source) for name, found in heads.items()}
-    return Checkpoint(_load(sizes, backbone, source), source, task_heads)
+    return _checkpoint(sizes, weights, source)
+
+
+def checkpoint_of(model: nn.Module, config: Mapping[str, Any] | None = None) -> Checkpoint:
+    """A StreamFormer that is in memory, as it would be read from its file.
+
+    Args:
+        model: the backbone, or the whole model in training with its task heads: the reference implementation's, or one
+            whose weights have the same names. It stays as it is, on whatever device; float32 weights on the CPU are
+            shared with it, not copied.
+        config: what `config.json` would hold; None for `model.config`.
+
+    Raises:
+        CheckpointError: no config, another architecture, or weights that do not fit the config.
+    """
+    where = type(model).__name__
+    if config is None:
+        found = getattr(_unwrapped(model), "config", None)
+        to_dict = getattr(found, "to_dict", None)
+        config = to_dict() if callable(to_dict) else found
+    if not isinstance(config, Mapping):
+        raise CheckpointError(f"{where}: has no config that says its sizes; give what config.json would hold as config")
+    sizes = StreamFormerConfig.from_dict(dict(config), f"{where}.config")
+    return _checkpoint(sizes, {key: value.detach().cpu() for key, value in model.state_dict().items()}, where)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    for name in WRAPPERS:
+        inner = getattr(model, name.removesuffix("."), None)
+        if isinstance(inner, nn.Module):
+            return _unwrapped(inner)
+    return model
+
+
+def _checkpoint(sizes: StreamFormerConfig, weights: dict[str, Tensor], where: str) -> Checkpoint:
+    while wrapper := next(
+        (name for name in WRAPPERS if weights and all(key.startswith(name) for key in weights)), None
+    ):
+        weights = {key.removeprefix(wrapper): value for key, value in weights.items()}
+    backbone, heads = _split(weights, where)
+    task_heads = {name: _task_head(name, sizes, found, where) for name, found in heads.items()}
+    return Checkpoint(_load(sizes, backbone, where), where, task_heads)
 
 
 def find_checkpoint(source: str, patterns: list[str]) -> Path:

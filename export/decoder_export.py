@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +95,9 @@ class DecoderOptions(CacheOptions):
     rate: float | None = None
 
 
+DEFAULTS = DecoderOptions()
+
+
 @dataclass(frozen=True)
 class DecoderReport:
     """What an export gave.
@@ -113,14 +117,16 @@ class DecoderReport:
 
 def export_decoder(
     checkpoint: DecoderCheckpoint,
-    path: Path,
-    options: DecoderOptions,
+    path: str | os.PathLike[str],
+    options: DecoderOptions = DEFAULTS,
     force: bool = False,
     progress: Callable[[str], None] = lambda line: None,
 ) -> DecoderReport:
     """Write a bundle, replay tokens through PyTorch and through the bundle, and keep it only if they agree.
 
     Args:
+        path: of the bundle to write.
+        force: replace a bundle that is there already.
         progress: takes a line about each stage.
 
     Raises:
@@ -134,8 +140,8 @@ def export_decoder(
         write_bundle(checkpoint, writer, options)
         progress("comparing the bundle with PyTorch")
         found = replay(checkpoint, Bundle.open(writer.folder, verify=False))
-        check_replay(path, found, options.precision)
-    return DecoderReport(path, found.difference, found.tokens, found.quantization)
+        check_replay(Path(path), found, options.precision)
+    return DecoderReport(Path(path), found.difference, found.tokens, found.quantization)
 
 
 def check_replay(path: Path, found: Replay, precision: str) -> None:

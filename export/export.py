@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -54,6 +55,9 @@ class ExportOptions:
     precision: str = "fp32"
 
 
+DEFAULTS = ExportOptions()
+
+
 @dataclass(frozen=True)
 class ExportReport:
     """What an export gave.
@@ -74,8 +78,8 @@ class ExportReport:
 
 def export_streamformer(
     checkpoint: Checkpoint,
-    path: Path,
-    options: ExportOptions,
+    path: str | os.PathLike[str],
+    options: ExportOptions = DEFAULTS,
     labels: LabelOptions | None = None,
     force: bool = False,
     progress: Callable[[str], None] = lambda line: None,
@@ -83,6 +87,9 @@ def export_streamformer(
     """Write a bundle, replay frames through PyTorch and through the bundle, and keep it only if they agree.
 
     Args:
+        path: of the bundle to write.
+        labels: what to look for; None for no labels.
+        force: replace a bundle that is there already.
         progress: takes a line about each stage.
 
     Raises:
@@ -105,7 +112,7 @@ def export_streamformer(
                 f"{path}: not kept, the bundle differs from PyTorch by {difference:.2e} over {frames} frames"
                 f" (at most {limit:.0e} is accepted in {precision})"
             )
-    return ExportReport(path, difference, frames, precision)
+    return ExportReport(Path(path), difference, frames, precision)
 
 
 def write_streamformer(

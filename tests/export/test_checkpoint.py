@@ -7,13 +7,15 @@ import json
 import pickle
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import golden
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from framestep.export.checkpoint import read_checkpoint
+from framestep.export import checkpoint_of, export_streamformer, read_checkpoint
+from framestep.runtime.bundle import Bundle
 from framestep.runtime.errors import CheckpointError
 
 
@@ -109,6 +111,55 @@ def test_training_checkpoint_is_the_same(tmp_path, weights, suffix, give):
     assert sorted(checkpoint.heads) == ["SSV2"]  # TaskVIS holds a copy of the pooling head alone
     assert checkpoint.heads["SSV2"].logit_scale == 3.0
     assert checkpoint.heads["SSV2"].projections is None
+
+
+class InMemory(torch.nn.Module):
+    """As the reference implementation's: the backbone under `timesformer`, and a config of `transformers`' kind."""
+
+    def __init__(self, values: dict[str, object]) -> None:
+        super().__init__()
+        self.timesformer = read_checkpoint(str(golden.CHECKPOINT)).model
+        self.config = SimpleNamespace(to_dict=lambda: values)
+
+
+@pytest.fixture
+def in_memory() -> InMemory:
+    return InMemory(json.loads((golden.CHECKPOINT / "config.json").read_text()))
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, torch.nn.DataParallel, torch.compile])
+def test_a_model_in_memory_is_the_same_and_stays_as_it_is(in_memory, wrap):
+    in_memory.train()
+    found = checkpoint_of(wrap(in_memory.to(torch.float64)))
+    torch.testing.assert_close(outputs(found), outputs(read_checkpoint(str(golden.CHECKPOINT))), rtol=0, atol=0)
+    assert (found.origin, found.model.training) in [
+        (name, False) for name in ("InMemory", "DataParallel", "OptimizedModule")
+    ]
+    assert in_memory.training and next(in_memory.parameters()).dtype == torch.float64
+
+
+def test_a_model_in_memory_becomes_a_bundle(in_memory, tmp_path):
+    report = export_streamformer(checkpoint_of(in_memory.timesformer), str(tmp_path / "mine.bundle"))
+    assert report.difference < golden.TOLERANCE
+    assert Bundle.open(tmp_path / "mine.bundle").manifest.origin.checkpoint == "StreamFormer"
+
+
+def test_a_model_in_memory_needs_a_config_that_fits(in_memory):
+    in_memory.config = None
+    with pytest.raises(CheckpointError, match="^InMemory: has no config that says its sizes; give what config.json"):
+        checkpoint_of(in_memory)
+    with pytest.raises(CheckpointError, match="^InMemory.config: expected a StreamFormer"):
+        checkpoint_of(in_memory, {"model_type": "vit"})
+    with pytest.raises(CheckpointError, match="^Linear: the weights do not fit the config: missing"):
+        checkpoint_of(torch.nn.Linear(2, 2), json.loads((golden.CHECKPOINT / "config.json").read_text()))
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_a_file_of_a_wrapped_model_is_the_same(folder, weights, prefix):
+    save_file({prefix + key: value for key, value in weights.items()}, folder / "model.safetensors")
+    torch.testing.assert_close(
+        outputs(read_checkpoint(str(folder))), outputs(read_checkpoint(str(golden.CHECKPOINT))), rtol=0, atol=0
+    )
 
 
 def test_merged_lora_is_the_same(folder, weights):
