@@ -1,8 +1,7 @@
 """Whether ONNX Runtime computes the quantized layers with integers: a look at its optimised graph.
 
 A quantized graph is no proof. Where ONNX Runtime does not recognise the pattern it widens weights and activations back
-to float, and is slower than before. On most x86-64 processors the engine has products of its own for the same
-pattern.
+to float, and is slower than before. On most x86-64 processors the engine has products of its own for that pattern.
 """
 
 from __future__ import annotations
