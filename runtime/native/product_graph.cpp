@@ -158,7 +158,8 @@ template <class PlaceOf>
 Products replace_products(OnnxGraph& graph, size_t first, const char* by, const PlaceOf& place_of) {
     const Followers additions(graph, "Add", 2), gelus(graph, "Gelu", 1);
     std::vector<std::vector<Place>> groups;
-    std::map<std::tuple<Text, int64_t, float>, size_t> numbers;  // of groups, by x and how it is rounded
+    // of groups, by x, its size (a damaged graph may have two) and how it is rounded
+    std::map<std::tuple<Text, int64_t, int64_t, float>, size_t> numbers;
     for (const OnnxNode& node : graph.nodes()) {
         auto place = place_of(graph, node);
         if (!place) continue;
@@ -174,7 +175,7 @@ Products replace_products(OnnxGraph& graph, size_t first, const char* by, const 
             place->behind.push_back(gelu);
             what.gelu = true;
         }
-        const auto [at, is_new] = numbers.try_emplace({place->x, what.block, what.input_scale}, groups.size());
+        const auto [at, is_new] = numbers.try_emplace({place->x, what.inputs, what.block, what.input_scale}, groups.size());
         if (!is_new && groups[at->second].size() == MOST_PRODUCTS) at->second = groups.size();
         if (at->second == groups.size()) groups.emplace_back();
         groups[at->second].push_back(*std::move(place));

@@ -208,6 +208,15 @@ def test_an_operator_of_ours_in_a_file_that_names_fewer_results_is_refused(bundl
         bundle.run({"x": numbers(3, 64)})
 
 
+@kinds
+def test_products_that_take_one_x_for_two_sizes_are_refused_and_read_nothing_else(bundle: GraphBundle) -> None:
+    bundle.product("x", "y", (32, 32))
+    bundle.product("x", "z", (64, 48))
+    bundle.write({"x": ["T", 32]}, {"y": ["T", 32], "z": ["T", 48]})
+    with pytest.raises(FramestepError, match=f"{OPERATORS[bundle.kind]}: x has no rows of 64 numbers"):
+        bundle.run({"x": numbers(3, 32)})
+
+
 @pytest.mark.parametrize("kind", [in_integers, in_float32, in_bfloat16])
 @pytest.mark.parametrize("rows", [1, 4, 5, 255, 256, 257, 515])
 def test_any_number_of_rows_is_multiplied(bundle: GraphBundle, rows: int) -> None:
