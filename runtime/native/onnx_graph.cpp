@@ -16,6 +16,7 @@ constexpr uint64_t GRAPH = 7, OPERATOR_SETS = 8;                          // of 
 constexpr uint64_t NODE = 1, INITIALIZER = 5, INPUT = 11, OUTPUT = 12;    // of GraphProto
 constexpr size_t FEW = 64;                                                // integers in a constant
 constexpr int INT_ATTRIBUTE = 2;
+constexpr uint64_t EXTERNAL = 1;                                          // data_location of a TensorProto
 
 // The name stands in field `number` of a message.
 Text name_in(Text message, uint64_t number) {
@@ -153,6 +154,7 @@ std::optional<OnnxTensor> OnnxGraph::constant(Text name) const {
     const auto found = constants_.find(name);
     if (found == constants_.end()) return std::nullopt;
     OnnxTensor tensor;
+    bool in_file = false;
     ProtobufFields fields(found->second);
     ProtobufField field;
     while (fields.next(field)) {
@@ -167,8 +169,14 @@ std::optional<OnnxTensor> OnnxGraph::constant(Text name) const {
                 if (key == "length") tensor.length = number_in(value);
                 break;
             }
+            case 14: in_file = field.integer == EXTERNAL; break;  // else a place in a file means nothing
             default: break;
         }
+    }
+    if (in_file) {
+        tensor.raw = {};
+    } else {
+        tensor.location.clear();
     }
     if (tensor.raw.empty() && tensor.location.empty()) return std::nullopt;
     return tensor;

@@ -179,6 +179,17 @@ def test_the_length_of_a_constant_may_be_left_to_its_shape(bundle: GraphBundle) 
 
 
 @kinds
+def test_a_place_in_a_file_means_nothing_where_the_numbers_are_in_the_graph(bundle: GraphBundle) -> None:
+    bundle.product("x", "y", (64, 32))
+    matrix = next(item for item in bundle.constants if item.external_data)
+    matrix.data_location = TensorProto.DEFAULT
+    kept = np.float32 if bundle.of_floats else np.int8
+    matrix.raw_data = np.random.default_rng(2).integers(-9, 10, (64, 32)).astype(kept).tobytes()
+    bundle.write({"x": ["T", 64]}, {"y": ["T", 32]})
+    bundle.check({"x": numbers(3, 64)}, 1)
+
+
+@kinds
 def test_x_may_have_more_axes(bundle: GraphBundle) -> None:
     bundle.product("x", "y", (64, 50))
     bundle.write({"x": ["T", 2, 3, 64]}, {"y": ["T", 2, 3, 50]})
