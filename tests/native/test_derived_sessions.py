@@ -296,3 +296,58 @@ def test_a_cache_whose_queries_have_no_heads_is_refused(tmp_path: Path) -> None:
     bundle.write({"x": ["T", 64]}, {"y": ["T", 32], "raw": [1, 16, 8]})
     with pytest.raises(FramestepError, match="CachedAttention: the inputs' shapes do not belong together"):
         bundle.run({"x": numbers(5, 64)})
+
+
+def ring_of(kind: type) -> dict[str, np.ndarray]:
+    """What a ring's operator reads beside the query: of one stream, 3 rows, a window of 4."""
+    arrays = {"past_key": np.zeros((1, 3, 4, 8), kind), "new_key": numbers(1, 3, 1, 8)}
+    arrays |= {"past_value": np.zeros((1, 3, 4, 8), kind), "new_value": numbers(1, 3, 1, 8)}
+    arrays |= {"index": np.array([2]), "mask": np.ones((1, 1, 1, 4), bool)}
+    return arrays | (
+        {"key_scale": np.ones(3, np.float32), "value_scale": np.ones(3, np.float32)} if kind is np.int8 else {}
+    )
+
+
+def run_ring(folder: Path, kind: type, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    bundle = GraphBundle(folder, "float32")
+    bundle.constants += [numpy_helper.from_array(array, name) for name, array in arrays.items()]
+    own = "IntegerRingAttention" if kind is np.int8 else "RingAttention"
+    outputs = ["result", "present_key", "present_value"]
+    bundle.nodes.append(helper.make_node(own, ["query", *arrays], outputs, domain="framestep", scale=1.0))
+    bundle.imports.append(helper.make_opsetid("framestep", 1))
+    bundle.write({"query": [3, 1, 8]}, {"result": [3, 1, 8]})
+    return bundle.run({"query": numbers(3, 1, 8)})[0]
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int8])
+@pytest.mark.parametrize(
+    ("name", "array", "why"),
+    [
+        ("index", np.array([4]), "a slot outside the ring"),
+        ("index", np.array([-1]), "a slot outside the ring"),
+        ("index", np.array([2, 2]), "the inputs' shapes do not belong together"),
+        ("mask", np.ones((1, 1, 1, 5), bool), "the inputs' shapes do not belong together"),
+        ("new_key", numbers(1, 3, 1, 7), "the inputs' shapes do not belong together"),
+        ("new_value", numbers(1, 2, 1, 8), "the inputs' shapes do not belong together"),
+    ],
+    ids=["behind", "before", "two slots", "another window", "narrow keys", "few values"],
+)
+def test_a_ring_refuses_what_does_not_fit_it(
+    tmp_path: Path, kind: type, name: str, array: np.ndarray, why: str
+) -> None:
+    with pytest.raises(FramestepError, match=f"RingAttention: {why}"):
+        run_ring(tmp_path, kind, ring_of(kind) | {name: array})
+
+
+@pytest.mark.parametrize("name", ["key_scale", "value_scale"])
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_a_ring_of_integers_refuses_scales_that_are_not_those_of_its_rows(
+    tmp_path: Path, name: str, count: int
+) -> None:
+    with pytest.raises(FramestepError, match="IntegerRingAttention: the scales are not those of the rings' rows"):
+        run_ring(tmp_path, np.int8, ring_of(np.int8) | {name: np.ones(count, np.float32)})
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int8])
+def test_a_ring_takes_what_fits_it(tmp_path: Path, kind: type) -> None:
+    assert np.abs(run_ring(tmp_path, kind, ring_of(kind))["result"]).max() > 0
