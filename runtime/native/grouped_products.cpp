@@ -95,7 +95,7 @@ namespace in_float32 {
 using Matrix = FloatMatrix;
 using Weights = __m512;
 using Sums = __m512;
-constexpr int64_t INPUTS = 1, LANES = 16, ROWS = 8, AT_ONCE = 3;  // 24 of 32 registers hold sums
+constexpr int64_t INPUTS = 1, LANES = 16, PLACES = 1, ROWS = 8, AT_ONCE = 3;  // 24 of 32 registers hold sums
 
 inline Weights load(const float* at) { return _mm512_load_ps(at); }
 inline Weights spread(const float* one) { return _mm512_set1_ps(*one); }
@@ -122,7 +122,7 @@ namespace in_bfloat16 {
 using Matrix = Bfloat16Matrix;
 using Weights = __m512bh;
 using Sums = __m512;
-constexpr int64_t INPUTS = 2, LANES = 16, ROWS = 8, AT_ONCE = 3;
+constexpr int64_t INPUTS = 2, LANES = 16, PLACES = 1, ROWS = 8, AT_ONCE = 3;
 
 inline Weights load(const uint16_t* at) { return (Weights)_mm512_load_si512(at); }
 inline Weights spread(const uint16_t* two) {
@@ -172,7 +172,7 @@ namespace in_int8_vnni {
 using Matrix = IntegerMatrix;
 using Weights = __m512i;
 using Sums = int32_t __attribute__((vector_size(64)));
-constexpr int64_t INPUTS = 4, LANES = 16, ROWS = 8, AT_ONCE = 3;
+constexpr int64_t INPUTS = 4, LANES = 16, PLACES = 1, ROWS = 8, AT_ONCE = 3;
 
 inline Weights load(const int8_t* at) { return _mm512_load_si512(at); }
 inline Weights spread(const int8_t* four) {
@@ -233,27 +233,23 @@ namespace in_int8_avx2 {
 
 using Matrix = IntegerMatrix;
 using Weights = __m256i;
-using Sums = __m256i;  // of 4 outputs, in two parts each
-constexpr int64_t INPUTS = 4, LANES = 4, ROWS = 4, AT_ONCE = 3;  // 12 of 16 registers hold sums
+using Sums = int32_t __attribute__((vector_size(32)));  // of 4 outputs, in two parts each
+constexpr int64_t INPUTS = 4, LANES = 4, PLACES = 2, ROWS = 6, AT_ONCE = 2;  // 12 of 16 registers hold sums
 
 inline Weights load(const int8_t* at) {
     return _mm256_cvtepi8_epi16(_mm_load_si128(reinterpret_cast<const __m128i*>(at)));
 }
 inline Weights spread(const int8_t* four) {
-    int32_t all;
+    int64_t all;
     std::memcpy(&all, four, sizeof all);
-    return _mm256_cvtepu8_epi16(_mm_set1_epi32(all));
+    return _mm256_set1_epi64x(all);
 }
-inline Sums begin(const Matrix& matrix, int64_t output) {
-    return _mm256_cvtepu32_epi64(_mm_loadu_si128(reinterpret_cast<const __m128i*>(matrix.starts() + output)));
-}
-inline Sums add(Sums sums, Weights rows, Weights weights) {
-    return _mm256_add_epi32(sums, _mm256_madd_epi16(rows, weights));
-}
+inline Sums begin(const Matrix&, int64_t) { return Sums{}; }
+inline Sums add(Sums sums, Weights rows, Weights weights) { return sums + (Sums)_mm256_madd_epi16(rows, weights); }
 inline __m128 end(const Matrix& matrix, int64_t output, Sums sums, const int8_t* behind_row) {
     float added;
     std::memcpy(&added, behind_row, sizeof added);
-    const __m256i whole = _mm256_permute4x64_epi64(_mm256_hadd_epi32(sums, sums), 0b1000);
+    const __m256i whole = _mm256_permute4x64_epi64(_mm256_hadd_epi32((__m256i)sums, (__m256i)sums), 0b1000);
     return _mm_fmadd_ps(_mm_cvtepi32_ps(_mm256_castsi256_si128(whole)), _mm_loadu_ps(matrix.scales() + output),
                         _mm_add_ps(_mm_loadu_ps(matrix.bias() + output), _mm_set1_ps(added)));
 }
@@ -261,7 +257,7 @@ inline void store(float* to, __m128 results) { _mm_storeu_ps(to, results); }
 
 #include "grouped_products.inc"
 
-// As QuantizeLinear does, and 128 more; but for NaN.
+// As QuantizeLinear does, but for NaN.
 void round(const Matrix& matrix, const float* x, int64_t first, int64_t stop, int8_t* rows) {
     constexpr int64_t EIGHT = 8;
     const int64_t inputs = matrix.inputs(), size = Matrix::padded(inputs);
@@ -277,13 +273,12 @@ void round(const Matrix& matrix, const float* x, int64_t first, int64_t stop, in
             __m256 scaled = _mm256_div_ps(_mm256_loadu_ps(whole ? from + input : last), scale);
             nan = _mm256_or_ps(nan, _mm256_cmp_ps(scaled, scaled, _CMP_UNORD_Q));
             scaled = _mm256_min_ps(_mm256_max_ps(scaled, _mm256_set1_ps(-128)), _mm256_set1_ps(127));
-            const __m256i integers = _mm256_add_epi32(_mm256_cvtps_epi32(scaled), _mm256_set1_epi32(128));
-            const __m128i shorts = _mm_packus_epi32(_mm256_castsi256_si128(integers), _mm256_extracti128_si256(integers, 1));
-            const int64_t bytes = _mm_cvtsi128_si64(_mm_packus_epi16(shorts, shorts));
-            std::memcpy(to + input, &bytes, static_cast<size_t>(std::min(EIGHT, size - input)));
+            const __m256i integers = _mm256_cvtps_epi32(scaled);
+            const __m128i shorts = _mm_packs_epi32(_mm256_castsi256_si128(integers), _mm256_extracti128_si256(integers, 1));
+            std::memcpy(to + PLACES * input, &shorts, static_cast<size_t>(PLACES * std::min(EIGHT, size - input)));
         }
         const float added = _mm256_movemask_ps(nan) == 0 ? 0.0f : NAN;
-        std::memcpy(to + size, &added, sizeof added);
+        std::memcpy(to + PLACES * size, &added, sizeof added);
     }
 }
 

@@ -62,13 +62,13 @@ public:
     IntegerMatrix(std::string_view matrix, int64_t inputs, int64_t outputs, float input_scale, const float* scales,
                   const Epilogue& epilogue);
 
-    // Behind the integers of a row stands a float that is added to all its products, for integers cannot say it: 0, or NaN
-    // where the row had one.
-    static int64_t row_size(int64_t inputs) { return padded(inputs) + static_cast<int64_t>(sizeof(float)); }
+    // With room for integers of 16 bits. Behind those of a row stands a float that is added to all its products, for integers
+    // cannot say it: 0, or NaN where the row had one.
+    static int64_t row_size(int64_t inputs) { return 2 * padded(inputs) + static_cast<int64_t>(sizeof(float)); }
 
     float input_scale() const { return input_scale_; }
     const float* scales() const { return scales_.data(); }    // both; padded to whole groups, as the next is
-    const int32_t* starts() const { return starts_.data(); }  // of the sums, for rows have 128 added to their integers
+    const int32_t* starts() const { return starts_.data(); }  // of the sums, where rows have 128 added to their integers
 
 private:
     float input_scale_;

@@ -43,8 +43,9 @@ Owned<OrtSessionOptions> session_options(const Ort& ort, const EngineOptions& en
     entry("session.force_spinning_stop", "1");
     // weights in blocks of integers: multiply integers (4), not floats; only such layers are concerned
     entry("session.qdq_matmulnbits_accuracy_level", "4");
-    if (!has_exact_int8_products()) entry("session.x64quantprecision", "1");
     if (integer) entry("optimization.disable_specified_optimizers", BREAK_INTEGER_PRODUCTS);
+    // it rewrites integers in blocks too, wrongly
+    if (integer && !has_exact_int8_products()) entry("session.x64quantprecision", "1");
     if (engine.device == "cuda") {
         Owned<OrtCudaOptions> cuda(ort.ReleaseCUDAProviderOptions);
         ort.check(ort.CreateCUDAProviderOptions(cuda.into()), "ONNX Runtime could not use CUDA");

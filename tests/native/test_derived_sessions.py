@@ -104,7 +104,7 @@ class GraphBundle:
             for role, given in (("embeddings", inputs), ("output", outputs))
         ]
         manifest = {
-            "format": "framestep", "version": 1, "family": "streamformer", "precision": "fp32",
+            "format": "framestep", "version": 1, "family": "streamformer", "precision": "int8" if self.kind == "integers" else "fp32",
             "frame": {"height": 64, "width": 64, "resize": "crop"},
             "graphs": {"graph": {"file": "graph.onnx", "inputs": ports[0], "outputs": ports[1], "states": []}},
             "states": [], "origin": {"checkpoint": "none", "framestep": "0.1.0"}, "rate": None, "grid": [4, 4],
