@@ -95,7 +95,7 @@ def _python() -> Finding:
 
 
 def _processor() -> Finding:
-    from ..runtime.engines.choosing import usable_cores
+    from ..runtime.cores import default_threads, usable_processors
 
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
@@ -104,7 +104,9 @@ def _processor() -> Finding:
             line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
         ]
         model = names[0] if names else model
-    return Finding("processor", "ok", f"{model}, {counted(usable_cores(), 'core')} usable")
+    usable, threads = usable_processors(), default_threads()
+    fewer = "" if threads == usable else f", of which a session takes {counted(threads, 'thread')}"
+    return Finding("processor", "ok", f"{model}, {counted(usable, 'core')} usable{fewer}")
 
 
 def _native_library() -> Finding:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import time
@@ -34,6 +33,7 @@ from roofline import measure_bandwidth
 
 import framestep
 from framestep.runtime.bundle import Bundle
+from framestep.runtime.cores import default_threads
 
 SIZES = {
     "vocab_size": 151936,
@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--tokens", type=int, default=64, help="in a round, of each")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=default_threads())
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
     bundles = prepare(given.folder)

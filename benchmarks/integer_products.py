@@ -22,7 +22,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from framestep.calibration.integer import BREAK_INTEGER_PRODUCTS, INTEGER_OPERATORS, optimised_graph
 from framestep.runtime.bundle import Bundle
-from framestep.runtime.engines.choosing import usable_cores
+from framestep.runtime.cores import default_threads
 
 RUNS = 60
 
@@ -31,7 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--threads", type=int, default=usable_cores())
+    parser.add_argument("--threads", type=int, default=default_threads())
     arguments = parser.parse_args()
     bundle = Bundle.open(arguments.bundle)
     bundle = Bundle(bundle.path, bundle.manifest.at("int8"))

@@ -31,7 +31,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -44,6 +43,7 @@ import numpy as np
 
 from framestep.apps.bench.report import read_report
 from framestep.runtime.bundle import Bundle
+from framestep.runtime.cores import default_threads
 from framestep.runtime.errors import FramestepError
 
 RUNS = 7
@@ -423,7 +423,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="The floor of a step, and how near to it the measured step comes.")
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--report", type=Path, help="report.json of 'framestep bench', for the efficiency")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: every core")
+    parser.add_argument("--threads", type=int, default=default_threads(), help="default: every core")
     parser.add_argument("--runs", type=int, default=RUNS, help="runs of which the best counts (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
     options = parser.parse_args(arguments)

@@ -19,7 +19,7 @@ import numpy as np
 from roofline import measure_bandwidth
 
 import framestep
-from framestep.runtime.engines.choosing import usable_cores
+from framestep.runtime.cores import default_threads
 
 
 def main() -> None:
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("wider", type=Path)
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--threads", type=int, default=usable_cores())
+    parser.add_argument("--threads", type=int, default=default_threads())
     arguments = parser.parse_args()
     sessions = [
         framestep.load(path, outputs=("pooled",), threads=arguments.threads)

@@ -21,7 +21,7 @@ import onnx
 
 from ..export.linears import linears
 from ..runtime.bundle import Bundle
-from ..runtime.engines.choosing import usable_cores
+from ..runtime.cores import default_threads
 from ..runtime.engines.onnxruntime import OnnxRuntimeEngine
 from ..runtime.manifest import STREAMS, Graph, Port
 from .clips import Clip
@@ -202,7 +202,7 @@ def _stepper(
             graphs[name] = replace(graph, file=f"{name}.onnx", outputs=(*graph.outputs, *ports))
             outputs += [port.name for port in ports]
         manifest = replace(bundle.manifest, graphs=graphs, labels=None, text=None, language=None)
-        engine = OnnxRuntimeEngine(Bundle(Path(folder), manifest), outputs, 1, "cpu", usable_cores())
+        engine = OnnxRuntimeEngine(Bundle(Path(folder), manifest), outputs, 1, "cpu", default_threads())
     try:
         engine.set_constants(_any_labels(manifest.graphs))
         yield engine

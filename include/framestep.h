@@ -96,7 +96,8 @@ typedef struct fs_session_options {
                                    of whole frames that need them where the bundle has labels */
     size_t output_count;
     int32_t streams;      /* places for streams; default 1 */
-    int32_t threads;      /* of the engine; default: every core that this process may use */
+    int32_t threads;      /* of the engine; default: one for each core that this process may use, hyperthreads not
+                             counted, within the quota of its control group (docker run --cpus) */
     int32_t trust_files;  /* 1: do not check that files are listed, of their size and unchanged, as the caller did */
     const char *manifest; /* the text to take in the place of the folder's manifest.json; default: read it */
     const char *const *graphs; /* names of graphs to load for fs_run, beside those of steps. Default: none */

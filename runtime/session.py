@@ -18,8 +18,9 @@ import numpy.typing as npt
 
 from . import state_file
 from .bundle import Bundle
+from .cores import default_threads, usable_processors
 from .engines import GraphEngine, PrefillEngine
-from .engines.choosing import choose_engine, choose_precision, make_engine, usable_cores
+from .engines.choosing import choose_engine, choose_precision, make_engine
 from .errors import BundleError, EngineError, FrameError, FramestepError, StateError
 from .labels import label_inputs, read_label_embeddings
 from .manifest import FrameSpec, graphs_for
@@ -99,10 +100,10 @@ class Session:
     ) -> None:
         if streams < 1:
             raise EngineError(f"streams: expected at least 1, found {streams}")
-        if threads is not None and not 1 <= threads <= usable_cores():
-            # threads that share a core wait for each other while they spin: a step then takes tens of times longer
+        if threads is not None and not 1 <= threads <= usable_processors():
+            # threads that share a processor wait for each other while they spin: a step then takes tens of times longer
             raise EngineError(
-                f"threads: expected 1 to {usable_cores()}, the cores that this process may use, found {threads}"
+                f"threads: expected 1 to {usable_processors()}, the cores that this process may use, found {threads}"
             )
         for option, names in (("outputs", outputs), ("graphs", graphs)):
             if isinstance(names, str):
@@ -129,7 +130,7 @@ class Session:
             graphs_for(manifest, self.outputs),
             self.outputs,
             streams,
-            threads or usable_cores(),
+            threads or default_threads(),
             self.graphs,
         )
         self._lock = threading.RLock()

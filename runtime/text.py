@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .cores import default_threads
 from .errors import BundleError, EngineError, FramestepError, first_line
 
 FloatArray = npt.NDArray[np.float32]
@@ -109,7 +110,7 @@ class TextEncoder:
         graph: the ONNX file: `input_ids` int64 [B, length] to `text_features` float32 [B, dim].
         tokenizer: the `tokenizer.json`, which pads and truncates to `length` itself.
         length: tokens per text.
-        threads: of ONNX Runtime; its own choice by default.
+        threads: of ONNX Runtime; None for what a session takes by itself.
 
     Raises:
         EngineError: `tokenizers` or ONNX Runtime is not installed.
@@ -128,8 +129,7 @@ class TextEncoder:
         self._tokenizer = open_tokenizer(tokenizer)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
-        if threads is not None:
-            options.intra_op_num_threads = threads
+        options.intra_op_num_threads = threads or default_threads()
         # alternates with the backbone's session in one process: idle threads must not spin against it
         options.add_session_config_entry("session.force_spinning_stop", "1")
         try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import importlib.util
 import math
-import os
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import Any
 
 from ... import __version__
 from ...runtime.bundle import Bundle
+from ...runtime.cores import default_threads
 from ...runtime.counted import counted
 from ...runtime.engines.choosing import BFLOAT16, choose_engine
 from ...runtime.errors import FramestepError, OutputError
@@ -75,7 +75,7 @@ class _Run:
         self.options, self.bundle, self.status = options, bundle, status
         self.compared = expand_compare(options.compare, bundle.manifest.precisions)
         self.precision, self.stored = options.precision, bundle.manifest.precisions
-        self.threads = options.threads or len(os.sched_getaffinity(0))
+        self.threads = options.threads or default_threads()
         self.reference = scratch / "reference.npz"
         self.problems: list[str] = []
         self.verified: dict[str, tuple[Verification | None, str]] = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -37,13 +36,6 @@ class EngineChoice:
     def name(self) -> str:
         """As it is asked for."""
         return f"{self.engine}:{self.variant}" if self.variant else self.engine
-
-
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # Linux
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def has_int8_memory(manifest: Manifest, precision: str) -> bool:

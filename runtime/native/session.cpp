@@ -1,11 +1,9 @@
 #include "session.h"
 
-#include <sched.h>
-
 #include <algorithm>
 #include <cmath>
-#include <thread>
 
+#include "cores.h"
 #include "engine_choice.h"
 #include "finite.h"
 #include "labels.h"
@@ -22,12 +20,6 @@ double milliseconds(Clock::time_point from, Clock::time_point to) {
     return std::chrono::duration<double, std::milli>(to - from).count();
 }
 
-int usable_cores() {
-    cpu_set_t cores;
-    if (sched_getaffinity(0, sizeof cores, &cores) == 0) return CPU_COUNT(&cores);
-    return static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
-}
-
 }  // namespace
 
 Session::Session(const std::string& path, const SessionOptions& options)
@@ -36,9 +28,11 @@ Session::Session(const std::string& path, const SessionOptions& options)
         throw Error(FS_ERROR_ARGUMENT, "streams: expected 1 to " + std::to_string(MAX_STREAMS) + ", found " +
                                            std::to_string(options.streams));
     }
-    if (options.threads < 0 || options.threads > usable_cores()) {
-        // threads that share a core wait for each other while they spin: a step then takes tens of times longer
-        throw Error(FS_ERROR_ARGUMENT, "threads: expected 1 to " + std::to_string(usable_cores()) +
+    const std::vector<int> processors = usable_processors();
+    const int most = static_cast<int>(processors.size());
+    if (options.threads < 0 || options.threads > most) {
+        // threads that share a processor wait for each other while they spin: a step then takes tens of times longer
+        throw Error(FS_ERROR_ARGUMENT, "threads: expected 1 to " + std::to_string(most) +
                                            ", the cores that this process may use, found " + std::to_string(options.threads));
     }
     const EngineChoice choice =
@@ -48,7 +42,7 @@ Session::Session(const std::string& path, const SessionOptions& options)
     engine_options_.device = choice.device;
     engine_options_.library = options.library;
     engine_options_.streams = options.streams;
-    engine_options_.threads = options.threads == 0 ? usable_cores() : options.threads;
+    engine_options_.threads = options.threads == 0 ? default_threads(processors) : options.threads;
     plan_ = make_plan(bundle_, *manifest_, options.outputs, options.graphs);
     make_lanes();
     state_key_ = bundle_.state_key(*manifest_);

@@ -7,12 +7,14 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <numeric>
 #include <string>
 #include <thread>
 
 #include "attention.h"
 #include "block_products.h"
 #include "cache_graph.h"
+#include "cores.h"
 #include "engine_files.h"
 #include "error.h"
 #include "file_io.h"
@@ -229,6 +231,13 @@ void parts_multiply(int simd, int bits, int64_t inputs, int64_t outputs, int64_t
     for (int64_t first = 0; first < matrix.groups(); first += part) {
         kernels.multiply(matrix, quantized, rows, first, std::min(first + part, matrix.groups()), y);
     }
+}
+
+// Of the processors 0 to `processors` - 1.
+int parts_default_threads(int processors, const char* root) {
+    std::vector<int> numbers(static_cast<size_t>(processors));
+    std::iota(numbers.begin(), numbers.end(), 0);
+    return default_threads(numbers, root);
 }
 
 int parts_multiplies_floats() { return float_kernels() != nullptr; }
