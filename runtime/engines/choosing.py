@@ -49,9 +49,10 @@ def check_memory(manifest: Manifest, precision: str, engine: str, device: str = 
     if reason is not None:
         others = [name for name in manifest.precisions if _no_memory(manifest, name, engine, device) is None]
         advice = f", or take another precision ({', '.join(others)})" if others else ""
+        on_cpu = _no_memory(manifest, precision, "onnxruntime", "cpu") is None
         raise EngineError(
             f"precision '{precision}' keeps its memory as INT8, which the engine '{engine}' does not run:"
-            f" {reason}; use the engine 'torch'{advice}"
+            f" {reason}; use the engine 'torch'{' or, on a CPU, onnxruntime' if on_cpu else ''}{advice}"
         )
 
 
@@ -161,6 +162,8 @@ def _built_for_here(manifest: Manifest) -> bool:
 def choose_precision(manifest: Manifest, precision: str, device: str, engine: str) -> str:
     """Take the precision asked for, or the fastest one in the bundle that the device runs well.
 
+    INT8 memory, which costs accuracy, is taken where the bundle's own precision has it or where there is no other.
+
     Args:
         engine: as a choice is named, with its variant.
 
@@ -168,8 +171,10 @@ def choose_precision(manifest: Manifest, precision: str, device: str, engine: st
         BundleError: the bundle does not have it.
         EngineError: the engine does not run it.
     """
+    if precision == "auto" and _wants_int8_memory(manifest, device, engine):
+        return manifest.precision
     if precision == "auto":
-        # A CPU widens every FP16 number before it computes with it. INT8 memory is only for those who ask for it.
+        # A CPU widens every FP16 number before it computes with it.
         integers = () if engine == BFLOAT16 else ("int8",)
         order = (*integers, "fp32") if device == "cpu" else ("fp16", "fp32", "fp16+int8", "int8")
         known = [name for name in manifest.precisions if not has_int8_memory(manifest, name)]
@@ -180,6 +185,14 @@ def choose_precision(manifest: Manifest, precision: str, device: str, engine: st
         precision = next((name for name in (*order, *known) if name in known), manifest.precision)
     check_memory(manifest, precision, engine, device)
     return manifest.at(precision).precision
+
+
+def _wants_int8_memory(manifest: Manifest, device: str, engine: str) -> bool:
+    """Whether a bundle's own precision has INT8 memory, as nobody makes it who does not want it, and runs well here."""
+    main = manifest.precision
+    if (device == "cpu" and main.startswith("fp16")) or (engine == BFLOAT16 and not main.startswith("fp32")):
+        return False
+    return has_int8_memory(manifest, main) and _no_memory(manifest, main, engine, device) is None
 
 
 def make_engine(

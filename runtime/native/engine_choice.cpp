@@ -58,17 +58,27 @@ EngineChoice choose_tensorrt(const Bundle&, const std::string&, const std::strin
 
 #endif
 
+// Whether a precision has INT8 memory, and a CPU reads it, which it does beside float32 alone.
+bool reads_int8_memory(const Manifest& manifest) {
+    return manifest.has_int8_memory() && manifest.precision.rfind("fp16", 0) != 0;
+}
+
 EngineChoice choose_bfloat16(const Bundle& bundle, const std::string& device, const std::string& precision) {
     const std::string name = std::string("the engine '") + BFLOAT16 + "' ";
     if (device == "cuda") throw Error(FS_ERROR_ENGINE, name + "is for CPUs; on a GPU use precision fp16");
     if (bfloat16_kernels() == nullptr) {
         throw Error(FS_ERROR_ENGINE, name + "needs AVX512-BF16, which this processor does not have; use 'onnxruntime'");
     }
-    const bool has_float = std::any_of(bundle.precisions.begin(), bundle.precisions.end(),
-                                       [](const Manifest& each) { return each.precision == "fp32"; });
-    const Manifest& manifest = bundle.choose(precision == "auto" && has_float ? "fp32" : precision, "cpu");
-    if (manifest.precision != "fp32" && manifest.precision != "fp32+kv8") {
-        throw Error(FS_ERROR_ENGINE, name + "computes precision fp32 in bfloat16, not '" + manifest.precision + "'");
+    const auto is_float = [](const Manifest& each) { return each.precision == "fp32" || each.precision == "fp32+kv8"; };
+    const auto own = bundle.precisions.begin(), end = bundle.precisions.end();
+    const auto plain = std::find_if(own, end, [](const Manifest& each) { return each.precision == "fp32"; });
+    const Manifest& manifest = precision != "auto" ? bundle.at(precision)
+                               : is_float(*own)    ? *own
+                               : plain != end      ? *plain
+                                                   : bundle.choose("auto", "cpu");
+    if (!is_float(manifest)) {
+        throw Error(FS_ERROR_ENGINE,
+                    name + "computes the precisions fp32 and fp32+kv8 in bfloat16, not '" + manifest.precision + "'");
     }
     return {BFLOAT16, "cpu", &manifest};
 }
@@ -89,6 +99,10 @@ EngineChoice choose_engine(const Bundle& bundle, const std::string& engine, cons
     }
     if (engine == BFLOAT16) return choose_bfloat16(bundle, device, precision);
     const std::string taken = device != "auto" ? device : onnxruntime_has_device(library, "cuda") ? "cuda" : "cpu";
+    const Manifest& own = bundle.precisions.front();
+    if (engine != PLAIN && taken == "cpu" && precision == "auto" && reads_int8_memory(own)) {
+        return {"onnxruntime", taken, &own};  // nobody makes such a bundle who does not want it
+    }
     const Manifest& manifest = bundle.choose(precision, taken);
     if (engine == PLAIN || taken != "cpu") {
         check_memory(bundle, manifest, "which ONNX Runtime would dequantize as a whole in every step");

@@ -307,11 +307,14 @@ def test_other_engines_refuse_it_with_their_reason(calibrated) -> None:
         lambda: choose_precision(manifest, "fp32+kv8", "cuda", "tensorrt"),
         lambda: build(Bundle.open(path), BuildOptions("fp32+kv8"), print),
     ):
-        with pytest.raises(EngineError, match=r"FP32 or FP16; use the engine 'torch', or take .*\(fp16, fp32\)"):
+        with pytest.raises(
+            EngineError,
+            match=r"FP32 or FP16; use the engine 'torch' or, on a CPU, onnxruntime, or take .*\(fp16, fp32\)",
+        ):
             refuse()
 
 
-def test_auto_takes_it_only_where_there_is_nothing_else(calibrated) -> None:
+def test_auto_takes_it_where_it_comes_first_or_there_is_nothing_else(calibrated) -> None:
     path = calibrated[0]
     with framestep.load(path, device="cpu") as session:
         assert session.precision == "fp32"
@@ -328,6 +331,14 @@ def test_auto_takes_it_only_where_there_is_nothing_else(calibrated) -> None:
     for integers in (manifest.at("int8+kv8"), manifest.at("fp32+kv8")):
         assert choose_engine(integers, "auto", "cpu").engine == "onnxruntime"
         assert choose_precision(integers, "auto", "cpu", "onnxruntime") == integers.precision
+    for main in ("fp32+kv8", "int8+kv8"):
+        several = put_first(manifest, main)
+        assert choose_precision(several, "auto", "cpu", "onnxruntime") == main
+        assert choose_precision(several, "auto", "cpu", "torch") == main
+        assert choose_precision(several, "auto", "cpu", "onnxruntime:plain") == "fp32"
+        assert choose_precision(several, "auto", "cuda", "onnxruntime") == "fp32"
+    assert choose_precision(put_first(manifest, "fp32+kv8"), "auto", "cpu", "onnxruntime:bf16") == "fp32+kv8"
+    assert choose_precision(put_first(manifest, "int8+kv8"), "auto", "cpu", "onnxruntime:bf16") == "fp32"
 
 
 def test_in_c_auto_takes_what_it_takes_in_python(calibrated) -> None:
@@ -338,6 +349,9 @@ def test_in_c_auto_takes_what_it_takes_in_python(calibrated) -> None:
         taken = choose_precision(manifest, "auto", "cpu", "onnxruntime")
         assert precision_in_c(path, manifest) == taken != "fp16+kv8"
     assert precision_in_c(path, whole) == choose_precision(whole, "auto", "cpu", "onnxruntime") == "fp32"
+    for main in ("fp32+kv8", "int8+kv8"):
+        assert precision_in_c(path, put_first(whole, main)) == main
+        assert precision_in_c(path, put_first(whole, main), "onnxruntime:plain") == "fp32"
 
 
 @pytest.mark.skipif(not cpu_has("avx512_bf16"), reason="needs AVX512-BF16")
@@ -346,6 +360,14 @@ def test_in_c_products_in_bfloat16_run_beside_int8_memory_without_being_asked(ca
     manifest = Bundle.open(path).manifest
     assert precision_in_c(path, manifest, "onnxruntime:bf16") == "fp32"
     assert precision_in_c(path, manifest.at("fp32+kv8"), "onnxruntime:bf16") == "fp32+kv8"
+    assert precision_in_c(path, put_first(manifest, "fp32+kv8"), "onnxruntime:bf16") == "fp32+kv8"
+    assert precision_in_c(path, put_first(manifest, "int8+kv8"), "onnxruntime:bf16") == "fp32"
+
+
+def put_first(manifest: Manifest, main: str) -> Manifest:
+    """The same bundle with another main precision; the old one is left out."""
+    variants = {name: variant for name, variant in manifest.variants.items() if name != main}
+    return replace(manifest.at(main), variants=variants)
 
 
 def precision_in_c(path, manifest: Manifest, engine: str = "onnxruntime") -> str:

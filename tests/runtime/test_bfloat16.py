@@ -145,8 +145,14 @@ def test_products_are_counted_as_operators_of_ours(golden_bundle) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"precision": "int8"}, r"'onnxruntime:bf16' computes precision fp32 in bfloat16, not 'int8'"),
-        ({"precision": "fp16"}, r"'onnxruntime:bf16' computes precision fp32 in bfloat16, not 'fp16'"),
+        (
+            {"precision": "int8"},
+            r"'onnxruntime:bf16' computes the precisions fp32 and fp32\+kv8 in bfloat16, not 'int8'",
+        ),
+        (
+            {"precision": "fp16"},
+            r"'onnxruntime:bf16' computes the precisions fp32 and fp32\+kv8 in bfloat16, not 'fp16'",
+        ),
     ],
 )
 def test_it_refuses_other_precisions(golden_bundle, tmp_path, options, message) -> None:

@@ -643,9 +643,19 @@ def with_int8_memory(*others: str) -> str:
     return json.dumps(manifest)
 
 
+def before_int8_memory(own: str) -> str:
+    """A manifest whose own precision has another name, and one beside it that remembers in INT8."""
+    manifest = json.loads((BUNDLE / "manifest.json").read_text())
+    states = [{**state, "dtype": "int8"} for state in manifest["states"]]
+    return json.dumps({**manifest, "precision": own, "variants": {"fp32+kv8": {"graphs": {}, "states": states}}})
+
+
 @pytest.mark.parametrize("other", ["fp32", "fp16"])  # FP16 is none that is looked for on a CPU
-def test_auto_takes_no_int8_memory_where_there_is_other(native, other):
-    session = native.open(manifest=with_int8_memory(other))
+@pytest.mark.parametrize(
+    ("made", "engine"), [(before_int8_memory, "auto"), (with_int8_memory, "onnxruntime:plain")], ids=["later", "first"]
+)
+def test_auto_takes_no_int8_memory_that_comes_later_or_that_the_engine_does_not_run(native, other, made, engine):
+    session = native.open(manifest=made(other), engine=engine)
     info = native.library.new("fs_session_info")
     assert native.c.fs_session_describe(session, info) == 0
     assert native.library.text(info.precision) == other
@@ -668,8 +678,9 @@ def test_int8_memory_is_refused_with_the_reason(native, others, precision, advic
     assert native.error().endswith(advice)
 
 
-def test_int8_memory_that_no_operator_reads_is_refused(native):
-    opened = native.try_open(BUNDLE, manifest=with_int8_memory("fp32"), precision="fp32+kv8")  # the graph's is float32
+@pytest.mark.parametrize("precision", ["fp32+kv8", "auto"])
+def test_int8_memory_that_no_operator_reads_is_refused(native, precision):
+    opened = native.try_open(BUNDLE, manifest=with_int8_memory("fp32"), precision=precision)  # the graph's is float32
     assert opened == ("FS_ERROR_ENGINE", 0)
     assert "keeps its memory as INT8" in native.error() and "none that framestep has an operator for" in native.error()
 
