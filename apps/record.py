@@ -7,10 +7,12 @@ then.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import secrets
 import tempfile
+import time
 import zipfile
 from contextlib import suppress
 from pathlib import Path
@@ -20,18 +22,21 @@ import cv2
 import numpy as np
 
 from ..runtime.counted import counted
+from ..runtime.durable import sync, sync_names
 from ..runtime.errors import OutputError
 from .output_places import check_room, unwritable
 
 STANDARD_OUTPUT = Path("/dev/stdout")
+PIPE_PATIENCE_S = 10.0
 FRAMES_BETWEEN_DISK_CHECKS = 16
 NOT_UTF_8 = "backslashreplace"  # bytes of a file's name, which JSON can hold as escapes alone
 
 
 class JsonLines:
-    """One JSON object a line, each line complete on disk as soon as it is written.
+    """One JSON object a line, each line complete in its file as soon as it is written; `close` brings it to the disk.
 
-    `STANDARD_OUTPUT` takes the lines where the shell has it: behind what a file already holds.
+    A pipe is given `PIPE_PATIENCE_S` to find a reader. `STANDARD_OUTPUT` takes the lines where the shell has it: behind
+    what a file already holds.
     """
 
     def __init__(self, path: Path) -> None:
@@ -39,7 +44,7 @@ class JsonLines:
         self._line_start = 0
         self._failed = False
         try:
-            opened: Path | int = os.dup(1) if path == STANDARD_OUTPUT else path  # to open it anew would empty it
+            opened = os.dup(1) if path == STANDARD_OUTPUT else _opened(path)  # to open that anew would empty it
             self._file: IO[bytes] | None = open(opened, "wb", buffering=0)  # noqa: PTH123, SIM115
         except OSError as error:
             raise unwritable(path, error) from error
@@ -65,12 +70,17 @@ class JsonLines:
             return
         file, self._file = self._file, None
         try:
-            file.close()
+            with file:
+                if self._is_file():
+                    os.fsync(file.fileno())
         except OSError as error:
             raise unwritable(self.path, error) from error
 
+    def _is_file(self) -> bool:
+        return self.path != STANDARD_OUTPUT and self.path.is_file()
+
     def _cut_unfinished_line(self) -> None:
-        if self._file is not None and self.path.is_file() and self.path != STANDARD_OUTPUT:
+        if self._file is not None and self._is_file():
             with suppress(OSError):  # told is what failed first
                 self._file.truncate(self._line_start)
 
@@ -121,7 +131,9 @@ class ArrayRecorder:
                 for name, column in sorted(columns.items(), key=lambda item: -item[1].row_bytes):
                     with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                         column.move_to(member, self.frames)
+            sync(partial)
             partial.replace(self._place)
+            sync_names(self._place.parent)
             self.finished = True
         except OSError as error:
             raise unwritable(self.path, error) from error
@@ -194,6 +206,23 @@ class _Column:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _opened(path: Path) -> int:
+    """A descriptor of a file, emptied, or of a pipe that somebody reads."""
+    deadline = time.monotonic() + PIPE_PATIENCE_S
+    while True:
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NONBLOCK, 0o666)
+        except OSError as error:
+            if error.errno != errno.ENXIO or not path.is_fifo():
+                raise
+        else:
+            os.set_blocking(descriptor, True)
+            return descriptor
+        if time.monotonic() > deadline:
+            raise OutputError(f"{path}: is a pipe that nobody reads; start what reads it first")
+        time.sleep(0.05)
 
 
 def _write_all(file: IO[bytes], data: bytes) -> None:

@@ -176,6 +176,8 @@ def _check_files(options: RunOptions) -> None:
         for path in asked[option]:
             if path.suffix.lower() != suffix:
                 raise OutputError(f"{option} {path}: is written as {suffix[1:]}; name it *{suffix}")
+            if path.exists() and not (path.is_file() or path.is_dir()):
+                raise OutputError(f"{option} {path}: is a device or a pipe; name a file")
     taken = {identity(at_home(source)): "--source" for source in options.sources}
     for option, paths in asked.items():
         for path in paths:

@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 
 from ..runtime.counted import counted
+from ..runtime.durable import sync, sync_names
 from ..runtime.errors import OutputError
 from ..runtime.sources.opencv import as_opencv_takes
 from .output_places import check_room, unwritable
@@ -28,7 +29,7 @@ LONGEST_STILL_S = 60.0  # that a recording of a file shows one picture
 
 
 class VideoRecorder:
-    """An mp4 (MPEG-4 part 2). It appears under its name when it is complete; until then it is
+    """An mp4 (MPEG-4 part 2). It appears under its name when it is complete and on the disk; until then it is
     `.NAME.partial-MARK.mp4`.
 
     It keeps the pace of the frames' timestamps to within one frame of its own: a picture is repeated until the next is
@@ -91,7 +92,9 @@ class VideoRecorder:
                 f"be read back) and was removed; is the disk full?"
             )
         try:
+            sync(self._partial)
             self._partial.replace(self._place)
+            sync_names(self._place.parent)
         except OSError as error:
             raise unwritable(self.path, error) from error
         self.finished = True

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections import namedtuple
 from pathlib import Path
 
@@ -118,6 +119,57 @@ print(lines.files() == [lines.path])
     assert found.stdout == f"{tmp_path / 'out.jsonl'}: cannot be written: File too large\nTrue\n"
     written = (tmp_path / "out.jsonl").read_text().splitlines()
     assert [json.loads(line)["number"] for line in written] == list(range(len(written))) and written
+
+
+def test_a_pipe_that_nobody_reads_is_not_waited_for_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record, "PIPE_PATIENCE_S", 0.1)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OutputError, match=r"pipe: is a pipe that nobody reads; start what reads it first"):
+        JsonLines(tmp_path / "pipe")
+
+
+def test_a_pipe_is_given_time_to_find_its_reader(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    read: list[str] = []
+    reader = threading.Timer(0.2, lambda: read.append((tmp_path / "pipe").read_text()))
+    reader.start()
+    lines = JsonLines(tmp_path / "pipe")
+    many = [{"number": number} for number in range(10_000)]  # more than a pipe holds
+    for line in many:
+        lines.write(line)
+    lines.close()
+    reader.join()
+    assert [json.loads(line) for line in read[0].splitlines()] == many
+
+
+def test_lines_are_brought_to_the_disk_when_they_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    monkeypatch.setattr(
+        os, "fsync", lambda descriptor: synced.append(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
+    )
+    lines = JsonLines(tmp_path / "out.jsonl")
+    lines.write({"a": 1})
+    assert synced == []
+    lines.close()
+    assert synced == [str(tmp_path / "out.jsonl")]
+
+
+def test_videos_and_arrays_are_on_the_disk_before_they_have_their_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    for module in (record, video_recorder):
+        monkeypatch.setattr(module, "sync", lambda path: synced.append(path.name))
+        monkeypatch.setattr(module, "sync_names", lambda folder: synced.extend(path.name for path in folder.iterdir()))
+    video = VideoRecorder(tmp_path / "out.mp4", 10)
+    video.write(picture(), 0)
+    video.close()
+    arrays = ArrayRecorder(tmp_path / "out.npz", {})
+    arrays.write({"pooled": np.zeros(3, np.float32)})
+    arrays.close()
+    first, video_there, second, *both = synced
+    assert first.startswith(".out.partial-") and video_there == "out.mp4"
+    assert second.startswith(".out.npz.partial-") and sorted(both) == ["out.mp4", "out.npz"]
 
 
 # Videos
