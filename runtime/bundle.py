@@ -8,6 +8,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import tempfile
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,7 @@ from .errors import BundleError, OutputError
 from .manifest import FORMAT, VERSION, FileEntry, Graph, Manifest, named_files
 from .manifest_checks import check_manifest
 from .onnx_files import external_files
-from .schema import SchemaError, from_json, to_json
+from .schema import SchemaError, from_json, parse_json, to_json
 
 MANIFEST = "manifest.json"
 MOST_OF_A_MANIFEST = 1 << 20  # bytes looked at to tell whose it is
@@ -110,16 +111,22 @@ class Bundle:
             _check_name(name, where)
             if name not in manifest.files:
                 raise BundleError(f"{where}: '{name}' is used but not listed under files")
+        graphs = [pair for precision in manifest.precisions for pair in manifest.at(precision).graphs.items()]
+        for graph_name, graph in graphs:
+            if "/" in graph.file:  # external data is looked for beside the graph, and listed as beside the manifest
+                raise BundleError(f"{where}: graphs.{graph_name}.file: '{graph.file}' should lie beside the manifest")
         for name, entry in manifest.files.items():
             file = self.path / name
-            if not file.is_file():
+            try:
+                size = _size(f"{self.path}/{name}")
+            except OSError as error:
+                raise BundleError(f"{file}: cannot be read: {error.strerror}") from None
+            if size is None:
                 raise BundleError(f"{file}: missing; export the bundle again")
             if self.path.resolve() not in file.resolve().parents:
                 raise BundleError(f"{file}: leaves the bundle through a link; refused")
-            size = file.stat().st_size
             if size != entry.bytes:
                 raise BundleError(f"{file}: expected {entry.bytes} bytes, found {size}; export the bundle again")
-        graphs = [pair for precision in manifest.precisions for pair in manifest.at(precision).graphs.items()]
         for graph_name, graph in graphs:
             for location in external_files(self.path / graph.file):
                 if location not in manifest.files:
@@ -136,6 +143,15 @@ class Bundle:
                             f"{self.path / name}: its content has changed (SHA-256 {digest[:12]}…,"
                             f" expected {entry.sha256[:12]}…); export the bundle again"
                         )
+
+
+def _size(file: str) -> int | None:
+    """Bytes of a file; None where there is none of that name, as it is written."""
+    try:
+        found = os.stat(file)  # noqa: PTH116, a Path would lose the slash that makes a name a folder's
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
 
 
 def file_entry(path: Path) -> FileEntry:
@@ -264,7 +280,7 @@ def _read_manifest(folder: Path) -> Manifest:
             raise BundleError(f"{folder}: no such bundle")
         if path.exists() and not path.is_file():  # a pipe would be waited for
             raise BundleError(f"{path}: is no file")
-        values = json.loads(path.read_text("utf-8"))
+        values = parse_json(path.read_text("utf-8"))
     except NotADirectoryError:
         raise BundleError(f"{folder}: is a file; give the bundle's folder") from None
     except FileNotFoundError:
@@ -284,8 +300,7 @@ def _read_manifest(folder: Path) -> Manifest:
         )
     try:
         manifest = from_json(Manifest, values)
-        for precision in manifest.precisions:
-            check_manifest(manifest.at(precision))
+        check_manifest(manifest)
     except SchemaError as error:
         raise BundleError(f"{path}: {error}") from None
     return manifest
@@ -293,7 +308,8 @@ def _read_manifest(folder: Path) -> Manifest:
 
 def _check_name(name: str, where: Path) -> None:
     pure = PurePosixPath(name)
-    if pure.is_absolute() or not pure.parts or ".." in pure.parts or "\\" in name or name == MANIFEST:
+    odd = "\\" in name or "\0" in name or name == MANIFEST
+    if odd or pure.is_absolute() or not pure.parts or ".." in pure.parts:
         raise BundleError(f"{where}: the path '{name}' leaves the bundle; refused")
 
 

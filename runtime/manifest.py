@@ -35,6 +35,8 @@ STATE_KINDS = ("ring", "linear")
 RESIZES = ("crop", "stretch", "letterbox")
 MAX_SIDE = 1 << 14  # pixels
 MAX_EXTENT = 1 << 31
+MAX_RANK = 8
+MAX_GRAPHS = 256
 MAX_STATE_BYTES = 1 << 38
 
 

@@ -9,6 +9,8 @@ from .manifest import (
     DECODER_ROLES,
     DTYPES,
     MAX_EXTENT,
+    MAX_GRAPHS,
+    MAX_RANK,
     MAX_SIDE,
     MAX_STATE_BYTES,
     RESIZES,
@@ -28,11 +30,21 @@ from .schema import SchemaError
 
 
 def check_manifest(manifest: Manifest) -> None:
-    """Check the manifest of one precision.
+    """Check the manifest of a bundle, in each of its precisions.
 
     Raises:
         SchemaError: parts that are not possible, or do not fit together.
     """
+    if manifest.precision in manifest.variants:
+        raise SchemaError(f"variants.{manifest.precision}: is the precision of the bundle's own graphs")
+    for name, engine in manifest.engines.items():
+        if engine.bytes < 0:
+            raise SchemaError(f"engines.{name}.bytes: expected at least 0, found {engine.bytes}")
+    for precision in manifest.precisions:
+        _check_precision(manifest.at(precision))
+
+
+def _check_precision(manifest: Manifest) -> None:
     if manifest.frame.resize not in RESIZES:
         raise SchemaError(f"frame.resize: '{manifest.frame.resize}' is unknown; expected {', '.join(RESIZES)}")
     if not 0 < manifest.frame.height <= MAX_SIDE or not 0 < manifest.frame.width <= MAX_SIDE:
@@ -44,6 +56,8 @@ def check_manifest(manifest: Manifest) -> None:
     states = {state.name for state in manifest.states}
     if len(states) != len(manifest.states):
         raise SchemaError("states: a name stands twice")
+    if len(manifest.graphs) > MAX_GRAPHS:
+        raise SchemaError(f"graphs: {len(manifest.graphs)} are more than {MAX_GRAPHS}")
     outputs = [port.name for graph in manifest.graphs.values() for port in graph.outputs]
     if len(set(outputs)) != len(outputs):
         raise SchemaError("graphs: two outputs have the same name")
@@ -89,6 +103,8 @@ def _check_state(state: State) -> None:
         raise SchemaError(f"{where}: shape should be '{STREAMS}' and then positive sizes")
     if state.bytes_per_stream() > MAX_STATE_BYTES:
         raise SchemaError(f"{where}: takes {state.bytes_per_stream()} bytes a stream, more than {MAX_STATE_BYTES}")
+    if max(sizes, default=0) > MAX_EXTENT or len(state.shape) > MAX_RANK:
+        raise SchemaError(f"{where}: shape should have at most {MAX_RANK} axes, none longer than {MAX_EXTENT}")
     if not 0 < state.axis < len(state.shape):
         raise SchemaError(f"{where}: axis {state.axis} is outside of its shape")
     if state.capacity < 1 or state.rows_per_slot < 1 or state.shape[state.axis] != state.capacity * state.rows_per_slot:
@@ -104,8 +120,14 @@ def _check_graph(name: str, graph: Graph, states: Collection[str], outputs: Cont
             raise SchemaError(f"{where} has the unknown dtype '{port.dtype}'")
         if not all(n in SYMBOLS if isinstance(n, str) else 0 < n <= MAX_EXTENT for n in port.shape):
             raise SchemaError(f"{where} has the shape {list(port.shape)}, which is not possible")
+        if len(port.shape) > MAX_RANK:
+            raise SchemaError(f"{where} has more than {MAX_RANK} axes")
         if port.states is not None and not any(state.startswith(f"{port.states}.") for state in states):
             raise SchemaError(f"{where} speaks of the states '{port.states}', and there are none")
+    inputs = [port.name for port in graph.inputs]
+    if len(set(inputs)) < len(inputs):
+        twice = next(port for port in inputs if inputs.count(port) > 1)
+        raise SchemaError(f"graphs.{name}: the input '{twice}' stands twice")
     per_stream = (*STREAM_ROLES, *DECODER_ROLES)
     of_streams = any(port.role in per_stream for port in graph.inputs)
     for port in graph.inputs:
@@ -118,3 +140,5 @@ def _check_graph(name: str, graph: Graph, states: Collection[str], outputs: Cont
     for use in graph.states:
         if use.state not in states:
             raise SchemaError(f"graphs.{name}: state '{use.state}' is not declared")
+        if not use.input or use.output == "":
+            raise SchemaError(f"graphs.{name}: state '{use.state}' has an input or output without a name")

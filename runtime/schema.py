@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
+import math
 import types
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -12,6 +14,21 @@ T = TypeVar("T")
 
 class SchemaError(Exception):
     """A value does not have the declared type; the message names the key, the expected and the found."""
+
+
+def parse_json(text: str) -> Any:
+    """Parse JSON as RFC 8259 has it and as the native library does.
+
+    Raises:
+        ValueError: bad syntax, NaN or infinity, a number beyond 64 bits, a name that stands twice in an object, or half
+            of a surrogate pair.
+    """
+    value = json.loads(
+        text, object_pairs_hook=_members, parse_constant=_no_number, parse_int=_integer, parse_float=_number
+    )
+    if "\\u" in text:
+        json.dumps(value, ensure_ascii=False).encode()  # takes no half of a surrogate pair
+    return value
 
 
 def from_json(cls: type[T], value: Any, where: str = "") -> T:
@@ -57,6 +74,34 @@ def to_json(value: Any) -> Any:
     return value
 
 
+def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(
+            f"the name {next(name for name in names if names.count(name) > 1)!r} stands twice in an object"
+        )
+    return members
+
+
+def _no_number(text: str) -> Any:
+    raise ValueError(f"{text} is no number of JSON")
+
+
+def _integer(text: str) -> int:
+    number = int(text)
+    if not -(1 << 63) <= number < 1 << 63:
+        raise ValueError(f"the number {_shortened(text)} does not fit into 64 bits")
+    return number
+
+
+def _number(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"the number {_shortened(text)} does not fit into 64 bits")
+    return number
+
+
 def _convert(hint: Any, value: Any, where: str) -> Any:
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
@@ -94,6 +139,8 @@ def _join(where: str, key: str) -> str:
 
 
 def _mismatch(where: str, expected: str, value: Any) -> SchemaError:
-    text = repr(value)
-    shown = text if len(text) <= 60 else text[:57] + "..."
-    return SchemaError(f"{where or 'top level'}: expected {expected}, found {shown}")
+    return SchemaError(f"{where or 'top level'}: expected {expected}, found {_shortened(repr(value))}")
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 60 else text[:57] + "..."

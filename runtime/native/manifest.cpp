@@ -97,10 +97,19 @@ public:
         return *found;
     }
 
+    // Null where it is absent: a key with a default that is not null.
+    const Json* defaulted(const char* key) const { return object_.find(key); }
+
     // Null where it is absent or null.
     const Json* optional(const char* key) const {
         const Json* found = object_.find(key);
         return found == nullptr || found->kind() == Json::Kind::null ? nullptr : found;
+    }
+
+    // Null where it is null.
+    const Json* need_or_null(const char* key) const {
+        need(key);
+        return optional(key);
     }
 
     std::string need_text(const char* key) const { return text(need(key), at(key)); }
@@ -140,17 +149,21 @@ Port read_port(const Json& value, const std::string& where) {
     port.dtype = read_dtype(fields.need_text("dtype"), what);
     port.shape = list<Dim>(fields.need("shape"), fields.at("shape"), read_dim);
     if (port.shape.size() > FS_MAX_RANK) refuse(what + " has more than 8 axes");
-    if (const Json* states = fields.optional("states")) port.states = text(*states, fields.at("states"));
+    if (const Json* states = fields.optional("states")) {
+        port.states = text(*states, fields.at("states"));
+        if (port.states.empty()) refuse(what + " speaks of the states '', and there are none");
+    }
     return port;
 }
 
 StateUse read_use(const Json& value, const std::string& where) {
     const Fields fields(value, where, {"state", "input", "output"});
-    StateUse use{fields.need_text("state"), {}, {}};
-    fields.need("input");
-    if (const Json* input = fields.optional("input")) use.input = text(*input, fields.at("input"));
-    if (const Json* output = fields.optional("output")) use.output = text(*output, fields.at("output"));
-    if (use.input.empty() && use.output.empty()) refuse(where + ": state '" + use.state + "' is neither read nor written");
+    StateUse use{fields.need_text("state"), fields.need_text("input"), {}};
+    const Json* output = fields.optional("output");
+    if (output != nullptr) use.output = text(*output, fields.at("output"));
+    if (use.input.empty() || (output != nullptr && use.output.empty())) {
+        refuse(where + ": state '" + use.state + "' has an input or output without a name");
+    }
     return use;
 }
 
@@ -159,7 +172,7 @@ Graph read_graph(const std::string& name, const Json& value, const std::string& 
     Graph graph{name, fields.need_text("file"), {}, {}, {}};
     graph.inputs = list<Port>(fields.need("inputs"), fields.at("inputs"), read_port);
     graph.outputs = list<Port>(fields.need("outputs"), fields.at("outputs"), read_port);
-    if (const Json* states = fields.optional("states")) {
+    if (const Json* states = fields.defaulted("states")) {
         graph.states = list<StateUse>(*states, fields.at("states"), read_use);
     }
     return graph;
@@ -167,7 +180,6 @@ Graph read_graph(const std::string& name, const Json& value, const std::string& 
 
 std::vector<Graph> read_graphs(const Json& value, const std::string& where) {
     if (value.kind() != Json::Kind::object) mismatch(where, "an object", value);
-    if (value.members().size() > MAX_GRAPHS) refuse(where + ": more than " + std::to_string(MAX_GRAPHS) + " graphs");
     std::vector<Graph> graphs;
     for (const Json::Member& member : value.members()) {
         graphs.push_back(read_graph(member.name, member.value, join(where, member.name)));
@@ -246,8 +258,8 @@ EngineFile read_engine_file(const std::string& name, const Json& value, const st
     engine.bytes = static_cast<uint64_t>(bytes);
     engine.sha256 = fields.need_text("sha256");
     if (const Json* labels = fields.optional("labels")) engine.labels = integer(*labels, fields.at("labels"));
-    if (const Json* attention = fields.optional("attention")) text(*attention, fields.at("attention"));
-    if (const Json* later = fields.optional("version_compatible")) {
+    if (const Json* attention = fields.defaulted("attention")) text(*attention, fields.at("attention"));
+    if (const Json* later = fields.defaulted("version_compatible")) {
         engine.version_compatible = boolean(*later, fields.at("version_compatible"));
     }
     return engine;
@@ -270,9 +282,17 @@ void check_graph(const Graph& graph, const std::set<std::string>& states, const 
             refuse(where + "'" + port.name + "' should have 'S' as its first axis");
         }
     };
+    const auto check_states = [&](const Port& port) {
+        const std::string group = port.states + ".";
+        if (!port.states.empty() && std::none_of(states.begin(), states.end(), [&](const std::string& state) {
+                return state.compare(0, group.size(), group) == 0;
+            })) {
+            refuse(where + "'" + port.name + "' speaks of the states '" + port.states + "', and there are none");
+        }
+    };
     std::set<std::string> names;
     for (const Port& port : graph.inputs) {
-        if (!names.insert(port.name).second) refuse(where + "'" + port.name + "' stands twice");
+        if (!names.insert(port.name).second) refuse(where + "the input '" + port.name + "' stands twice");
         if (port.role == "output" && outputs.count(port.name) == 0) {
             refuse(where + "no graph has the output '" + port.name + "' that it takes");
         }
@@ -280,30 +300,43 @@ void check_graph(const Graph& graph, const std::set<std::string>& states, const 
             of_streams = true;
             check_first_axis(port);
         }
-        const std::string group = port.states + ".";
-        if (!port.states.empty() && std::none_of(states.begin(), states.end(), [&](const std::string& state) {
-                return state.compare(0, group.size(), group) == 0;
-            })) {
-            refuse(where + "'" + port.name + "' speaks of the states '" + port.states + "', and there are none");
-        }
+        check_states(port);
     }
+    std::for_each(graph.outputs.begin(), graph.outputs.end(), check_states);
     if (of_streams) std::for_each(graph.outputs.begin(), graph.outputs.end(), check_first_axis);
     for (const StateUse& use : graph.states) {
         if (states.count(use.state) == 0) refuse(where + "state '" + use.state + "' is not declared");
     }
 }
 
+// What parts beside the graphs name in them: by its key, a graph or an output.
+struct Named {
+    std::map<std::string, std::string> graphs, outputs;
+};
+
 // What one part alone does not say.
-void check_references(const Manifest& manifest) {
+void check_references(const Manifest& manifest, const Named& named) {
     std::set<std::string> states;
     for (const State& state : manifest.states) {
         if (!states.insert(state.name).second) refuse("states: a name stands twice");
+    }
+    if (manifest.graphs.size() > MAX_GRAPHS) {
+        refuse("graphs: " + std::to_string(manifest.graphs.size()) + " are more than " + std::to_string(MAX_GRAPHS));
     }
     const std::vector<std::string> names = output_names(manifest);
     const std::set<std::string> outputs(names.begin(), names.end());
     if (outputs.size() != names.size()) refuse("graphs: two outputs have the same name");
     for (const Graph& graph : manifest.graphs) check_graph(graph, states, outputs);
     graphs_for(manifest, names);
+    for (const auto& [key, name] : named.graphs) {
+        if (std::none_of(manifest.graphs.begin(), manifest.graphs.end(),
+                         [&name = name](const Graph& graph) { return graph.name == name; })) {
+            refuse(key + ": there is no graph '" + name + "'");
+        }
+    }
+    for (const auto& [key, name] : named.outputs) {
+        if (outputs.count(name) == 0) refuse(key + ": no graph has the output '" + name + "'");
+    }
 }
 
 void check_name(const std::string& name) {
@@ -405,25 +438,35 @@ void check_hashes(const Bundle& bundle) {
     }
 }
 
-void read_language(const Json& value, Bundle& bundle, std::set<std::string>& graphs) {
+void read_language(const Json& value, Bundle& bundle, Named& named) {
     const Fields fields(value, "language",
                         {"embed", "decoder", "rebase", "visual", "positions", "chunk", "tokenizer", "tokens", "stop",
                          "chat", "cross"});
-    for (const char* key : {"embed", "decoder", "rebase"}) graphs.insert(fields.need_text(key));
+    for (const char* key : {"embed", "decoder", "rebase"}) named.graphs[fields.at(key)] = fields.need_text(key);
+    if (const Json* visual = fields.need_or_null("visual")) {
+        named.outputs["language.visual"] = text(*visual, "language.visual");
+    }
+    for (const char* key : {"positions", "chunk"}) {
+        const int64_t number = fields.need_integer(key);
+        if (number < 1) refuse(fields.at(key) + ": expected at least 1, found " + std::to_string(number));
+    }
     if (const Json* cross = fields.optional("cross")) {
         const Fields parts(*cross, "language.cross", {"graph", "rebase", "positions"});
-        graphs.insert(parts.need_text("graph"));
-        parts.need("rebase");
-        if (const Json* rebase = parts.optional("rebase")) graphs.insert(text(*rebase, "language.cross.rebase"));
+        named.graphs["language.cross.graph"] = parts.need_text("graph");
+        if (const Json* rebase = parts.need_or_null("rebase")) {
+            named.graphs["language.cross.rebase"] = text(*rebase, "language.cross.rebase");
+        }
         const std::string positions = parts.need_text("positions");
         if (positions != "parallel" && positions != "literal") {
             refuse("language.cross.positions: '" + positions + "' is unknown; expected parallel or literal");
         }
     }
-    fields.need_integer("positions");
-    fields.need_integer("chunk");
-    if (const Json* chat = fields.optional("chat")) text(*chat, "language.chat");
-    if (const Json* tokenizer = fields.optional("tokenizer")) {
+    const Json& tokens = fields.need("tokens");
+    if (tokens.kind() != Json::Kind::object) mismatch("language.tokens", "an object", tokens);
+    for (const Json::Member& token : tokens.members()) integer(token.value, join("language.tokens", token.name));
+    list<int64_t>(fields.need("stop"), "language.stop", integer);
+    if (const Json* chat = fields.defaulted("chat")) text(*chat, "language.chat");
+    if (const Json* tokenizer = fields.need_or_null("tokenizer")) {
         bundle.used_files.push_back(text(*tokenizer, "language.tokenizer"));
     }
 }
@@ -445,7 +488,7 @@ void read_manifest(const Json& root, Bundle& bundle) {
     }
     bundle.height = static_cast<int>(height);
     bundle.width = static_cast<int>(width);
-    if (const Json* resize = frame.optional("resize")) {
+    if (const Json* resize = frame.defaulted("resize")) {
         const auto found = RESIZES.find(text(*resize, "frame.resize"));
         if (found == RESIZES.end()) refuse("frame.resize: expected crop, stretch or letterbox");
         bundle.resize = found->second;
@@ -457,7 +500,7 @@ void read_manifest(const Json& root, Bundle& bundle) {
     if (const Json* grid = fields.optional("grid")) list<int64_t>(*grid, "grid", integer);
     if (const Json* scoring = fields.optional("scoring")) {
         const Fields numbers(*scoring, "scoring", {"logit_scale", "logit_bias", "head", "calibrated"});
-        numbers.need("head");
+        if (const Json* head = numbers.need_or_null("head")) text(*head, "scoring.head");
         boolean(numbers.need("calibrated"), "scoring.calibrated");
         bundle.scoring = Scoring{number(numbers.need("logit_scale"), "scoring.logit_scale"),
                                  number(numbers.need("logit_bias"), "scoring.logit_bias")};
@@ -466,26 +509,27 @@ void read_manifest(const Json& root, Bundle& bundle) {
         const Fields parts(*labels, "labels", {"names", "file", "background"});
         bundle.labels = Labels{list<std::string>(parts.need("names"), "labels.names", text), parts.need_text("file")};
         bundle.used_files.push_back(bundle.labels->file);
+        if (const Json* background = parts.optional("background")) text(*background, "labels.background");
     }
-    std::set<std::string> named_graphs;
+    Named named;
     if (const Json* words = fields.optional("text")) {
         const Fields parts(*words, "text", {"graph", "tokenizer", "length", "templates", "patch_templates"});
         bundle.has_text = true;
-        named_graphs.insert(parts.need_text("graph"));
+        named.graphs["text.graph"] = parts.need_text("graph");
         bundle.used_files.push_back(parts.need_text("tokenizer"));
         parts.need_integer("length");
         list<std::string>(parts.need("templates"), "text.templates", text);
         list<std::string>(parts.need("patch_templates"), "text.patch_templates", text);
     }
-    if (const Json* language = fields.optional("language")) read_language(*language, bundle, named_graphs);
-    if (const Json* files = fields.optional("files")) {
+    if (const Json* language = fields.optional("language")) read_language(*language, bundle, named);
+    if (const Json* files = fields.defaulted("files")) {
         if (files->kind() != Json::Kind::object) mismatch("files", "an object", *files);
         for (const Json::Member& member : files->members()) {
             check_name(member.name);
             bundle.files.emplace(member.name, read_file_entry(member.value, join("files", member.name)));
         }
     }
-    if (const Json* engines = fields.optional("engines")) {
+    if (const Json* engines = fields.defaulted("engines")) {
         if (engines->kind() != Json::Kind::object) mismatch("engines", "an object", *engines);
         for (const Json::Member& member : engines->members()) {
             bundle.engines.push_back(read_engine_file(member.name, member.value, join("engines", member.name)));
@@ -498,11 +542,12 @@ void read_manifest(const Json& root, Bundle& bundle) {
     main.states = list<State>(fields.need("states"), "states", read_state);
     main.states_as_written = fields.need("states");
     bundle.precisions.push_back(main);
-    if (const Json* variants = fields.optional("variants")) {
+    if (const Json* variants = fields.defaulted("variants")) {
         if (variants->kind() != Json::Kind::object) mismatch("variants", "an object", *variants);
         for (const Json::Member& member : variants->members()) {
             const std::string where = join("variants", member.name);
             const Fields parts(member.value, where, {"graphs", "states"});
+            if (member.name == main.precision) refuse(where + ": is the precision of the bundle's own graphs");
             Manifest variant = main;
             variant.precision = member.name;
             for (Graph& graph : read_graphs(parts.need("graphs"), join(where, "graphs"))) {
@@ -520,16 +565,17 @@ void read_manifest(const Json& root, Bundle& bundle) {
         }
     }
     for (const Manifest& manifest : bundle.precisions) {
-        check_references(manifest);
+        check_references(manifest, named);
         for (const Graph& graph : manifest.graphs) bundle.used_files.push_back(graph.file);
-        for (const std::string& name : named_graphs) {
-            if (std::none_of(manifest.graphs.begin(), manifest.graphs.end(),
-                             [&](const Graph& graph) { return graph.name == name; })) {
-                refuse("there is no graph '" + name + "'");
-            }
-        }
     }
     for (const std::string& name : bundle.used_files) check_name(name);
+    for (const Manifest& manifest : bundle.precisions) {
+        for (const Graph& graph : manifest.graphs) {
+            // external data is looked for beside the graph, and listed as beside the manifest
+            if (graph.file.find('/') == std::string::npos) continue;
+            refuse("graphs." + graph.name + ".file: '" + graph.file + "' should lie beside the manifest");
+        }
+    }
 }
 
 }  // namespace

@@ -31,7 +31,7 @@ struct Port {
     std::string states;  // what it speaks of begins with this and a dot; empty where there is one kind of states
 };
 
-// How a graph touches a state; an empty name where it does not read or does not write it.
+// How a graph touches a state; `output` is empty where it only reads it.
 struct StateUse {
     std::string state;
     std::string input;
@@ -121,7 +121,7 @@ struct Bundle {
     const Manifest& at(const std::string& precision) const;
 
     // The precision asked for, or for "auto" the fastest one that the device runs well; of those `preferred`, if there are
-    // any, and none whose memory is INT8 unless there is no other.
+    // any, and none whose memory is INT8 unless there is no other. (A bundle whose own has it: see choose_engine.)
     const Manifest& choose(const std::string& precision, const std::string& device,
                            const std::set<std::string>& preferred = {}) const;
 

@@ -275,7 +275,7 @@ private:
         for (const StateUse& use : plan_.graphs[index]->states) {
             run.states.push_back(value(states_[state_index(use.state)], slot, slot + 1));
             OrtValue* state = run.states.back().get();
-            if (!use.input.empty()) ort_.check(ort_.BindInput(run.binding.get(), use.input.c_str(), state), what);
+            ort_.check(ort_.BindInput(run.binding.get(), use.input.c_str(), state), what);
             if (!use.output.empty()) ort_.check(ort_.BindOutput(run.binding.get(), use.output.c_str(), state), what);
         }
         return run;
@@ -342,7 +342,7 @@ private:
             for (const Port& port : graph.outputs) bind_one(ort_.BindOutput, port.name, values_.at(port.name));
             for (const StateUse& use : graph.states) {
                 const Buffer& buffer = states_[state_index(use.state)];
-                if (!use.input.empty()) bind_one(ort_.BindInput, use.input, buffer);
+                bind_one(ort_.BindInput, use.input, buffer);
                 if (!use.output.empty()) bind_one(ort_.BindOutput, use.output, buffer);
             }
             bindings.push_back(std::move(made));

@@ -87,7 +87,7 @@ void check_ports(const Ort& ort, OrtNativeSession* session, const std::string& p
                                         [&](const State& one) { return one.name == use.state; });
         std::vector<Dim> shape = {{0, 'S'}};
         for (const int64_t size : state->shape) shape.push_back({size, 0});
-        if (!use.input.empty()) inputs[use.input] = {element_of(state->dtype), shape};
+        inputs[use.input] = {element_of(state->dtype), shape};
         if (!use.output.empty()) outputs[use.output] = {element_of(state->dtype), shape};
     }
     size_t count = 0;

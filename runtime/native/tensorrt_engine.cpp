@@ -313,7 +313,7 @@ private:
         for (const Port& port : graph.outputs) declared[port.name] = type_of(port.dtype);
         for (const StateUse& use : graph.states) {
             const DataType type = type_of(plan_.states[state_index(use.state)]->dtype);
-            if (!use.input.empty()) declared[use.input] = type;
+            declared[use.input] = type;
             if (!use.output.empty()) declared[use.output] = type;
         }
         for (int32_t index = 0; index < engine.getNbIOTensors(); ++index) {
@@ -417,7 +417,7 @@ private:
         for (const StateUse& use : one.graph->states) {
             const size_t index = state_index(use.state);
             const bool copied = std::find(one.copied.begin(), one.copied.end(), index) != one.copied.end();
-            if (!use.input.empty()) bind_input(use.input, states_[index].at(start), states_[index].shape, true);
+            bind_input(use.input, states_[index].at(start), states_[index].shape, true);
             if (!use.output.empty()) bind(use.output, (copied ? spares_ : states_)[index].at(start));
         }
         if (made->inferShapes(0, nullptr) != 0) {

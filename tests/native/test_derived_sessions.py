@@ -266,21 +266,6 @@ def test_a_gemm_is_replaced_where_it_is_a_product_with_a_bias(
     bundle.check({"x": numbers(64), "other": numbers(2, 64)}, 1 + operators)
 
 
-@kinds
-def test_a_graph_in_a_folder_reads_the_file_that_the_manifest_lists(bundle: GraphBundle) -> None:
-    bundle.product("x", "y", (64, 32))
-    bundle.write({"x": ["T", 64]}, {"y": ["T", 32]})
-    expected, _ = bundle.run({"x": numbers(3, 64)})
-    (bundle.folder / "deep").mkdir()
-    (bundle.folder / "graph.onnx").rename(bundle.folder / "deep" / "graph.onnx")
-    (bundle.folder / "deep" / "weights.bin").write_bytes(bytes(1 << 14))
-    text = (bundle.folder / "manifest.json").read_text("utf-8")
-    (bundle.folder / "manifest.json").write_text(text.replace("graph.onnx", "deep/graph.onnx"), "utf-8")
-    found, count = bundle.run({"x": numbers(3, 64)})
-    assert count == 1
-    np.testing.assert_array_equal(found["y"], expected["y"])
-
-
 def test_a_cache_whose_queries_have_no_heads_is_refused(tmp_path: Path) -> None:
     bundle = GraphBundle(tmp_path, "float32")
     bundle.product("x", "y", (64, 32))

@@ -1,4 +1,4 @@
-"""Both readers of manifests on what cross-attention to frames adds."""
+"""Both readers of manifests on what a language and cross-attention to frames add."""
 
 from __future__ import annotations
 
@@ -26,7 +26,22 @@ CHANGES = {
     ),
     "unknown key": (lambda m: m["language"]["cross"].update(frames=3), "language.cross.frames: unknown key"),
     "missing key": (lambda m: m["language"]["cross"].pop("rebase"), "language.cross.rebase: missing"),
-    "unknown decoder": (lambda m: m["language"].update(decoder="brain"), "there is no graph 'brain'"),
+    "unknown decoder": (lambda m: m["language"].update(decoder="brain"), "language.decoder: there is no graph 'brain'"),
+    "unknown output": (
+        lambda m: m["language"].update(visual="eyes"),
+        "language.visual: no graph has the output 'eyes'",
+    ),
+    "no positions": (lambda m: m["language"].update(positions=0), "language.positions: expected at least 1, found 0"),
+    "no chunk": (lambda m: m["language"].update(chunk=0), "language.chunk: expected at least 1, found 0"),
+    "missing output": (lambda m: m["language"].pop("visual"), "language.visual: missing"),
+    "missing tokenizer": (lambda m: m["language"].pop("tokenizer"), "language.tokenizer: missing"),
+    "missing tokens": (lambda m: m["language"].pop("tokens"), "language.tokens: missing"),
+    "a token in words": (
+        lambda m: m["language"].update(tokens={"image": "<image>"}),
+        "language.tokens.image: expected",
+    ),
+    "no list to stop at": (lambda m: m["language"].update(stop=7), "language.stop: expected a list"),
+    "no way to write": (lambda m: m["language"].update(chat=None), "language.chat: expected"),
     "unknown states": (
         lambda m: m["graphs"]["frame"]["inputs"][1].update(states="audio"),
         "'write_index' speaks of the states 'audio', and there are none",
@@ -67,23 +82,6 @@ def test_what_does_not_fit_is_named(bundle, tmp_path, read, name):
     with pytest.raises(BundleError) as raised:
         read(folder)
     assert message in str(raised.value)
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        ("visual", "eyes", "language.visual: no graph has the output 'eyes'"),
-        ("positions", 0, "language.positions: expected at least 1, found 0"),
-        ("chunk", 0, "language.chunk: expected at least 1, found 0"),
-    ],
-)
-def test_what_only_a_dialogue_reads_is_named(bundle, tmp_path, key, value, message):
-    folder = shutil.copytree(bundle, tmp_path / "copy")
-    manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
-    manifest["language"][key] = value
-    (folder / "manifest.json").write_text(json.dumps(manifest), "utf-8")
-    with pytest.raises(BundleError, match=message):
-        Bundle.open(folder)
 
 
 @pytest.mark.parametrize("read", [Bundle.open, open_natively])
