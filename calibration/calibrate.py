@@ -90,7 +90,7 @@ def calibrate(
     bundle = replace(bundle, manifest=bundle.manifest.at(FLOAT))
     start = time.perf_counter()
     models = _read_models(bundle)
-    with BundleWriter(path, overwrite) as writer:
+    with BundleWriter(path, overwrite, progress) as writer:
         frames = counted(sum(len(clip.frames) for clip in clips), "frame")
         progress(f"observing {frames} of {counted(len(clips), 'clip')}")
         seen, smoothed = _observe(bundle, models, clips, options)

@@ -135,7 +135,7 @@ def export_decoder(
         FramestepError: the bundle disagrees with PyTorch.
     """
     _check_options(checkpoint, options)
-    with BundleWriter(path, force) as writer:
+    with BundleWriter(path, force, progress) as writer:
         progress("writing graphs and weights")
         write_bundle(checkpoint, writer, options)
         progress("comparing the bundle with PyTorch")

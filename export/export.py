@@ -101,7 +101,7 @@ def export_streamformer(
     if labels is not None:
         labels.check(has_text_graph=False)
     head = checkpoint.heads[options.head] if options.head else None
-    with BundleWriter(path, force) as writer:
+    with BundleWriter(path, force, progress) as writer:
         progress("writing graphs and weights")
         write_streamformer(checkpoint, writer, options, labels)
         progress("comparing the bundle with PyTorch")

@@ -61,7 +61,7 @@ def export_streamchat(
         OutputError: the bundle cannot be written.
         FramestepError: the bundle disagrees with PyTorch.
     """
-    with BundleWriter(path, force) as writer:
+    with BundleWriter(path, force, progress) as writer:
         progress("writing graphs and weights")
         write_bundle(checkpoint, writer, options)
         progress("comparing the bundle with PyTorch")

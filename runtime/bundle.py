@@ -6,21 +6,22 @@ import hashlib
 import json
 import os
 import re
-import secrets
 import shutil
 import stat
 import tempfile
 import weakref
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 
-from .durable import sync, sync_names, write_file
+from .durable import exchange, sync, sync_names, write_file
 from .errors import BundleError, OutputError
 from .manifest import FORMAT, VERSION, FileEntry, Graph, Manifest, named_files
 from .manifest_checks import check_manifest
 from .onnx_files import external_files
+from .partial_folder import hold, partial_path, remove_abandoned
 from .schema import SchemaError, from_json, parse_json, to_json
 
 MANIFEST = "manifest.json"
@@ -203,21 +204,23 @@ class BundleWriter:
     Args:
         path: where the bundle will be.
         replace: whether an existing bundle there is replaced.
+        progress: takes a line about each sibling that a killed process had left and that was removed.
     """
 
-    def __init__(self, path: str | os.PathLike[str], replace: bool = False) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        replace: bool = False,
+        progress: Callable[[str], None] = lambda line: None,
+    ) -> None:
         self.path = Path(path)
         if self.path.is_symlink():  # replace what it points to, not the link
             self.path = self.path.resolve()
         self._replace = replace
         check_replaceable(self.path, replace)
-        self.folder = self.path.parent / f".{self.path.name}.partial-{secrets.token_hex(4)}"
-        # first the promise to remove it, also at the interpreter's exit, then the folder
-        weakref.finalize(self, shutil.rmtree, self.folder, True)
-        try:
-            self.folder.mkdir(parents=True)
-        except OSError as error:
-            raise OutputError(f"{self.path}: cannot be written: {error.strerror}") from None
+        for abandoned in remove_abandoned(self.path):
+            progress(f"removed {abandoned}, which a process that is gone had not finished")
+        self.folder = self._make_folder()
 
     def __enter__(self) -> BundleWriter:
         return self
@@ -249,6 +252,21 @@ class BundleWriter:
                 raise OutputError(f"{self.path}: cannot be written: {failure.strerror or failure}") from None
             raise
 
+    def _make_folder(self) -> Path:
+        while True:
+            folder = partial_path(self.path)
+            # first the promise to remove it, also at the interpreter's exit, then the folder
+            weakref.finalize(self, shutil.rmtree, folder, True)
+            try:
+                folder.mkdir(parents=True)
+            except OSError as error:
+                raise OutputError(f"{self.path}: cannot be written: {error.strerror}") from None
+            lock = hold(folder)
+            if lock is not None:
+                weakref.finalize(self, os.close, lock)
+            if folder.is_dir():  # else another writer took it for abandoned before it was held
+                return folder
+
     def _put_in_place(self) -> None:
         for file in self.folder.iterdir():
             sync(file)
@@ -260,6 +278,9 @@ class BundleWriter:
     def _rename(self) -> None:
         if not self.path.exists():
             self.folder.rename(self.path)
+            return
+        if exchange(self.folder, self.path):
+            shutil.rmtree(self.folder, ignore_errors=True)  # the old one now
             return
         aside = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.old-", dir=self.path.parent))
         try:

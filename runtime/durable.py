@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import tempfile
 from collections.abc import Iterable
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from .errors import OutputError
 
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # fcntl.h, linux/fs.h
 LONGEST_MARKED = 200  # bytes of a name, whose limit is 255 with what marks a temporary one
 
 
@@ -59,6 +61,16 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Swap two names in one step, so that neither is ever without its file or folder.
+
+    Returns:
+        Whether that was done: not every system and file system can.
+    """
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)  # Linux
+    return rename is not None and rename(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0
 
 
 def sync_names(folder: Path) -> None:

@@ -10,6 +10,10 @@ import hashlib
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +21,7 @@ import pytest
 import framestep
 from framestep.runtime import bundle as bundle_module
 from framestep.runtime.bundle import Bundle, BundleWriter
+from framestep.runtime.durable import exchange
 from framestep.runtime.errors import BundleError, OutputError
 from framestep.runtime.manifest import Manifest, graphs_for
 from framestep.runtime.onnx_files import external_files
@@ -279,6 +284,7 @@ def test_a_replacement_that_fails_at_the_last_step_puts_the_old_bundle_back(bund
             raise OSError(5, "Input/output error")
         return original(self, target)
 
+    monkeypatch.setattr(bundle_module, "exchange", lambda one, other: False)  # as not every file system can
     with pytest.raises(OutputError, match="Input/output error"), BundleWriter(bundle, replace=True) as writer:
         writer.finish(manifest)
         monkeypatch.setattr(Path, "rename", rename)
@@ -349,6 +355,37 @@ def test_a_bundle_that_was_written_meanwhile_is_not_replaced(bundle, tmp_path):
         shutil.copytree(bundle, target)
     assert len(list(target.iterdir())) == len(list(bundle.iterdir()))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["copy.bundle", "new.bundle"]
+
+
+def test_a_bundle_is_there_at_every_moment_while_it_is_replaced(bundle, monkeypatch):
+    manifest = replace(Bundle.open(bundle).manifest, graphs={}, variants={}, labels=None)
+    if not exchange(bundle, bundle):
+        pytest.skip("this file system cannot exchange two names")
+    monkeypatch.setattr(Path, "rename", None)  # leaves a moment without it
+    with BundleWriter(bundle, replace=True) as writer:
+        writer.finish(manifest)
+    assert Bundle.open(bundle).manifest.files == {}
+    assert [path.name for path in bundle.parent.iterdir()] == ["copy.bundle"]
+
+
+def test_what_a_killed_writer_left_is_removed_and_told(tmp_path):
+    target, told = tmp_path / "x.bundle", []
+    script = f"""
+import os, signal
+from framestep.runtime.bundle import BundleWriter
+writer = BundleWriter({str(target)!r})
+(writer.folder / "backbone.bin").write_bytes(b"half")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    (tmp_path / ".y.bundle.partial-00112233").mkdir()  # of another name
+    alive = BundleWriter(target, progress=told.append)
+    assert told == [f"removed {left}, which a process that is gone had not finished"]
+    other = BundleWriter(target, progress=told.append)
+    assert len(told) == 1 and alive.folder.is_dir() and other.folder.is_dir()
+    names = {alive.folder.name, other.folder.name, ".y.bundle.partial-00112233"}
+    assert {path.name for path in tmp_path.iterdir()} == names
 
 
 def test_an_existing_bundle_is_not_replaced_unless_asked(bundle, tmp_path):
