@@ -640,6 +640,14 @@ def test_nothing_is_written_into_a_bundle(stage: Stage, tmp_path: Path, option: 
     assert stage.opened == [] and list(manifest.parent.iterdir()) == [manifest]
 
 
+@pytest.mark.parametrize(("option", "name"), [("record", "pipe.mp4"), ("save_features", "pipe.npz")])
+def test_no_file_takes_the_place_of_a_pipe(stage: Stage, tmp_path: Path, option: str, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(FramestepError, match=f"{name}: is a device or a pipe; name a file"):
+        stage.run(StandInFile("clip.mp4", [DARK]), **{option: tmp_path / name})
+    assert stage.opened == [] and (tmp_path / name).is_fifo()
+
+
 @pytest.mark.parametrize("link", [Path.symlink_to, Path.hardlink_to])
 def test_a_source_under_another_name_is_not_overwritten(
     stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, link: Callable
