@@ -64,6 +64,8 @@ def run_process(task: Task, progress: Callable[[float], None]) -> Answer:
             except BrokenPipeError:
                 pass  # it died at once; its exit status and standard error tell why
             for line in process.stdout:
+                if not line.endswith("\n"):
+                    break  # it was killed as it wrote
                 message = json.loads(line)
                 if "progress" in message:
                     progress(message["progress"])
