@@ -10,7 +10,7 @@ from pathlib import Path
 from ...runtime.errors import FramestepError
 from .baselines import BASELINES, GROUPS, PRECISIONS, precision_path
 
-MOST = 10**9  # of positions, and of streams
+MOST = 10**9  # of whatever is counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +54,8 @@ class BenchOptions:
             ("--threads", self.threads, 1),
             ("--budget-s", self.budget_s, 1),
         ):
-            if value is not None and not value >= least:
-                raise FramestepError(f"{name}: expected at least {least}, found {value}")
+            if value is not None and not least <= value <= MOST:
+                raise FramestepError(f"{name}: expected {least} to {MOST}, found {value}")
 
     def command(self, threads: int) -> str:
         """The command that asks for this, without folders."""

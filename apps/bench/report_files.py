@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...runtime.counted import counted
+from ...runtime.durable import write_file
 from ...runtime.schema import to_json
 from .machine import Machine
 from .report import Latency, PathReport, Report
@@ -15,8 +16,8 @@ from .report import Latency, PathReport, Report
 def write_report(report: Report, folder: Path, plots: Sequence[Path]) -> None:
     """Write `report.json` and `report.md` into the folder, in which no other report's plots stay."""
     text = json.dumps(to_json(report), indent=1, ensure_ascii=False, allow_nan=False)
-    (folder / "report.json").write_text(text + "\n", "utf-8")
-    (folder / "report.md").write_text(markdown(report, [plot.name for plot in plots]), "utf-8")
+    write_file(folder / "report.json", [(text + "\n").encode()])
+    write_file(folder / "report.md", [markdown(report, [plot.name for plot in plots]).encode()])
     for name in {"latency.png", "memory.png", "histogram.png"} - {plot.name for plot in plots}:
         (folder / name).unlink(missing_ok=True)  # of an earlier report
 

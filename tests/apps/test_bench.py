@@ -465,6 +465,7 @@ def test_output_that_is_a_file_is_refused(golden_bundle: Path, tmp_path: Path) -
         ({"processes": 0}, "--processes"),
         ({"threads": 0}, "--threads"),
         ({"budget_s": 0.0}, "--budget-s"),
+        ({"budget_s": float("inf")}, "--budget-s: expected 1 to 1000000000, found inf"),
         ({"compare": ("tensorflow",)}, "'tensorflow' is unknown; expected all, precisions, pytorch-recompute"),
     ],
 )

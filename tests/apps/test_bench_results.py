@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
 from framestep.apps.bench.measure import Job, PositionSamples
 from framestep.apps.bench.paths import PathSpec
-from framestep.apps.bench.report import Around, Latency
+from framestep.apps.bench.report import Around, Latency, read_report
+from framestep.apps.bench.report_files import write_report
 from framestep.apps.bench.results import interleaved, jitter, position_report, split, steady, streams
+from framestep.runtime.errors import OutputError
+
+COMMITTED = Path(__file__).parents[2] / "benchmarks" / "results" / "epyc-zen4-2-cores" / "base" / "report.json"
 
 
 def job(**changes) -> Job:
@@ -64,3 +74,19 @@ def test_the_parts_of_a_frame_are_medians_of_their_own() -> None:
 def test_the_machines_own_jitter_stands_beside_the_frames() -> None:
     found = jitter({"frame_ms": [5.0, 9.0], "fixed_ms": [4.0, 4.5]})
     assert (found.frame_ms.max, found.fixed_ms.max) == (9.0, 4.5)
+
+
+def test_an_earlier_report_stays_where_the_new_one_finds_no_room(tmp_path, monkeypatch) -> None:
+    report = read_report(COMMITTED)
+    write_report(report, tmp_path, [])
+    before = (tmp_path / "report.json").read_bytes()
+    assert read_report(tmp_path / "report.json") == report
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OutputError, match=r"report.json: cannot be written: No space left on device"):
+        write_report(report, tmp_path, [])
+    assert (tmp_path / "report.json").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.md"]
