@@ -103,7 +103,7 @@ def _check_state(state: State) -> None:
         raise SchemaError(f"{where}: shape should be '{STREAMS}' and then positive sizes")
     if state.bytes_per_stream() > MAX_STATE_BYTES:
         raise SchemaError(f"{where}: takes {state.bytes_per_stream()} bytes a stream, more than {MAX_STATE_BYTES}")
-    if max(sizes, default=0) > MAX_EXTENT or len(state.shape) > MAX_RANK:
+    if any(int(n) > MAX_EXTENT for n in sizes) or len(state.shape) > MAX_RANK:
         raise SchemaError(f"{where}: shape should have at most {MAX_RANK} axes, none longer than {MAX_EXTENT}")
     if not 0 < state.axis < len(state.shape):
         raise SchemaError(f"{where}: axis {state.axis} is outside of its shape")
