@@ -1,4 +1,4 @@
-// A derived graph is whole.
+// A derived graph is whole, and a node's products are as many and as large as its kernel takes them to be.
 #include <cstdlib>
 
 #include "cache_graph.h"
@@ -7,6 +7,15 @@
 #include "ring_graph.h"
 
 using namespace framestep;
+
+static void check(const std::vector<std::vector<ConstantProduct>>& nodes) {
+    for (const auto& products : nodes) {
+        if (products.empty() || products.size() > MOST_PRODUCTS) std::abort();
+        for (const ConstantProduct& product : products) {
+            if (product.inputs != products.front().inputs || product.block != products.front().block) std::abort();
+        }
+    }
+}
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     const std::set<std::string> rings = {"layer0.key.past", "layer0.value.past", "k", "v"};
@@ -17,9 +26,9 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
         OnnxGraph graph({reinterpret_cast<const char*>(data), size});
         replace_ring_attention(graph, {rings, rings});
         replace_cached_attention(graph, caches);
-        replace_block_products(graph, 0);
-        replace_integer_products(graph, 0);
-        replace_float_products(graph, 0, true);
+        check(replace_block_products(graph, 0));
+        check(replace_integer_products(graph, 0));
+        check(replace_float_products(graph, 0, true));
         derived = graph.write();
     } catch (const ProtobufDamaged&) {
         return 0;
