@@ -79,7 +79,9 @@ def _exit_status(arguments: list[str]) -> int:
     except ImportError as error:
         if (error.name or "").partition(".")[0] != "cv2":
             raise
-        return _fail(f"frames are read and drawn with OpenCV ({error}): pip install opencv-python", 2)
+        from ..runtime.sources.opencv import what_to_install
+
+        return _fail(f"frames are read and drawn with OpenCV ({error}): {what_to_install(error)}", 2)
     except OSError as error:
         if error.filename is None and error.errno == errno.ENOENT:  # as getcwd says it
             return _fail("the folder that this runs in was removed; run it in another", 2)

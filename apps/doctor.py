@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -181,9 +182,14 @@ def _tensorrt() -> Finding:
 
 
 def _opencv() -> Finding:
+    from ..runtime.sources.opencv import what_to_install
+
     if not _installed("cv2"):
         return Finding("OpenCV", "problem", "not installed", "pip install opencv-python")
-    import cv2
+    try:
+        import cv2
+    except ImportError as error:
+        return Finding("OpenCV", "problem", f"cannot be loaded: {error}", what_to_install(error))
 
     wanted = ("FFMPEG", "V4L/V4L2", "GStreamer")
     lines = [line.strip() for line in cv2.getBuildInformation().splitlines()]
@@ -192,11 +198,14 @@ def _opencv() -> Finding:
 
 
 def _gstreamer() -> Finding:
+    from ..runtime.errors import SourceError
     from ..runtime.sources import has_gstreamer
 
-    if not _installed("cv2"):
-        return Finding("GStreamer sources", "absent", "OpenCV is not installed")
-    if has_gstreamer():
+    try:
+        works = has_gstreamer()
+    except SourceError:
+        return Finding("GStreamer sources", "absent", "no OpenCV that can be loaded")
+    if works:
         return Finding("GStreamer sources", "ok", "gst:PIPELINE works")
     advice = (
         "pip's OpenCV has none; the system's has (apt install python3-opencv, and a virtual environment made with"
@@ -223,7 +232,27 @@ def _cameras() -> Finding:
 def _package(name: str, extra: str, purpose: str) -> Finding:
     if not _installed(name):
         return Finding(name, "absent", f"not installed; for {purpose}", f"pip install 'framestep[{extra}]'")
-    return Finding(name, "ok", f"{importlib.metadata.version(name)}, for {purpose}")
+    version = importlib.metadata.version(name)
+    oldest = _oldest(name, extra)
+    if oldest and _numbers(version) < _numbers(oldest):
+        advice = f"pip install --upgrade 'framestep[{extra}]'"
+        return Finding(name, "absent", f"{version} is too old for {purpose}: {oldest} or later", advice)
+    return Finding(name, "ok", f"{version}, for {purpose}")
+
+
+def _oldest(name: str, extra: str) -> str | None:
+    """The first version of a package that an extra of ours takes."""
+    wanted = re.compile(rf"{name}>=([\d.]+).*\bextra == ['\"]{extra}['\"]")
+    try:
+        stated = importlib.metadata.requires("framestep") or []
+    except importlib.metadata.PackageNotFoundError:  # a checkout that is run as it lies there
+        return None
+    return next((found[1] for found in map(wanted.match, stated) if found), None)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    found = re.match(r"[\d.]*\d", version)
+    return tuple(int(part) for part in found[0].split(".")) if found else ()
 
 
 def _installed(module: str) -> bool:

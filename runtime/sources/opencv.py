@@ -14,14 +14,22 @@ from .frame import RgbImage
 
 FFMPEG_LOGLEVEL = "OPENCV_FFMPEG_LOGLEVEL"
 MAX_PLAUSIBLE_FPS = 1000.0
+TAKES_BYTES = (4, 12)  # the first OpenCV that does, for a name
 
 
 def require_cv2() -> Any:
-    """The cv2 module. Raises `SourceError` where OpenCV is not installed."""
+    """The cv2 module. Raises `SourceError` where OpenCV is not installed, or cannot be loaded."""
     try:
         return importlib.import_module("cv2")
     except ImportError as error:
-        raise SourceError(f"frames are read with OpenCV ({error}): pip install opencv-python") from error
+        raise SourceError(f"frames are read with OpenCV ({error}): {what_to_install(error)}") from error
+
+
+def what_to_install(error: ImportError) -> str:
+    """The command that helps where cv2 cannot be imported: machines without a desktop lack what its windows need."""
+    if "shared object" in str(error):
+        return "apt install libgl1 libglib2.0-0"
+    return "pip install --upgrade opencv-python"
 
 
 def has_backend(backend: int) -> bool:
@@ -35,11 +43,21 @@ def has_gstreamer() -> bool:
 
 
 def as_opencv_takes(name: str | os.PathLike[str]) -> Any:
-    """A path or an address for OpenCV, which ends the process over text that is not Unicode and takes such bytes."""
+    """A path or an address for OpenCV, which ends the process over text that is not Unicode and takes such bytes.
+
+    Raises:
+        SourceError: the name is not Unicode, and this OpenCV takes no bytes.
+    """
     text = os.fspath(name)
     try:
         text.encode()
     except UnicodeEncodeError:
+        version = require_cv2().__version__
+        if tuple(int(part) for part in version.split(".")[:2]) < TAKES_BYTES:
+            raise SourceError(
+                f"{text}: OpenCV {version} cannot open a name that is not UTF-8: rename it, or"
+                " pip install --upgrade opencv-python"
+            ) from None
         return os.fsencode(text)
     return text
 

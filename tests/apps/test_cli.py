@@ -206,18 +206,26 @@ def unreachable(*arguments, **options) -> None:
     raise AssertionError
 
 
-@pytest.mark.parametrize(("module", "caught"), [("cv2", True), ("cv2.gapi", True), ("other", False)])
-def test_a_missing_opencv_is_one_line(monkeypatch, capsys, module, caught) -> None:
+@pytest.mark.parametrize(
+    ("module", "told", "advice"),
+    [
+        ("cv2", "No module named 'cv2'", "pip install --upgrade opencv-python"),
+        ("cv2.gapi", "No module named 'cv2.gapi'", "pip install --upgrade opencv-python"),
+        ("cv2", "libGL.so.1: cannot open shared object file", "apt install libgl1 libglib2.0-0"),
+        ("other", "No module named 'other'", None),
+    ],
+)
+def test_a_missing_opencv_is_one_line(monkeypatch, capsys, module, told, advice) -> None:
     def stand_in(given: RunOptions, status) -> Summary:
-        raise ImportError(f"No module named '{module}'", name=module)
+        raise ImportError(told, name=module)
 
     monkeypatch.setattr(run_module, "run", stand_in)
-    if not caught:
+    if advice is None:
         with pytest.raises(ImportError):
             cli._exit_status(["run", "b", "-s", "0"])
         return
     assert cli._exit_status(["run", "b", "-s", "0"]) == 2
-    assert capsys.readouterr().err.endswith(f"(No module named '{module}'): pip install opencv-python\n")
+    assert capsys.readouterr().err.endswith(f"({told}): {advice}\n")
 
 
 def test_an_interrupt_exits_130(monkeypatch, capsys) -> None:

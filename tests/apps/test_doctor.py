@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -77,6 +78,34 @@ def test_a_native_library_that_was_not_built_is_a_problem(monkeypatch: pytest.Mo
 def test_a_missing_opencv_is_one_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     without(monkeypatch, "cv2")
     assert [finding.name for finding in examine() if finding.status == "problem"] == ["OpenCV"]
+
+
+def test_an_opencv_that_cannot_be_loaded_is_one_problem(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "cv2.py").write_text('raise ImportError("libGL.so.1: cannot open shared object file")')
+    monkeypatch.delitem(sys.modules, "cv2", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    (problem,) = [finding for finding in examine() if finding.status == "problem"]
+    assert problem == Finding(
+        "OpenCV",
+        "problem",
+        "cannot be loaded: libGL.so.1: cannot open shared object file",
+        "apt install libgl1 libglib2.0-0",
+    )
+
+
+@pytest.mark.parametrize(
+    ("version", "status"), [("3.1.0", "absent"), ("3.10.0", "ok"), ("3.6.0", "ok"), ("3.6.0+git1", "ok"), ("4", "ok")]
+)
+def test_a_package_that_is_too_old_is_of_no_use(monkeypatch: pytest.MonkeyPatch, version: str, status: str) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    stated = ["triton>=3.3; extra == 'triton'", "triton>=3.6; platform_system == 'Linux' and extra == 'torch'"]
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: stated)
+    monkeypatch.setattr(doctor, "_installed", lambda name: True)
+    finding = found("triton")
+    assert finding.status == status
+    if status == "absent":
+        assert finding.found == "3.1.0 is too old for --engine torch on an NVIDIA GPU: 3.6 or later"
+        assert finding.advice == "pip install --upgrade 'framestep[torch]'"
 
 
 def test_a_broken_package_does_not_hide_the_others(monkeypatch: pytest.MonkeyPatch) -> None:

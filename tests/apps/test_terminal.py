@@ -25,6 +25,7 @@ from framestep.apps.status import PlainStatus, TerminalStatus
 from framestep.runtime.bundle import Bundle
 from framestep.runtime.errors import SourceError
 from framestep.runtime.sources import open_source
+from framestep.runtime.sources.opencv import TAKES_BYTES
 
 STEPS = Path(__file__).parents[1] / "data" / "steps.bundle"
 SCENE = "synthetic:frames=3,width=32,height=32"
@@ -113,6 +114,8 @@ def test_what_an_encoding_lacks_is_escaped(encoding, tmp_path):
 
 
 def test_files_whose_names_are_no_text_are_read_and_written(tmp_path):
+    if tuple(int(part) for part in cv2.__version__.split(".")[:2]) < TAKES_BYTES:
+        pytest.skip("this OpenCV takes no such name")
     folder = tmp_path / os.fsdecode(ODD)
     folder.mkdir()
     clip, results, video = (str(folder / name) for name in ("clip.mp4", "results.jsonl", "video.mp4"))
@@ -129,6 +132,15 @@ def test_files_whose_names_are_no_text_are_read_and_written(tmp_path):
     assert json.loads(done.stdout)["files"] == {"results": [results], "video": [video]}
     assert [json.loads(line)["source"] for line in Path(results).read_text().splitlines()] == [clip] * 3
     assert Path(video).stat().st_size > 0
+
+
+@pytest.mark.parametrize("version", ["4.6.0", "4.11.0-dev"])
+def test_an_opencv_that_takes_no_such_name_is_asked_for_none(tmp_path, monkeypatch, version):
+    monkeypatch.setattr(cv2, "__version__", version)
+    clip = tmp_path / os.fsdecode(b"clip " + ODD + b".mp4")
+    clip.write_bytes(b"x")
+    with pytest.raises(SourceError, match=rf"clip .*\.mp4: OpenCV {version} cannot open a name that is not UTF-8"):
+        open_source(clip)
 
 
 @pytest.mark.parametrize("name", ["pipe.ts", "pipe.jpg"])

@@ -96,7 +96,7 @@ def test_missing_opencv_is_an_error_that_says_what_to_install(monkeypatch: pytes
     monkeypatch.setitem(sys.modules, "cv2", None)
     (folder / "clip.mp4").write_bytes(b"x")
     for spec in ("0", "rtsp://127.0.0.1/x", "gst:x", "synthetic", folder, folder / "clip.mp4"):
-        with pytest.raises(SourceError, match="pip install opencv-python"):
+        with pytest.raises(SourceError, match="pip install --upgrade opencv-python"):
             open_source(spec)
 
 
