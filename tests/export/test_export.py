@@ -48,6 +48,8 @@ def stepped(bundle: Path, frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def test_every_activation_is_that_of_transformers(tmp_path, kind):
     import onnxruntime
 
+    if kind not in ACT2FN:
+        pytest.skip(f"this version of transformers has no {kind}")
     weights = WeightFile(tmp_path / "x.bin")
     builder = GraphBuilder("x", weights)
     value = builder.activation(builder.node("Identity", builder.input("x", "float32", [101])), kind)

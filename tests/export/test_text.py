@@ -176,8 +176,9 @@ def test_text_graph_that_disagrees_with_pytorch_is_refused(copy: Path, encoder: 
     model = text.load_text_model(str(copy))
     text.write_text_graph(model, tmp_path / "text.onnx")
     write_tokenizer(model, tmp_path / "tokenizer.json")
+    (bias,) = (value for name, value in model.tower.named_parameters() if name.endswith("head.bias"))
     with torch.no_grad():
-        model.tower.head.bias.add_(0.001)
+        bias.add_(0.001)
     with pytest.raises(BundleError, match=r"text\.onnx: text features differ from PyTorch's by 0\.000\d+, more"):
         text.compare_text_graph(model, tmp_path / "text.onnx", tmp_path / "tokenizer.json")
 
@@ -229,8 +230,10 @@ def test_tokenizer_that_converts_differently_is_not_written(copy: Path, tmp_path
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_fast_tokenizer_is_written_with_its_own_padding(tmp_path: Path, side: str) -> None:
-    from transformers import Siglip2Tokenizer
-
+    try:
+        from transformers import Siglip2Tokenizer
+    except ImportError:
+        pytest.skip("this version of transformers has no Siglip2Tokenizer")
     tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{byte:02X}>" for byte in range(256))]
     tokens += ["▁", *"abcdefghijklmnopqrstuvwxyzé.", "ca", "cat"]
     vocabulary = {token: number for number, token in enumerate(tokens)}
@@ -269,6 +272,7 @@ def keep_pieces_only(path: Path) -> None:
 
 
 HEAD = "text_model.head.weight"
+SAID = r"(text_model\.)?head\.weight"  # by the name that it has in this version of transformers
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (lambda f: (f / "config.json").unlink(), r"config\.json: missing"),
     "another architecture": (
@@ -278,16 +282,16 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "impossible sizes": (lambda f: edit_config(f, num_attention_heads=5), r"text_config cannot be used"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), r"expected model\.safetensors"),
     "truncated weights": (lambda f: truncate(f / "model.safetensors"), r"model\.safetensors: damaged"),
-    "missing weight": (lambda f: edit_weights(f, lambda w: w.pop(HEAD)), r"missing head\.weight"),
+    "missing weight": (lambda f: edit_weights(f, lambda w: w.pop(HEAD)), rf"missing {SAID}"),
     "extra weight": (
         lambda f: edit_weights(f, lambda w: w.update({"text_model.extra": torch.ones(2)})),
         r"unexpected extra",
     ),
     "wrong shape": (
         lambda f: edit_weights(f, lambda w: w.update({HEAD: torch.ones(96, 95)})),
-        r"wrong shape head\.weight \(expected \[96, 96\], found \[96, 95\]\)",
+        rf"wrong shape {SAID} \(expected \[96, 96\], found \[96, 95\]\)",
     ),
-    "NaN": (lambda f: edit_weights(f, lambda w: w[HEAD].fill_(torch.nan)), r"NaN or infinity in head\.weight"),
+    "NaN": (lambda f: edit_weights(f, lambda w: w[HEAD].fill_(torch.nan)), rf"NaN or infinity in {SAID}"),
     "no tokenizer": (lambda f: (f / "spiece.model").unlink(), r"no tokenizer: neither tokenizer\.json nor"),
     "damaged tokenizer": (lambda f: (f / "spiece.model").write_bytes(b"\xff" * 99), r"damaged tokenizer"),
     "truncated tokenizer": (lambda f: keep_pieces_only(f / "spiece.model"), r"damaged tokenizer \(.* truncated"),
