@@ -144,6 +144,14 @@ def _check_options(bundle: Bundle, options: CalibrationOptions, check: Sequence[
         raise CalibrationError(
             f"{bundle.path}: is quantized already ({found}); calibrate the float32 bundle of its checkpoint"
         )
+    if options.max_drop is not None and options.min_cosine is not None:
+        raise CalibrationError("--max-drop and --min-cosine: give one of them")
+    for name, value, least, most in (
+        ("--max-drop", options.max_drop, 0, 100),
+        ("--min-cosine", options.min_cosine, -1, 1),
+    ):
+        if value is not None and not least <= value <= most:
+            raise CalibrationError(f"{name}: expected {least} to {most}, found {value:g}")
     budget = "--max-drop" if options.max_drop is not None else "--min-cosine"
     if _has_budget(options) and not any(INT8 in precision for precision in options.precisions):
         raise CalibrationError(

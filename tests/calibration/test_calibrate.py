@@ -232,6 +232,21 @@ def test_a_budget_for_layers_is_refused_where_none_becomes_int8(golden_bundle, c
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "budget, message",
+    [
+        ({"max_drop": float("nan")}, "--max-drop: expected 0 to 100, found nan"),
+        ({"max_drop": -1}, "--max-drop: expected 0 to 100, found -1"),
+        ({"min_cosine": 1.5}, "--min-cosine: expected -1 to 1, found 1.5"),
+        ({"max_drop": 1, "min_cosine": 0.9}, "--max-drop and --min-cosine: give one of them"),
+    ],
+)
+def test_a_budget_that_makes_no_sense_is_refused_first(golden_bundle, clips, tmp_path, budget, message) -> None:
+    with pytest.raises(CalibrationError, match=f"^{message}$"):
+        calibrate(Bundle.open(golden_bundle), clips, clips, tmp_path / "q.bundle", CalibrationOptions(**budget))
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_quantized_bundle_is_not_quantized_again(golden_bundle, clips, tmp_path) -> None:
     bundle = Bundle.open(golden_bundle)
     calibrate(bundle, clips, clips, tmp_path / "q.bundle", CalibrationOptions(drift_frames=0))
