@@ -339,14 +339,22 @@ def test_another_checkpoint_is_found_out(golden_bundle: Path, tmp_path: Path, he
     assert any("differ" in line and "same checkpoint" in line for line in report.problems)
 
 
-def test_of_several_precisions_the_report_is_of_the_one_that_ran(
-    golden_bundle: Path, tmp_path: Path, here: None
-) -> None:
+@pytest.fixture
+def half_first(golden_bundle: Path, tmp_path: Path) -> Bundle:
+    """A bundle of two precisions, FP16 being the main one."""
     shutil.copytree(golden_bundle, tmp_path / "both.bundle")
     bundle = add_half(Bundle.open(tmp_path / "both.bundle"))
     exact = bundle.manifest.at("fp32")
     floats = {"fp32": Variant(exact.graphs, exact.states)}
     bundle.rewrite_manifest(dataclasses.replace(bundle.manifest.at("fp16"), variants=floats))
+    return Bundle.open(bundle.path)
+
+
+def test_of_several_precisions_the_report_is_of_the_one_that_ran(
+    half_first: Bundle, tmp_path: Path, here: None
+) -> None:
+    bundle = half_first
+    exact = bundle.manifest.at("fp32")
     report = bench(options(bundle.path, tmp_path / "report", frames=(1,)), Lines())
     assert report.engine.endswith(", fp32")  # a CPU's choice
     assert (report.bundle.precision, report.path("framestep").precision) == ("fp32", "float32")
@@ -359,12 +367,8 @@ def test_of_several_precisions_the_report_is_of_the_one_that_ran(
     assert any("w4" in line and "fp32" in line for line in missing.problems)
 
 
-def test_a_bundles_other_precisions_are_compared_like_baselines(
-    golden_bundle: Path, tmp_path: Path, here: None
-) -> None:
-    shutil.copytree(golden_bundle, tmp_path / "both.bundle")
-    bundle = add_half(Bundle.open(tmp_path / "both.bundle"))
-    asked = options(bundle.path, tmp_path / "report", frames=(1, 4), streams=(1,), compare=("precisions",))
+def test_a_bundles_other_precisions_are_compared_like_baselines(half_first: Bundle, tmp_path: Path, here: None) -> None:
+    asked = options(half_first.path, tmp_path / "report", frames=(1, 4), streams=(1,), compare=("precisions",))
     report = bench(asked, Lines())
     assert [path.name for path in report.paths] == ["framestep", "framestep-fp16"]  # what ran, and the rest
     half = report.path("framestep-fp16")
@@ -376,14 +380,9 @@ def test_a_bundles_other_precisions_are_compared_like_baselines(
     assert (tmp_path / "report" / "latency.png").exists()
 
 
-def test_baselines_have_the_graph_of_the_measured_precision(golden_bundle: Path, tmp_path: Path, here: None) -> None:
+def test_baselines_have_the_graph_of_the_measured_precision(half_first: Bundle, tmp_path: Path, here: None) -> None:
     pytest.importorskip("openvino")
-    shutil.copytree(golden_bundle, tmp_path / "both.bundle")
-    bundle = add_half(Bundle.open(tmp_path / "both.bundle"))
-    exact = bundle.manifest.at("fp32")
-    floats = {"fp32": Variant(exact.graphs, exact.states)}
-    bundle.rewrite_manifest(dataclasses.replace(bundle.manifest.at("fp16"), variants=floats))
-    asked = options(bundle.path, tmp_path / "report", frames=(1,), streams=(1,), compare=("openvino-f32",))
+    asked = options(half_first.path, tmp_path / "report", frames=(1,), streams=(1,), compare=("openvino-f32",))
     assert bench(asked, Lines()).path("openvino-f32").verification.difference <= golden.TOLERANCE
     wrong = dataclasses.replace(asked, output=tmp_path / "half", precision="fp16")
     assert any(line.endswith("add --precision fp32") for line in bench(wrong, Lines()).problems)
